@@ -19,7 +19,6 @@ from snpc.runtime.closed_form import (
     changed_constants,
     closed_form_edits,
     edited_constants,
-    elimination_widths,
     trial_weights,
 )
 from snpc.runtime.evaluation import OutputMetrics, metrics_identity
@@ -218,10 +217,9 @@ def trial_stage(
     if execution.work is None:
         return NOT_STORED
     analysis = closed_forms.analysis
-    losses = {group.id: closed_forms.loss_curve(group) for group in analysis.groups}
-    fitted = (closed_forms.kinds, losses, scores.values, scores.method)
+    fitted = (closed_forms.identity, scores.values, scores.method)
     judged = (metrics_identity(analysis), limited)
-    return execution.stored_stage("trials", analysis.identity, calibration.identity, fitted, judged)
+    return execution.stored_stage("trials", calibration.identity, fitted, judged)
 
 
 def leading_axes(shape: Sequence[int]) -> tuple[int, int]:
@@ -276,14 +274,13 @@ def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
 
 
 def measurable_widths(group: Group) -> list[int]:
-    """Every width that may be tried. The elimination keeps the refitted consumer weights of these."""
+    """Every width that may be tried, apart from none and all."""
     return nearest_widths(group, SHARE_GRID)
 
 
 def nearest_widths(group: Group, shares: Sequence[float]) -> list[int]:
     """The nearest of ``measurable_widths`` to these shares of a group's units."""
-    steps = elimination_widths(group.size)[:-1]
-    grid = sorted({min(steps, key=lambda width: abs(width - group.size * share)) for share in SHARE_GRID if steps})
+    grid = sorted({min(max(round(group.size * share), 1), group.size - 1) for share in SHARE_GRID if group.size > 1})
     return sorted({min(grid, key=lambda width: abs(width - group.size * share)) for share in shares if grid})
 
 
