@@ -24,7 +24,7 @@ from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_plan
-from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
+from snpc.planning import Budget, Effort, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import fit_parallel, in_rotated_order, using_algebra
 from snpc.runtime.evaluation import OutputMetrics, metrics_identity, run_batches
@@ -364,7 +364,9 @@ def predict_width_drift(
         target = ResourceTarget("macs", round(share, 9))
         return replace(widths.budget, target=target, uniform=False, allocator="loss")
 
-    request = replace(widths, budget=at_macs(macs / reduced.cost.macs), workload=None, full_curves=True)
+    effort = curve_effort(widths)
+    budget = at_macs(macs / reduced.cost.macs)
+    request = replace(widths, budget=budget, workload=None, full_curves=True, effort=effort)
     plan = make_plan(reduced, request, calibration, execution=evaluator.execution)
     values = {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}
     scores = UnitScores(reduced, "", values, curves=plan.loss_curves)
@@ -373,7 +375,8 @@ def predict_width_drift(
         return sum(float(plan.loss_curves[g.id][slices.kept_width(g)]) for g in reduced.groups if g.id in slices.keep)
 
     together = max(evaluator.output_change(one_shot_pruned_model(plan)) - token_drift, 0.0)
-    scale = min(max(1.0, together / max(summed(plan.slices), 1e-12)), UNUSABLE_CHANGE)
+    least = 0.0 if effort == "quick" else 1.0  # curves that were not measured are in a unit of their own
+    scale = min(max(least, together / max(summed(plan.slices), 1e-12)), UNUSABLE_CHANGE)
 
     def predicted(share: float) -> float:
         if share >= 1:
@@ -384,6 +387,11 @@ def predict_width_drift(
             return float("inf")
 
     return predicted
+
+
+def curve_effort(widths: PlanRequest) -> Effort:
+    """The effort at which loss curves are measured for the choice of tokens: no plan is searched there."""
+    return "quick" if widths.effort == "quick" else "normal"
 
 
 def one_shot_pruned_model(plan: PruningPlan) -> ir.Model:
