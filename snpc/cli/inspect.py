@@ -61,7 +61,8 @@ def inspect_command(
         execution = running.load()
         if data is not None:
             announce(execution.progress, planning_stages(analysis, data, request))
-        curves = dict(make_plan(analysis, request, data, execution=execution).loss_curves)
+        with execution.progress.stage("curves", 1):
+            curves = dict(make_plan(analysis, request, data, execution=execution).loss_curves)
     output.json.write(analysis_json(analysis, curves))
     if output.json.replaces_tables:
         return

@@ -65,7 +65,8 @@ def plan_command(
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
     stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=False)
     announce(execution.progress, stages)
-    analysis = planning.reduce_tokens(analysis, data, timed, execution)
+    with execution.progress.stage("tokens", 1):
+        analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):
         return
     plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, Stopwatch(execution.progress))

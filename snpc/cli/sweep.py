@@ -119,23 +119,18 @@ def sweep_command(
     evaluation = None
     if arguments.held_out is not None:
         evaluation = calibration.load_evaluation(arguments.held_out, arguments.labels, analysis)
-    result = sweep(
-        analysis,
-        targets,
-        folder,
-        data,
-        SweepRequest(
-            planning.budget(targets[0]) if planning.selection.roles else None,
-            planning.reduction.tokens,
-            planning.selection.method,
-            evaluation,
-            arguments.batch,
-            arguments.iterations,
-            planning.selection.effort,
-        ),
-        builder=sweep_builder(arguments, data, execution),
-        execution=execution,
+    request = SweepRequest(
+        planning.budget(targets[0]) if planning.selection.roles else None,
+        planning.reduction.tokens,
+        planning.selection.method,
+        evaluation,
+        arguments.batch,
+        arguments.iterations,
+        planning.selection.effort,
     )
+    builder = sweep_builder(arguments, data, execution)
+    with execution.progress.stage("sweep", 1):
+        result = sweep(analysis, targets, folder, data, request, builder=builder, execution=execution)
     write_json(result.to_json(), table)
     write_sweep_plot(result, plot)
     tables.print_sweep(result)

@@ -320,6 +320,8 @@ def print_result(result: PrunedModel) -> None:
         + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    for sampled in result.sampled_rows:
+        print_line(sampled.describe())
     inside = [g.id for g in result.plan.analysis.groups if g.normalized_inside and g.id in result.plan.keep]
     if inside:
         more = f" and {len(inside) - 1} more" if len(inside) > 1 else ""

@@ -62,29 +62,28 @@ def verify_command(
 
     Outputs are compared on the data of --calib, or on random inputs.
     """
-    pruned = arguments.pruned
-    loaded = snpc.load(model.path)
-    sizes = model.at.sizes(loaded.inputs)
-    slices = snpc.load_plan(arguments.plan_path, loaded, sizes) if arguments.plan_path else None
-    analysis = slices.analysis if slices else model.load()
-    snpc.load(pruned)
+    pruned, execution = arguments.pruned, running.load()
+    with execution.progress.stage("analysis", 1):
+        loaded = snpc.load(model.path)
+        sizes = model.at.sizes(loaded.inputs)
+        slices = snpc.load_plan(arguments.plan_path, loaded, sizes) if arguments.plan_path else None
+        analysis = slices.analysis if slices else model.load()
+        snpc.load(pruned)
     check_output_paths([json.json_path], *model.files(), *model_files(pruned), arguments.plan_path, inputs.calib)
     refits = slices is not None and slices.method != "select"  # then DATA is what it was fitted to, apart from some
     calibration = inputs.load(analysis, MAX_HELD_OUT if refits else 0)
-    execution = running.load()
     if slices is not None and calibration is not None:
         announce(execution.progress, completion_stages(slices, calibration))
-    plan = snpc.complete_plan(slices, calibration, execution=execution) if slices else None
-    metric = judging.metric or None
-    verdict = snpc.verify(
-        model.path,
-        pruned,
-        plan=plan,
-        calibration=calibration,
-        metric=metric,
-        dim_sizes=sizes,
-        execution=execution,
-    )
+    with execution.progress.stage("verify", 1):
+        verdict = snpc.verify(
+            model.path,
+            pruned,
+            plan=snpc.complete_plan(slices, calibration, execution=execution) if slices else None,
+            calibration=calibration,
+            metric=judging.metric or None,
+            dim_sizes=sizes,
+            execution=execution,
+        )
     json.write(verdict_json(verdict))
     if not json.replaces_tables:
         tables.print_verdict(verdict)

@@ -32,6 +32,7 @@ from snpc.runtime.io import (
     save,
     staging_folder,
 )
+from snpc.runtime.statistics import SampledRows
 from snpc.temporary import TemporaryFolder
 from snpc.types import ClosedFormKind, Cost, Quality, Verdict
 
@@ -92,6 +93,8 @@ class PrunedModel:
     """How a drift or a latency was met, where candidates had to be measured for it."""
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     data: Calibration | None = field(default=None, repr=False, compare=False)
+    sampled_rows: tuple[SampledRows, ...] = ()
+    """Where second moments are not from all rows of the calibration data."""
 
     @property
     def quality(self) -> Quality:
@@ -191,6 +194,7 @@ def publish_candidate(
         candidate.closed_forms,
         search,
         data=plan.calibration,
+        sampled_rows=plan.statistics.sampled_rows if plan.statistics is not None else (),
     )
 
 

@@ -50,7 +50,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measurable_widths, measure_loss_curves
+from snpc.runtime.sensitivity import measure_loss_curves
 from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
@@ -58,6 +58,7 @@ from snpc.types import FloatArray, Group, Model
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+FACTOR_BYTES = 256 << 20  # of the factors for trials that stay in memory; others are read from files when a trial asks
 DENSE_BYTES = 256 << 20  # of the dense model's values that stay in memory; they are read once
 
 
@@ -241,10 +242,10 @@ def make_plan(
     closed_forms = ClosedForms.empty(analysis)
     if method != "select":
         assert statistics is not None
-        refit_widths = {g.id: measurable_widths(g) for g in groups} if measures_curves else {}
-        store = SpillableStore(memory_budget(execution.memory_limit) // 2)
+        limit = min(memory_budget(execution.memory_limit) // 2, FACTOR_BYTES)
+        store = SpillableStore(limit) if measures_curves else None
         with using_algebra(execution.algebra):
-            closed_forms = solve_closed_forms(analysis, statistics, groups, refit_widths, store, execution.progress)
+            closed_forms = solve_closed_forms(analysis, statistics, groups, store, execution.progress)
     rest = [g for g in groups if g.id not in closed_forms.kinds]
     scores = with_closed_form_order(score_groups(analysis, criterion, rest, statistics), closed_forms, method)
     scores = replace(scores, effort=request.effort)
@@ -261,7 +262,7 @@ def make_plan(
         with using_algebra(execution.algebra):
             curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
-        scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_refits()
+        scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_factors()
     elif method != "select" and not budget.uniform:
         scores = replace(scores, curves={g.id: relative_loss(closed_forms, scores, g) for g in groups})
     return PruningPlan(

@@ -37,6 +37,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "metric": {output or "all": metric.name for output, metric in plan.analysis.metrics.items()} or None,
         "options": dict(plan.options),
         "calibration": calibration_json(result),
+        "sampled_rows": [asdict(rows) for rows in result.sampled_rows],
         "search": asdict(result.search) if result.search else None,
         **both,
         "macs_at": dict(plan.analysis.dim_sizes),

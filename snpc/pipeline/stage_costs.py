@@ -21,10 +21,10 @@ from snpc.runtime.sensitivity import CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PE
 from snpc.tokens import TOKEN_METHODS
 from snpc.types import Group
 
-STATISTICS_PASSES = 2.0
+STATISTICS_PASSES = 1.8
 LAYERS_PASSES = 2.5
-ELIMINATION_MACS = 6.0  # times the cube of a group's units: products in float64 count twice
-TRIAL_SHARE = 0.6  # of the model that runs in a trial, on average
+ELIMINATION_MACS = 3.0  # times the cube of a group's units: products in float64 count twice
+TRIAL_SHARE = 0.3  # of a plain pass over its samples that a trial takes: it runs only behind what it changes
 PRUNED_SHARE = 0.8  # of a plain pass that one of the pruned model takes
 SCHEDULE_TRIALS = 30  # token schedules that are run
 SEARCH_CANDIDATES = 4  # plans that are written on the way to a drift or a latency

@@ -18,7 +18,6 @@ from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
-    VERIFICATION_BATCHES,
     MetricRequest,
     OutputMetrics,
     check_structure,
@@ -49,6 +48,7 @@ from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
 RANDOM, RANDOM_SAMPLES = "random inputs", 2
+MASKED_SAMPLES = 8  # on which sliced and masked outputs are compared
 MAX_OUTPUT_BYTES = 256 << 20  # of the original's outputs: fewer samples are compared where they are larger
 
 
@@ -93,6 +93,12 @@ class Reference:
     outputs: Sequence[Mapping[str, AnyArray]] = ()
     not_run: str = ""
     probe: SizeProbe | None = None
+
+
+def masked_batches(sizes: Sequence[int]) -> int:
+    """How many of the first batches, of so many samples each, sliced and masked outputs are compared on: the check is
+    exact but for rounding, so a few samples show what any would."""
+    return int(np.searchsorted(np.cumsum(sizes), MASKED_SAMPLES)) + 1
 
 
 def verification_data(
@@ -196,7 +202,7 @@ def compare_with_reference(
     Raises CheckFailed where they differ by more than rounding, or fewer tokens from the same tokens taken out in place.
     """
     tolerance, data = rounding_tolerance(analysis.model), reference.data
-    first = data.first(VERIFICATION_BATCHES)
+    first = data.first(masked_batches(data.sizes))
     decided = list(first.batches)
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)

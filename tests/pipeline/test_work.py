@@ -47,7 +47,7 @@ class Stopped(BaseException):
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and data for it, in a folder."""
     folder = tmp_path_factory.mktemp("work")
-    encoder = Encoder(depth=2)
+    encoder = Encoder(depth=2, exit="mean")
     onnx.save_model(encoder.model(), folder / "model.onnx")
     patches = np.random.default_rng(1).normal(size=(SAMPLES, encoder.patches, encoder.width))
     np.savez(folder / "calib.npz", x=patches.astype(np.float32))
@@ -131,7 +131,7 @@ def test_other_inputs_share_a_folder(files: Path, tmp_path: Path) -> None:
     """Another model, other samples and another target find nothing that is not theirs; one target finds the trials of
     another."""
     work = tmp_path / "work"
-    onnx.save_model(Encoder(depth=2, seed=1).model(), tmp_path / "model.onnx")
+    onnx.save_model(Encoder(depth=2, exit="mean", seed=1).model(), tmp_path / "model.onnx")
     (tmp_path / "calib.npz").write_bytes((files / "calib.npz").read_bytes())
     runs = [(files, ()), (tmp_path, ()), (files, ("--seed", 1)), (files, ("--criterion", "magnitude"))]
     for number, (folder, options) in enumerate(runs):

@@ -55,7 +55,7 @@ CALLS_ONNXRUNTIME = ("snpc.runtime.execution", "snpc.targets")
 
 # Where temporary files are made. A folder that a killed process leaves is removed by the next one; an array that is
 # kept out of memory has no name, so the kernel removes it.
-MAKES_TEMPORARY_FILES = ("snpc.temporary", "snpc.runtime.execution.memory")
+MAKES_TEMPORARY_FILES = ("snpc.temporary", "snpc.runtime.execution.memory", "snpc.runtime.io.spill_files")
 
 MOST_FILES = 14  # in a package, beside its __init__
 

@@ -2,12 +2,27 @@
 
 Files
   batch_values  The named values of every calibration batch, and programs that run on them one after the other.
+  block_worker  What a worker does: it runs programs on blocks of batches, and keeps the values of these batches in
+                files.
+  distributed   Batches whose values lie on the workers of an executor: what moves is programs and sums, never values.
+  pairwise_sum  Sums whose result does not depend on who adds which part: numbered arrays are added in pairs of
+                neighbors, pairs of these, and so on, in float64.
   program       A model that runs on the values of every batch: which outputs are added up, which are kept.
 """
 
 from __future__ import annotations
 
 from snpc.runtime.batches.batch_values import BatchValues, DenseValues, LocalBatchValues, add_up, dense_name
+from snpc.runtime.batches.distributed import DistributedBatchValues
 from snpc.runtime.batches.program import BatchProgram, BatchSums
 
-__all__ = ["BatchProgram", "BatchSums", "BatchValues", "DenseValues", "LocalBatchValues", "add_up", "dense_name"]
+__all__ = [
+    "BatchProgram",
+    "BatchSums",
+    "BatchValues",
+    "DenseValues",
+    "DistributedBatchValues",
+    "LocalBatchValues",
+    "add_up",
+    "dense_name",
+]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from snpc.runtime.batches.program import BatchProgram, BatchSums
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget, temporary_session
 from snpc.types import AnyArray, FloatArray
+
+if TYPE_CHECKING:
+    from snpc.runtime.batches.distributed import DistributedBatchValues
 
 HALF_LIMIT = 6e4  # float16 ends at 65504
 
@@ -34,7 +37,9 @@ class LocalBatchValues:
         self.batches = [{name: self.store.keep(array) for name, array in values.items()} for values in batches]
 
     def run(self, program: BatchProgram) -> BatchSums:
-        """See ``BatchValues``. Values in half precision are fed in float32."""
+        """See ``BatchValues``. Values in half precision are fed in float32. No program with ``observe`` runs here: it
+        names samples, which are not known."""
+        assert program.observe is None
         sums = BatchSums()
         widened = {
             str(value.name)
@@ -58,6 +63,8 @@ class LocalBatchValues:
             name: self.store.keep(narrow(outputs[output]) if name in program.half else outputs[output])
             for output, name in program.kept.items()
         }
+        if program.derive is not None:
+            kept |= {name: self.store.keep(array) for name, array in program.derive(outputs).items()}
         after = {**values, **kept}
         return after if program.live is None else {name: a for name, a in after.items() if name in program.live}
 
@@ -82,12 +89,13 @@ def widen(array: AnyArray) -> AnyArray:
 
 class DenseValues:
     """Values of the dense model at ``names``, for every batch of the pass that measured them: the layer-wise fit reads
-    them again. Beyond ``limit`` bytes they lie in files."""
+    them again. Beyond ``limit`` bytes they lie in files. Where workers measured them they stay: ``on_workers``."""
 
     def __init__(self, names: tuple[str, ...], limit: int) -> None:
         self.names = names
         self.store = SpillableStore(limit)
         self.batches: list[dict[str, AnyArray]] = []
+        self.on_workers: DistributedBatchValues | None = None
 
     def add(self, outputs: Mapping[str, AnyArray]) -> None:
         """The values of the next batch."""

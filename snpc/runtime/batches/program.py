@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import onnx_ir as ir
 
-from snpc.types import FloatArray
+from snpc.runtime.calibration import Calibration
+from snpc.types import AnyArray, FloatArray
+
+
+class Observer(Protocol):
+    """From the outputs of a program on one batch to arrays that are added up. It can be sent to another process."""
+
+    def __call__(
+        self, outputs: Mapping[str, AnyArray], calibration: Calibration, number: int
+    ) -> Mapping[str, AnyArray]:
+        """``number``: of the batch in ``calibration``, for messages."""
+        ...
+
+
+class Derivation(Protocol):
+    """From the outputs of a program on one batch to values by name. It can be sent to another process."""
+
+    def __call__(self, outputs: Mapping[str, AnyArray]) -> Mapping[str, AnyArray]: ...
 
 
 @dataclass(frozen=True)
@@ -16,7 +34,8 @@ class BatchProgram:
 
     ``sums``: outputs that are added up over the batches. ``kept``: output -> the name under which it becomes a value of
     its batch. ``half``: those of these names that may be held in half precision. ``live``: the values that the batch
-    keeps afterwards; None: all. ``model`` must not be used again.
+    keeps afterwards; None: all. ``observe``: makes of the outputs on a batch what is added up besides; ``derive``:
+    what the batch keeps besides. ``model`` must not be used again.
     """
 
     model: ir.Model
@@ -24,6 +43,8 @@ class BatchProgram:
     kept: Mapping[str, str] = field(default_factory=dict)
     half: frozenset[str] = frozenset()
     live: frozenset[str] | None = None
+    observe: Observer | None = None
+    derive: Derivation | None = None
 
 
 @dataclass

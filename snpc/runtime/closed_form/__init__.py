@@ -7,6 +7,8 @@ Files
                         registers itself.
   elimination           The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
                         selection by score loss.
+  factorization         One factorization of a least-squares system in the order of its units: the loss of every width,
+                        and every refit.
   fit                   Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as little
                         as possible.
   layerwise             Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers
@@ -21,7 +23,6 @@ Files
 from __future__ import annotations
 
 from snpc.runtime.closed_form.dense_algebra import DenseAlgebra, current_algebra, register_algebra, using_algebra
-from snpc.runtime.closed_form.elimination import elimination_widths
 from snpc.runtime.closed_form.fit import (
     ClosedForms,
     closed_form_edits,
@@ -51,7 +52,6 @@ __all__ = [
     "constant_array",
     "current_algebra",
     "edited_constants",
-    "elimination_widths",
     "fit_layerwise",
     "fit_normalizations",
     "fit_parallel",

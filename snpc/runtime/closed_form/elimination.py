@@ -1,24 +1,32 @@
 """The order in which units are removed: structured optimal brain surgeon (OBS), and greedy selection by score loss.
 
 OBS removes, again and again, the unit whose removal costs least after all others are refitted (ZipLM,
-arXiv 2302.04089). One pass gives the units to keep, their loss and the refitted weights for every width.
+arXiv 2302.04089). One pass gives the order of the units, and one factorization in this order (``factorization.py``) the
+loss and the refitted weights of every width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, add_ridge, unit_columns
-from snpc.types import AnyArray, FloatArray, IntArray
+from snpc.runtime.closed_form.factorization import OrderedFactor, factorize, inverse_hessian
+from snpc.types import FloatArray, IntArray
 
 Entries = TypeVar("Entries", FloatArray, IntArray)
 
 ELIMINATION_STEPS = 48  # times that the costs of all remaining units are computed
+LARGE_STEPS = 24  # the same in large systems
+LARGE_ROWS = 1024  # rows from which on a system is large
+UPDATES_PER_STEP = 8  # in large systems: times that the costs of the cheapest units are updated within a step
+SINGLE_PRECISION_RIDGE = 1e-3  # share of the mean diagonal from which on the order of a large system is in float32
 BLOCK_ROWS = 256  # rows from which on matrix products pay
+DOUBLE: np.dtype[Any] = np.dtype(np.float64)
 MAX_RIDGE = 10.0  # share of the mean diagonal above which no larger ridge is tried
 
 
@@ -26,17 +34,20 @@ MAX_RIDGE = 10.0  # share of the mean diagonal above which no larger ridge is tr
 class EliminationOrder:
     """``order``: units in the order of their removal. ``loss`` [units + 1]: squared output error by units kept.
 
-    ``refits``: for some numbers of units kept, the refitted weights (per system, [kept, D] in float32).
+    ``factors``: one per system, in the reverse order; none where units are not refitted.
     """
 
     order: IntArray
     loss: FloatArray
-    refits: Mapping[int, tuple[AnyArray, ...]] = field(default_factory=dict, repr=False)
+    factors: tuple[OrderedFactor, ...] = field(default=(), repr=False)
 
-    def refit_for(self, keep: IntArray) -> tuple[AnyArray, ...] | None:
-        """The refitted weights for exactly these units (ascending), where they were kept."""
+    def refit_for(self, keep: IntArray) -> tuple[FloatArray, ...] | None:
+        """The refitted weights (per system, [columns of the kept units, D]) for these units, ascending; None where they
+        are not the last of the order."""
         last = np.sort(self.order[len(self.order) - len(keep) :])
-        return self.refits.get(len(keep)) if np.array_equal(last, keep) else None
+        if not self.factors or not np.array_equal(last, keep):
+            return None
+        return tuple(factor.refit(len(keep) * len(factor.columns) // len(self.order)) for factor in self.factors)
 
 
 @dataclass(frozen=True)
@@ -55,60 +66,70 @@ def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
     return [*range(size - batch, 0, -batch), 0]
 
 
-def eliminate(
-    systems: Sequence[LeastSquaresSystem], size: int, steps: int = ELIMINATION_STEPS, refit_at: Collection[int] = ()
-) -> EliminationOrder:
+def eliminate(systems: Sequence[LeastSquaresSystem], size: int, steps: int | None = None) -> EliminationOrder:
     """Structured OBS over all consumer weights of a group.
 
     Removing unit i costs tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems; w and H^-1 are updated after every
-    removal. The costs of all units are computed ``steps`` times, in between those of the cheapest are updated exactly.
-    ``loss`` is the error on the moments themselves, without the ridge. ``refit_at``: the numbers of units (of
-    ``elimination_widths``) whose refitted weights are kept. Where rounding leaves a moment with its ridge not positive
-    definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
+    removal. The costs of all units are computed ``steps`` times, in between those of the cheapest are updated exactly;
+    in large systems after every few units, so that units that stand for each other do not go together unseen.
+    ``loss`` is the error on the moments themselves, without the ridge. Where rounding leaves a moment with its ridge
+    not positive definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
     """
+    large = max(len(system.moment) for system in systems) >= LARGE_ROWS
+    steps = steps or (LARGE_STEPS if large else ELIMINATION_STEPS)
+    if large and all(system.ridge >= SINGLE_PRECISION_RIDGE for system in systems):
+        with suppress(np.linalg.LinAlgError):
+            return run_elimination(systems, size, steps, np.dtype(np.float32))
     try:
-        return run_elimination(systems, size, steps, refit_at)
+        return run_elimination(systems, size, steps)
     except np.linalg.LinAlgError:
         if max(system.ridge for system in systems) > MAX_RIDGE:
             raise
         larger = [replace(system, ridge=10 * max(system.ridge, DEFAULT_RIDGE)) for system in systems]
-        return eliminate(larger, size, steps, refit_at)
+        return eliminate(larger, size, steps)
 
 
 def run_elimination(
-    systems: Sequence[LeastSquaresSystem], size: int, steps: int, refit_at: Collection[int]
+    systems: Sequence[LeastSquaresSystem], size: int, steps: int, dtype: np.dtype[Any] = DOUBLE
 ) -> EliminationOrder:
     """``eliminate`` with the ridges as they are. Raises LinAlgError where a moment is not positive definite."""
-    states = [ObsState(system, size) for system in systems]
+    states = [ObsState(system, size, dtype) for system in systems]
+    large = max(len(system.moment) for system in systems) >= LARGE_ROWS
     kept = np.arange(size)
-    loss = np.zeros(size + 1)
     widths, ridge_losses = [size], [0.0]
     order: list[int] = []
-    refits = {}
     for width in elimination_widths(size, steps):
-        removed, costs = cheapest_units(states, len(kept), len(kept) - width)
-        loss[width : len(kept)] = loss[len(kept)] + np.cumsum(costs)[::-1]
+        count = len(kept) - width
+        removed = cheapest_units(states, len(kept), count, -(-count // UPDATES_PER_STEP) if large else 1)
         order += kept[removed].tolist()
         for state in states:
             state.remove(removed)
         kept = compact_rows(kept, removed)
-        if width in refit_at:
-            refits[width] = tuple(state.unit_rows(np.argsort(kept)) for state in states)
         widths.append(width)
         ridge_losses.append(sum(state.ridge_loss for state in states))
+    del states
+    factors = tuple(factorize_in_order(system, np.array(order[::-1], np.int64), dtype) for system in systems)
+    loss = np.sum([factor.losses[:: len(factor.columns) // size] for factor in factors], axis=0)
     loss = np.maximum(loss - np.interp(np.arange(size + 1), widths[::-1], ridge_losses[::-1]), 0.0)
-    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], refits)
+    loss[size] = 0.0
+    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], factors)
+
+
+def factorize_in_order(system: LeastSquaresSystem, units: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
+    """The factor of a system with its ``units`` in this order."""
+    columns = unit_columns(units, len(system.moment) // len(units))
+    return factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
 
 
 class ObsState:
     """One system during an elimination: the inverse Hessian of the remaining rows, their refitted weights ``current``,
     and their weights before, ``weight``."""
 
-    def __init__(self, system: LeastSquaresSystem, size: int) -> None:
+    def __init__(self, system: LeastSquaresSystem, size: int, dtype: np.dtype[Any] = DOUBLE) -> None:
         self.columns = len(system.moment) // size
         self.ridge = absolute_ridge(system.moment, system.ridge)
-        self.inverse = InverseHessian(invert_positive_definite(add_ridge(system.moment, system.ridge)))
-        self.current: FloatArray = system.weight.astype(np.float64)
+        self.inverse = InverseHessian(inverse_hessian(add_ridge(system.moment, system.ridge), dtype))
+        self.current: FloatArray = system.weight.astype(dtype)
         self.weight = self.current.copy()
         self.removed_norm = 0.0
 
@@ -132,11 +153,6 @@ class ObsState:
         factor, half = self.inverse.remove(removed)
         self.current -= factor @ (half @ lost)
 
-    def unit_rows(self, units: IntArray) -> AnyArray:
-        """The refitted weights of these units, in float32."""
-        with np.errstate(over="ignore"):  # a weight beyond float32: its trial is the worst there is
-            return self.current[unit_columns(units, self.columns)].astype(np.float32)
-
     @property
     def ridge_loss(self) -> float:
         """The part of the loss that is due to the ridge."""
@@ -153,7 +169,7 @@ class InverseHessian:
 
     def __init__(self, base: FloatArray) -> None:
         self.base = base
-        self.update = np.empty((len(base), 0))
+        self.update = np.empty((len(base), 0), base.dtype)
 
     def submatrix(self, rows: IntArray) -> FloatArray:
         """[rows, rows] of H^-1."""
@@ -168,7 +184,7 @@ class InverseHessian:
         """Remove rows. Returns F and L with F L = (H^-1)_rest,removed ((H^-1)_removed,removed)^-1, the rest in the
         order of ``compact_rows``."""
         cross = self.base[removed].T - self.update @ self.update[removed].T
-        half = np.linalg.inv(np.linalg.cholesky(cross[removed])).astype(np.float64)
+        half = np.linalg.inv(np.linalg.cholesky(cross[removed])).astype(cross.dtype)
         factor = compact_rows(cross @ half.T, removed)
         self.base = compact_rows(compact_rows(self.base, removed).T, removed).T
         self.update = np.concatenate([compact_rows(self.update, removed), factor], axis=1)
@@ -179,22 +195,6 @@ class InverseHessian:
         return factor, half
 
 
-def invert_positive_definite(matrix: FloatArray) -> FloatArray:
-    """The inverse of a symmetric positive definite matrix, by halves: half the arithmetic of a general inverse."""
-    half = len(matrix) // 2
-    if half < BLOCK_ROWS:
-        return np.linalg.inv(matrix).astype(np.float64)
-    inverse = np.empty(matrix.shape)
-    first, cross = invert_positive_definite(matrix[:half, :half]), matrix[:half, half:]
-    solved = first @ cross
-    second = invert_positive_definite(matrix[half:, half:] - cross.T @ solved)
-    inverse[half:, half:] = second
-    inverse[:half, half:] = -solved @ second
-    inverse[half:, :half] = inverse[:half, half:].T
-    inverse[:half, :half] = first - inverse[:half, half:] @ solved.T
-    return inverse
-
-
 def compact_rows(array: Entries, removed: IntArray) -> Entries:
     """Remove entries of the first axis, in place: the last entries move into the gaps, and a view is returned."""
     remaining = len(array) - len(removed)
@@ -202,22 +202,21 @@ def compact_rows(array: Entries, removed: IntArray) -> Entries:
     return array[:remaining]
 
 
-def cheapest_units(states: Sequence[ObsState], units: int, count: int) -> tuple[IntArray, list[float]]:
-    """The next ``count`` of ``units`` to remove, and the cost of each. Between them the costs of the cheapest
-    ``2 * count`` are updated exactly."""
+def cheapest_units(states: Sequence[ObsState], units: int, count: int, at_once: int = 1) -> IntArray:
+    """The next ``count`` of ``units`` to remove. The costs of the cheapest ``2 * count`` are updated exactly after
+    every ``at_once`` of them."""
     score = np.sum([state.costs() for state in states], axis=0)
     candidates = np.argsort(score, kind="stable")[: min(units, 2 * count)]
     subsets = [state.subset(candidates) for state in states]
-    removed: list[int] = []
-    costs: list[float] = []
-    for _ in range(count):
+    removed = np.empty(0, np.int64)
+    while len(removed) < count:
         cost = np.sum([subset.costs() for subset in subsets], axis=0)
         cost[removed] = np.inf
-        removed.append(int(np.argmin(cost)))
-        costs.append(float(cost[removed[-1]]))
+        next_ones = np.argsort(cost, kind="stable")[: min(at_once, count - len(removed))]
+        removed = np.concatenate([removed, next_ones])
         for subset in subsets:
-            subset.remove(removed[-1])
-    return candidates[removed], costs
+            subset.remove(next_ones)
+    return np.asarray(candidates[removed])
 
 
 class ObsSubset:
@@ -231,16 +230,17 @@ class ObsSubset:
         """[units]: tr(((H^-1)_ii)^-1 w_i w_i')."""
         return unit_costs(diagonal_blocks(self.inverse, self.columns), diagonal_blocks(self.gram, self.columns))
 
-    def remove(self, unit: int) -> None:
-        """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the unit's rows."""
-        rows = slice(unit * self.columns, (unit + 1) * self.columns)
+    def remove(self, units: IntArray) -> None:
+        """w -> w - t w_u and H^-1 -> H^-1 - t (H^-1)_u with t = (H^-1)^u ((H^-1)_u^u)^-1, u the rows of the units."""
+        rows = unit_columns(units, self.columns)
         cross, cross_gram = self.inverse[:, rows], self.gram[:, rows]
-        factor = cross / cross[rows] if self.columns == 1 else np.linalg.solve(cross[rows], cross.T).T
+        factor = cross / cross[rows] if len(rows) == 1 else np.linalg.solve(cross[rows], cross.T).T
         half = factor @ (cross_gram - factor @ (cross_gram[rows] / 2)).T
         self.inverse -= factor @ cross.T
         self.gram -= half + half.T
-        self.inverse[rows] = self.inverse[:, rows] = self.gram[rows] = self.gram[:, rows] = 0.0
-        self.inverse[rows, rows] = np.eye(self.columns)
+        self.inverse[rows] = self.gram[rows] = 0.0
+        self.inverse[:, rows] = self.gram[:, rows] = 0.0
+        self.inverse[rows, rows] = 1.0
 
 
 def unit_costs(pivots: FloatArray, grams: FloatArray) -> FloatArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -84,10 +84,10 @@ class ClosedForms:
     def empty(cls, analysis: Analysis) -> ClosedForms:
         return cls(analysis, {}, {}, {}, {}, {}, 0)
 
-    def without_refits(self) -> ClosedForms:
-        """The same without the refitted weights that were kept for trials."""
+    def without_factors(self) -> ClosedForms:
+        """The same without the factors that give trials their weights."""
         bare = {
-            group_id: tuple(replace(order, refits={}) for order in orders)
+            group_id: tuple(replace(order, factors=()) for order in orders)
             for group_id, orders in self.elimination_orders.items()
         }
         return replace(self, elimination_orders=bare)
@@ -140,38 +140,34 @@ def solve_closed_forms(
     analysis: Analysis,
     statistics: Statistics,
     groups: Sequence[Group],
-    refit_widths: Mapping[str, Collection[int]] | None = None,
     store: SpillableStore | None = None,
     progress: Progress = SILENT,
 ) -> ClosedForms:
     """Solve the closed forms of these groups for every width.
 
-    ``refit_widths``: group id -> widths (of ``elimination_widths``) whose refitted weights are kept for trials, in
-    ``store`` if it is given. Raises UserError where ``statistics`` are of another model, or not of these groups.
+    ``store``: where the factors are kept that give trials their weights; None: none are. Raises UserError where
+    ``statistics`` are of another model, or not of these groups.
     """
     moment_set = moments_from_statistics(analysis, statistics, groups)
     orders: dict[str, tuple[EliminationOrder, ...]] = {}
     for group in track(progress, "order", groups, len(groups)):
         if moment_set.kinds.get(group.id) in ("refit", "score_selection"):
-            moments, widths = moment_set.moments[group.id], (refit_widths or {}).get(group.id, ())
             with solving(group.id):
-                solved = elimination_orders(analysis, group, moments, widths)
-            orders[group.id] = solved if store is None else tuple(spill_refits(order, store) for order in solved)
+                solved = elimination_orders(analysis, group, moment_set.moments[group.id])
+            orders[group.id] = tuple(store_factors(order, store) for order in solved)
     return replace(solve_bases(analysis, moment_set, groups), elimination_orders=orders)
 
 
-def elimination_orders(
-    analysis: Analysis, group: Group, moments: GroupMoments, refit_widths: Collection[int] = ()
-) -> tuple[EliminationOrder, ...]:
+def elimination_orders(analysis: Analysis, group: Group, moments: GroupMoments) -> tuple[EliminationOrder, ...]:
     """One per block."""
     if moments.score_loss is not None:
         return tuple(eliminate_by_score_loss(losses) for losses in moments.score_loss)
-    return (eliminate(least_squares_systems(analysis, group, moments), group.size, refit_at=refit_widths),)
+    return (eliminate(least_squares_systems(analysis, group, moments), group.size),)
 
 
-def spill_refits(order: EliminationOrder, store: SpillableStore) -> EliminationOrder:
-    """The same with its refitted weights kept in ``store``."""
-    return replace(order, refits={width: tuple(map(store.keep, rows)) for width, rows in order.refits.items()})
+def store_factors(order: EliminationOrder, store: SpillableStore | None) -> EliminationOrder:
+    """The same with its factors in ``store``; without them where there is none."""
+    return replace(order, factors=() if store is None else tuple(f.stored(store.keep) for f in order.factors))
 
 
 def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:

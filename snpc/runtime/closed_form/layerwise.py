@@ -24,7 +24,15 @@ from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.slicing import rewrite_model
 from snpc.passes.weights import WeightEdits, apply_edits
 from snpc.planning import SlicePlan, cuts_of
-from snpc.runtime.batches import BatchProgram, BatchSums, BatchValues, DenseValues, LocalBatchValues, dense_name
+from snpc.runtime.batches import (
+    BatchProgram,
+    BatchSums,
+    BatchValues,
+    DenseValues,
+    DistributedBatchValues,
+    LocalBatchValues,
+    dense_name,
+)
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
@@ -44,6 +52,7 @@ from snpc.runtime.statistics import (
     PaddingMasks,
     consumer_moments,
     find_padding,
+    keep_token_masks,
     probe_row_counters,
     token_mask_runner,
     unpack_symmetric,
@@ -137,11 +146,33 @@ def first_values(
             for number, feeds in enumerate(calibration.batches()):
                 yield {**feeds, **masks(feeds), **(dense.batches[number] if known and dense is not None else {})}
 
+    if execution.executor is not None:
+        return values_on_workers(fit, names, calibration, execution, dense)
     values = LocalBatchValues(batches(), execution)
     if not known:
         model = model_with_outputs(fit.analysis.traced_graph, names)
         kept = {name: dense_name(name) for name in names}
         values.run(BatchProgram(model, kept=kept))
+    return values
+
+
+def values_on_workers(
+    fit: LayerwiseFit,
+    names: tuple[str, ...],
+    calibration: Calibration,
+    execution: Execution,
+    dense: DenseValues | None,
+) -> BatchValues:
+    """``first_values`` on the workers of ``execution.executor``."""
+    assert execution.executor is not None
+    if dense is not None and dense.on_workers is not None and set(names) <= set(dense.names):
+        values, known = dense.on_workers.branch(), True
+    else:
+        values, known = DistributedBatchValues(calibration, execution.executor, execution), False
+    keep_token_masks(values, fit.analysis.traced_graph, fit.padding)
+    if not known:
+        model = model_with_outputs(fit.analysis.traced_graph, names)
+        values.run(BatchProgram(model, kept={name: dense_name(name) for name in names}))
     return values
 
 

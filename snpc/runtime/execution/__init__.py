@@ -85,7 +85,7 @@ from snpc.runtime.execution.temporary_session import (
     save_runnable,
     temporary_session,
 )
-from snpc.runtime.execution.workers import LostWorker, Workers, workers_of
+from snpc.runtime.execution.workers import LostWorker, Reduction, Workers, workers_of
 
 __all__ = [
     "DEFAULT_EXECUTION",
@@ -100,6 +100,7 @@ __all__ = [
     "LostWorker",
     "Progress",
     "RandomInputs",
+    "Reduction",
     "RunFunction",
     "Runner",
     "SessionLoadError",

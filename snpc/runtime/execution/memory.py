@@ -8,12 +8,12 @@ import re
 import tempfile
 import weakref
 
-import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.graph import weight_bytes
 from snpc.runtime.execution.machine import free_memory
+from snpc.runtime.io import SpillFiles
 from snpc.types import AnyArray, Model
 
 BYTE_UNITS = {
@@ -55,41 +55,34 @@ def memory_budget(limit: int | None) -> int:
 
 
 class SpillableStore:
-    """Keeps arrays: up to ``limit`` bytes in memory, the others in temporary memory-mapped files.
-
-    The files lie in the system's temporary folder (TMPDIR) and are deleted with their arrays.
-    """
+    """Keeps arrays: up to ``limit`` bytes in memory, the others in temporary memory-mapped files."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.files = SpillFiles()
         self.bytes_in_memory = 0
         self.bytes_in_files = 0
 
     def keep(self, array: AnyArray) -> AnyArray:
-        """The array itself, or a copy of it in a file."""
+        """The array itself, or a copy of it in a file. Raises UserError where the files find no room."""
         if self.bytes_in_memory + array.nbytes > self.limit and array.nbytes:
             self.bytes_in_files += array.nbytes
-            return spill_to_file(array)
+            return self.spill(array)
         self.bytes_in_memory += array.nbytes
         weakref.finalize(array, self.release, array.nbytes)
         return array
 
-    def release(self, count: int) -> None:
-        self.bytes_in_memory -= count
-
-
-def spill_to_file(array: AnyArray) -> AnyArray:
-    with tempfile.TemporaryFile(prefix="snpc-") as file:
+    def spill(self, array: AnyArray) -> AnyArray:
         try:
-            np.ascontiguousarray(array).tofile(file)  # a mapped write would not survive a full disk
-            file.flush()
-            mapped: AnyArray = np.memmap(file, array.dtype, "r+", shape=array.shape or (1,))
+            return self.files.keep(array)
         except OSError as error:
             raise UserError(
                 f"{tempfile.gettempdir()}: no room for {array.nbytes / 1e6:.0f} MB that --memory-limit keeps out of "
                 f"memory ({error.strerror or error}): set TMPDIR, or raise --memory-limit"
             ) from None
-    return mapped.reshape(array.shape)
+
+    def release(self, count: int) -> None:
+        self.bytes_in_memory -= count
 
 
 def session_bytes(model: ir.Model) -> int:

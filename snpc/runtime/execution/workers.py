@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from concurrent.futures import as_completed as pool_completed
-from typing import Any, Protocol
+from threading import Event
+from typing import Any, NamedTuple, Protocol
 
 from snpc.errors import UserError
 from snpc.runtime.execution.machine import available_cores
 
 MERGED_AT_ONCE = 4  # results that one task of a reduction takes
-DASK_ERRORS = ("KilledWorker", "FutureCancelledError", "FuturesCancelledError", "CancelledError", "CommClosedError")
+WATCH_SECONDS = 0.2  # between two looks at which workers live
 
 
 class LostWorker(Exception):
-    """Workers died, and what they held is gone: the tasks can be run again with all that they need."""
+    """Workers died, and what they held is gone. ``tasks``: numbers of the tasks that they were to run."""
+
+    def __init__(self, tasks: Collection[int]) -> None:
+        super().__init__(f"the workers of tasks {', '.join(map(str, tasks))} are gone")
+        self.tasks = frozenset(tasks)
+
+
+class Reduction(NamedTuple):
+    """``merge`` takes the results of neighboring tasks, in their order, and then what was merged; ``finish`` takes the
+    last one."""
+
+    merge: Callable[..., Any]
+    finish: Callable[[Any], Any]
 
 
 class Workers(Protocol):
@@ -35,11 +50,11 @@ class Workers(Protocol):
         self,
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
-        merge: Callable[..., Any],
+        reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
-        """``merge`` of the results of one task for each of ``arguments``, in their order: neighbors are merged, and
-        then what was merged. Task k always prefers the same worker. ``advance(k)`` hears that task k is done.
+        """The reduced results of one task for each of ``arguments``. Task k always prefers the same worker.
+        ``advance(k)`` hears that task k is done.
 
         Raises what a task raises, and LostWorker.
         """
@@ -75,20 +90,20 @@ class PoolWorkers:
         self,
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
-        merge: Callable[..., Any],
+        reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
         try:
             futures = [self.executor.submit(function, *task) for task in arguments]
             try:
-                return self.merged(futures, merge, advance)
+                return reduction.finish(self.merged(futures, reduction.merge, advance))
             finally:
                 for future in futures:
                     future.cancel()
         except BrokenExecutor as error:
             raise UserError(
-                f"a worker process ended (killed, or out of memory), and this executor starts no other ({error}): run "
-                "again with fewer workers, or with Dask's, which run such tasks again (--cluster local:N)"
+                "a worker process ended (killed, or out of memory), and its executor starts no other: use fewer "
+                "workers, or those of Dask, which run lost tasks again (--cluster local:N)"
             ) from error
 
     def merged(self, futures: list[Future[Any]], merge: Callable[..., Any], advance: Callable[[int], None]) -> Any:
@@ -110,12 +125,14 @@ class PoolWorkers:
 
 
 class DaskWorkers:
-    """The workers of a Dask client. Neighbors of tasks run on the same worker, and results are merged on workers."""
+    """The workers of a Dask client. Task k runs where it ran before, as long as that worker lives; neighbors run on the
+    same worker, and results are merged on workers."""
 
     shares_files = False
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        self.places: dict[int, str] = {}
         info = self.described()
         self.count = sum(int(worker["nthreads"]) for worker in info.values())
         hosts = [worker["host"] for worker in info.values() for _ in range(int(worker["nthreads"]))]
@@ -132,34 +149,56 @@ class DaskWorkers:
         return dict(sorted(info.items()))
 
     def send(self, value: Any) -> Any:
-        return self.client.scatter([value], broadcast=True, hash=False)[0]
+        # As the result of a task, which Dask runs again where a worker that has it dies; scattered data is lost then.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph")
+            return self.client.submit(passed_on, value, pure=False)
 
     def run(
         self,
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]],
-        merge: Callable[..., Any],
+        reduction: Reduction,
         advance: Callable[[int], None],
     ) -> Any:
-        import distributed
-
-        addresses = list(self.described())
-        near = [addresses[k * len(addresses) // len(arguments) :][:1] for k in range(len(arguments))]
+        self.place(len(arguments))
         futures = [
-            self.client.submit(function, *task, pure=False, workers=place or None, allow_other_workers=bool(place))
-            for task, place in zip(arguments, near, strict=True)
+            self.client.submit(function, *task, pure=False, workers=[self.places[number]])
+            for number, task in enumerate(arguments)
         ]
-        numbers = {future.key: number for number, future in enumerate(futures)}
-        try:
-            result = self.merged(futures, merge)
-            for future in distributed.as_completed(futures):
-                advance(numbers[future.key])
-            return result.result()
-        except Exception as error:
-            self.client.cancel(futures)
-            if type(error).__name__ in DASK_ERRORS:
-                raise LostWorker(str(error)) from error
-            raise
+        result = self.client.submit(reduction.finish, self.merged(futures, reduction.merge), pure=False)
+        finished = Event()
+        result.add_done_callback(lambda future: finished.set())
+        reported: set[int] = set()
+        while not finished.wait(WATCH_SECONDS):
+            done = {number for number, future in enumerate(futures) if future.done()}
+            for number in sorted(done - reported):
+                advance(number)
+            reported |= done
+            self.check_places(len(arguments))
+        found = result.result()
+        for number in sorted(set(range(len(futures))) - reported):
+            advance(number)
+        return found
+
+    def place(self, tasks: int) -> None:
+        """Give each task without a living worker one: neighbors the same at first, later whoever has fewest."""
+        addresses = list(self.described())
+        if not addresses:
+            raise UserError(f"{self.client.scheduler.address}: all workers are gone: look at their logs")
+        if not self.places:
+            self.places = {number: addresses[number * len(addresses) // tasks] for number in range(tasks)}
+        for number in range(tasks):
+            if self.places.get(number) not in addresses:
+                taken = Counter(self.places.values())
+                self.places[number] = min(addresses, key=lambda address: taken[address])
+
+    def check_places(self, tasks: int) -> None:
+        """Raise LostWorker where a task would wait for a worker that is gone."""
+        alive = self.described()
+        lost = [number for number in range(tasks) if self.places[number] not in alive]
+        if lost:
+            raise LostWorker(lost)
 
     def merged(self, futures: list[Any], merge: Callable[..., Any]) -> Any:
         """A tree of merges over neighbors; Dask runs each where most of what it takes lies."""
@@ -172,6 +211,10 @@ class DaskWorkers:
 
     def broadcast(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.client.run(function, *arguments, on_error="ignore")
+
+
+def passed_on(value: Any) -> Any:
+    return value
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -16,6 +16,8 @@ Files
   publish        Publishing: finished files of a staging folder get their names, so that a fault at any step leaves
                  old or new files.
   save           Writing models: weights inside the file, or in a file beside it.
+  spill_files    Arrays in temporary files that are mapped into memory: the kernel moves them to the disk where memory
+                 gets short.
   tensor_checks  Checks of the tensors in a model file: types, shapes, numbers of bytes, and where external data may
                  lie.
   work_folder    Work folders: results of finished stages in files, so that a run that was killed goes on from them.
@@ -33,6 +35,7 @@ from snpc.runtime.io.mapped_npz import ArrayHeader, map_npz, read_array_header
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.publish import discard_model, publish_files
 from snpc.runtime.io.save import PROTOBUF_LIMIT, external_data_path, save
+from snpc.runtime.io.spill_files import SpillFiles
 from snpc.runtime.io.work_folder import NOT_STORED, StageEntry, StoredStage, WorkFolder, digest_of
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ __all__ = [
     "NOT_STORED",
     "PROTOBUF_LIMIT",
     "ArrayHeader",
+    "SpillFiles",
     "StageEntry",
     "StoredStage",
     "WorkFolder",

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from snpc.runtime.closed_form import (
     changed_constants,
     closed_form_edits,
     edited_constants,
-    elimination_widths,
     trial_weights,
 )
 from snpc.runtime.evaluation import OutputMetrics, metrics_identity
@@ -33,7 +33,9 @@ from snpc.runtime.execution import (
 from snpc.runtime.io import NOT_STORED, StoredStage
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
+from snpc.runtime.sensitivity.trial_workers import Trial, TrialSamples, TrialWorkers, can_be_sent
 from snpc.runtime.statistics import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
+from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
 
 # shares of a group's units that are kept in trials
@@ -85,11 +87,13 @@ def measure_loss_curves(
     with (
         execution.progress.stage("trials", len(trials) + rounds * len(groups)) as advance,
         token_mask_runner(source, padding, execution) as masks,
-        open_segmented_model(analysis, changed, execution) as model,
+        temporary_folder() as folder,
+        open_segmented_model(analysis, changed, execution, folder if execution.executor is not None else None) as model,
     ):
         store = SpillableStore(memory_budget(execution.memory_limit))
         pools: list[list[TrialBatch]] = []
-        for pool in sample_pools(calibration):
+        samples = sample_pools(calibration)
+        for pool in samples:
             pools.append([])
             for feeds in pool:
                 states = model.dense_states(feeds, store)
@@ -98,6 +102,8 @@ def measure_loss_curves(
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
         stage = trial_stage(closed_forms, scores, calibration, limited, execution)
         measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage, advance)
+        if execution.executor is not None:
+            measurement.workers = trial_workers(model, folder, samples, pools, execution)
         measurement.measure(trials)
         for _ in range(rounds):
             assert budget is not None
@@ -125,6 +131,19 @@ def initial_widths(closed_forms: ClosedForms, groups: Sequence[Group]) -> Iterat
         yield group, nearest_widths(group, [next(shares[group.role])] if one_is_enough else CURVE_SHARES)
 
 
+@dataclass(frozen=True)
+class WidthTrial:
+    """A group cut to ``width``, on the samples of pool number ``pool``."""
+
+    group: Group
+    width: int
+    pool: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.group.id} {self.width} of {self.group.size}, samples {self.pool}"
+
+
 class CurveMeasurement:
     """The trials so far, and the curves through them."""
 
@@ -140,30 +159,51 @@ class CurveMeasurement:
     ) -> None:
         self.closed_forms, self.scores, self.model, self.pools = closed_forms, scores, model, pools
         self.stage, self.advance = stage, advance
+        self.workers: TrialWorkers | None = None  # None: trials run in this process
         self.priors = {group.id: prior_curve(closed_forms, group) for group in groups}
         self.next_pool = {group.id: index for index, group in enumerate(groups)}
         self.changes: dict[tuple[str, int], OutputChange] = {}
 
     def measure(self, trials: Iterable[tuple[Group, Sequence[int]]]) -> None:
         """Try these widths, except those that were tried before."""
+        planned: dict[tuple[str, int], WidthTrial] = {}
+        ends: list[int] = []  # how many trials are planned when those of a group are; the stage counts groups
         for group, widths in trials:
             for width in widths:
-                if (group.id, width) not in self.changes:
-                    self.changes[group.id, width] = self.measure_width(group, width)
-            self.advance(1)
+                if (group.id, width) not in self.changes and (group.id, width) not in planned:
+                    planned[group.id, width] = WidthTrial(group, width, self.next_pool[group.id] % len(self.pools))
+                    self.next_pool[group.id] += 1
+            ends.append(len(planned))
+        stored = {key: self.stage.get(trial.name) for key, trial in planned.items()}
+        changes = iter(self.changes_of([trial for key, trial in planned.items() if stored[key] is None]))
+        for number, (key, trial) in enumerate(planned.items()):
+            self.advance(ends.count(number))
+            entry = stored[key]
+            change = float(entry.record) if entry is not None else next(changes)
+            if entry is None:
+                self.stage.put(trial.name, change)
+            self.changes[key] = OutputChange(trial.group, trial.width, trial.pool, change)
+        self.advance(ends.count(len(planned)))
 
-    def measure_width(self, group: Group, width: int) -> OutputChange:
-        pool = self.next_pool[group.id] % len(self.pools)
-        self.next_pool[group.id] += 1
-        name = f"{group.id} {width} of {group.size}, samples {pool}"
-        stored = self.stage.get(name)
-        if stored is not None:
-            return OutputChange(group, width, pool, float(stored.record))
-        arrays = trial_constants(self.closed_forms, self.scores, group, width)
-        changes = [batch.change(self.model.outputs_with(batch.states, group.id, arrays)) for batch in self.pools[pool]]
-        change = float(np.mean(changes))
-        self.stage.put(name, change)
-        return OutputChange(group, width, pool, change)
+    def changes_of(self, trials: Sequence[WidthTrial]) -> Iterator[float]:
+        """The change of the outputs in each trial, run here or by workers."""
+        if self.workers is None:
+            for trial in trials:
+                arrays = self.arrays_of(trial)
+                batches = self.pools[trial.pool]
+                outputs = (self.model.outputs_with(batch.states, trial.group.id, arrays) for batch in batches)
+                yield float(np.mean([batch.change(found) for batch, found in zip(batches, outputs, strict=True)]))
+            return
+        size = self.workers.at_once
+        for start in range(0, len(trials), size):
+            sent = [
+                Trial(*self.model.spans[trial.group.id], trial.pool, self.arrays_of(trial))
+                for trial in trials[start : start + size]
+            ]
+            yield from self.workers.changes(sent)
+
+    def arrays_of(self, trial: WidthTrial) -> dict[str, AnyArray]:
+        return trial_constants(self.closed_forms, self.scores, trial.group, trial.width)
 
     def curves(self) -> dict[str, FloatArray]:
         return fit_curves(self.priors, list(self.changes.values()))
@@ -206,6 +246,27 @@ class TrialBatch:
         return self.metrics.change(self.states[-1], outputs, self.token_masks)
 
 
+def trial_workers(
+    model: SegmentedModel,
+    folder: Path,
+    samples: Sequence[Sequence[Feeds]],
+    pools: Sequence[Sequence[TrialBatch]],
+    execution: Execution,
+) -> TrialWorkers | None:
+    """What runs trials on the workers of ``execution.executor``; None where a metric of the user's cannot be sent."""
+    assert execution.executor is not None
+    sent = tuple(
+        tuple(
+            TrialSamples(feeds, batch.token_masks, batch.metrics)
+            for feeds, batch in zip(feeds_of_pool, pool, strict=True)
+        )
+        for feeds_of_pool, pool in zip(samples, pools, strict=True)
+    )
+    if not can_be_sent(sent):
+        return None
+    return TrialWorkers(execution.executor, model, folder, sent, execution)
+
+
 def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
     """``SAMPLE_POOLS`` sets of ``SAMPLES_PER_WIDTH`` samples, from the first batches."""
     count = -(-SAMPLES_PER_WIDTH // calibration.batch)
@@ -214,14 +275,13 @@ def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
 
 
 def measurable_widths(group: Group) -> list[int]:
-    """Every width that may be tried. The elimination keeps the refitted consumer weights of these."""
+    """Every width that may be tried, apart from none and all."""
     return nearest_widths(group, SHARE_GRID)
 
 
 def nearest_widths(group: Group, shares: Sequence[float]) -> list[int]:
     """The nearest of ``measurable_widths`` to these shares of a group's units."""
-    steps = elimination_widths(group.size)[:-1]
-    grid = sorted({min(steps, key=lambda width: abs(width - group.size * share)) for share in SHARE_GRID if steps})
+    grid = sorted({min(max(round(group.size * share), 1), group.size - 1) for share in SHARE_GRID if group.size > 1})
     return sorted({min(grid, key=lambda width: abs(width - group.size * share)) for share in shares if grid})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -24,6 +25,7 @@ from snpc.runtime.execution import (
     RunFunction,
     SessionLoadError,
     SpillableStore,
+    save_runnable,
     temporary_session,
 )
 from snpc.types import AnyArray, Feeds, Group
@@ -53,12 +55,23 @@ class SegmentSession:
 
 
 @dataclass(frozen=True)
+class SavedSegment:
+    """The files of a segment's two sessions; ``variable`` None: trials change nothing in it."""
+
+    segment: Segment
+    fixed: str
+    variable: str | None
+
+
+@dataclass(frozen=True)
 class SegmentedModel:
-    """``spans``: group id -> the first and the last segment in which its weights are used."""
+    """``spans``: group id -> the first and the last segment in which its weights are used. ``saved``: the files of the
+    segments, where they are wanted."""
 
     segments: tuple[SegmentSession, ...]
     spans: Mapping[str, tuple[int, int]]
     outputs: tuple[str, ...]
+    saved: tuple[SavedSegment, ...] = ()
 
     def dense_states(self, feeds: Feeds, store: SpillableStore) -> SegmentStates:
         """The dense model's values at every border, kept in ``store``."""
@@ -72,6 +85,12 @@ class SegmentedModel:
     def outputs_with(self, dense: SegmentStates, group_id: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """The model's outputs where the group's weights are ``arrays``."""
         first, last = self.spans[group_id]
+        return self.outputs_between(dense, first, last, arrays)
+
+    def outputs_between(
+        self, dense: SegmentStates, first: int, last: int, arrays: Mapping[str, AnyArray]
+    ) -> dict[str, AnyArray]:
+        """The model's outputs where weights of the segments from ``first`` to ``last`` are ``arrays``."""
         state = dense[first]
         for index, segment in enumerate(self.segments[first:], start=first):
             state = segment.run(state, arrays if index <= last else None)
@@ -80,12 +99,15 @@ class SegmentedModel:
 
 @contextmanager
 def open_segmented_model(
-    analysis: Analysis, changed: Mapping[str, Collection[str]], execution: Execution = DEFAULT_EXECUTION
+    analysis: Analysis,
+    changed: Mapping[str, Collection[str]],
+    execution: Execution = DEFAULT_EXECUTION,
+    folder: Path | None = None,
 ) -> Iterator[SegmentedModel]:
     """The analyzed model in segments that end where a group's contribution joins the residual stream.
 
     ``changed``: group id -> names of the constants that its trials change. Where a segment cannot be run on its own,
-    the model is one segment.
+    the model is one segment. ``folder``: where the segments are saved for other processes.
     """
     source = analysis.traced_graph
     ends = [end for group in analysis.groups if group.id in changed for end in segment_ends(analysis, group)]
@@ -96,10 +118,12 @@ def open_segmented_model(
             check_boundary_types(source.facts, segments)
             sessions = open_segments(source, segments, names, execution, stack)
         except (NotSegmentable, SessionLoadError):
-            sessions = open_segments(source, split_into_segments(source.model, []), names, execution, stack)
+            segments = split_into_segments(source.model, [])
+            sessions = open_segments(source, segments, names, execution, stack)
+        saved = () if folder is None else save_segments(source, segments, names, folder)
         spans = {group_id: span_of(sessions, constants) for group_id, constants in changed.items()}
         computed = [value for value in source.model.graph.outputs if value.producer() is not None]  # the rest is stored
-        yield SegmentedModel(sessions, spans, tuple(str(value.name) for value in computed))
+        yield SegmentedModel(sessions, spans, tuple(str(value.name) for value in computed), saved)
 
 
 def span_of(sessions: Sequence[SegmentSession], constants: Collection[str]) -> tuple[int, int]:
@@ -122,6 +146,33 @@ def open_segment(
     source: TracedGraph, segment: Segment, names: set[str], execution: Execution, stack: ExitStack
 ) -> SegmentSession:
     """The two sessions of one segment; ``names``: constants that trials change."""
+    fixed, variable, weights = segment_models(source, segment, names)
+    session = stack.enter_context(temporary_session(fixed, execution=execution, memory="shared"))
+    if variable is None:
+        return SegmentSession(segment, session, session, weights)
+    with_weight_inputs = stack.enter_context(temporary_session(variable, execution=execution, memory="shared"))
+    return SegmentSession(segment, session, with_weight_inputs, weights)
+
+
+def save_segments(
+    source: TracedGraph, segments: Sequence[Segment], names: set[str], folder: Path
+) -> tuple[SavedSegment, ...]:
+    """Write the models of all segments to ``folder``."""
+    saved = []
+    for index, segment in enumerate(segments):
+        fixed, variable, _ = segment_models(source, segment, names)
+        files = f"fixed-{index}.onnx", f"variable-{index}.onnx"
+        save_runnable(fixed, folder / files[0])
+        if variable is not None:
+            save_runnable(variable, folder / files[1])
+        saved.append(SavedSegment(segment, files[0], files[1] if variable is not None else None))
+    return tuple(saved)
+
+
+def segment_models(
+    source: TracedGraph, segment: Segment, names: set[str]
+) -> tuple[ir.Model, ir.Model | None, dict[str, AnyArray]]:
+    """(the segment, the same with the constants ``names`` as inputs, these constants); None where it has none."""
     model = extract_segment(source.model, segment, source.facts)
     weights = {
         name: constant_array(source.model.graph.initializers[name])
@@ -129,17 +180,14 @@ def open_segment(
         if name in names
     }
     fixed = finalize(model.clone() if weights else model)
-    session = stack.enter_context(temporary_session(fixed, execution=execution, memory="shared"))
     if not weights:
-        return SegmentSession(segment, session, session, weights)
+        return fixed, None, weights
     weigh_statistics(model.graph, source.trace, (s for s in source.trace.statistics if weights_name(s) in names))
     weights |= {
         name: constant_array(value) for name, value in model.graph.initializers.items() if name in names - set(weights)
     }
     # weights become inputs before the model is finalized: constants that are equal now may differ in a trial
-    variable = finalize(weights_to_inputs(model, names))
-    with_weight_inputs = stack.enter_context(temporary_session(variable, execution=execution, memory="shared"))
-    return SegmentSession(segment, session, with_weight_inputs, weights)
+    return fixed, finalize(weights_to_inputs(model, names)), weights
 
 
 def segment_ends(analysis: Analysis, group: Group) -> list[int]:

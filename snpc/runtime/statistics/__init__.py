@@ -1,6 +1,7 @@
 """Statistics of activations, collected inside onnxruntime over calibration data.
 
 Files
+  distributed_measure  Statistics measured by the workers of an executor, each on its share of the batches.
   gate_gradients    Gradients of unit gates, for criteria that ask for them.
   instrument        Statistics as nodes of the graph: the runtime sums them along with the model, so that no activation
                     is kept.
@@ -26,6 +27,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.runtime.statistics.distributed_measure import keep_token_masks
 from snpc.runtime.statistics.gate_gradients import (
     GATE_PREFIX,
     GateObserver,
@@ -43,6 +45,7 @@ from snpc.runtime.statistics.moments import (
     MomentSet,
     consumer_moments,
     group_moments,
+    moment_about,
     required_statistics,
 )
 from snpc.runtime.statistics.packed_symmetric import unpack_symmetric, unpacked_size
@@ -54,6 +57,7 @@ from snpc.runtime.statistics.padding import (
     probe_row_counters,
     token_mask_runner,
 )
+from snpc.runtime.statistics.rows import SampledRows
 from snpc.runtime.statistics.statistics import (
     Statistics,
     check_statistics_match,
@@ -79,6 +83,7 @@ __all__ = [
     "LazyMoments",
     "MomentSet",
     "PaddingMasks",
+    "SampledRows",
     "StatisticKey",
     "StatisticRequest",
     "Statistics",
@@ -92,9 +97,11 @@ __all__ = [
     "find_padding",
     "group_moments",
     "group_weight_rows",
+    "keep_token_masks",
     "load_statistics",
     "measure_statistics",
     "measure_token_relevance",
+    "moment_about",
     "needs_gate_gradients",
     "needs_gradient_provider",
     "probe_row_counters",

@@ -18,7 +18,12 @@ from snpc.runtime.statistics.gate_gradients import GATE_PREFIX
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.packed_symmetric import packed_length
-from snpc.runtime.statistics.padding import find_padding, probe_row_counters, token_mask_runner
+from snpc.runtime.statistics.padding import (
+    PaddingMasks,
+    find_padding,
+    probe_row_counters,
+    token_mask_runner,
+)
 from snpc.runtime.statistics.score_loss import score_loss_matrix
 from snpc.types import AnyArray, Feeds, Group, Probe
 
@@ -147,16 +152,10 @@ def statistic_elements(request: StatisticRequest, batch: int) -> int:
     return blocks * (size * size if square else size + 1) * (batch if per_sample else 1)
 
 
-def measure_batches(
-    analysis: Analysis,
-    requests: Sequence[StatisticRequest],
-    batches: Iterable[Feeds],
-    *,
-    kept: Sequence[str] = (),
-    execution: Execution = DEFAULT_EXECUTION,
-) -> Iterator[dict[str, AnyArray]]:
-    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32, and the
-    values named ``kept``; the caller sums over batches in float64. Padded tokens do not count."""
+def measuring_model(
+    analysis: Analysis, requests: Sequence[StatisticRequest], kept: Sequence[str] = ()
+) -> tuple[ir.Model, PaddingMasks]:
+    """(the model with an output for each statistic and for each value named ``kept``, the masks that it takes)."""
     source = analysis.traced_graph
     probes = [
         (probe, request.group.blocks * request.group.size)
@@ -171,9 +170,23 @@ def measure_batches(
     types = {str(value.name): dtype for value, dtype in source.facts.dtype.items() if dtype is not None}
     for name in kept:
         instrument.add_output(instrument.values[name], name, types[name])
+    return instrument.model, padding
+
+
+def measure_batches(
+    analysis: Analysis,
+    requests: Sequence[StatisticRequest],
+    batches: Iterable[Feeds],
+    *,
+    kept: Sequence[str] = (),
+    execution: Execution = DEFAULT_EXECUTION,
+) -> Iterator[dict[str, AnyArray]]:
+    """Run the instrumented model over ``batches``. Yields per batch: output name -> statistic in float32, and the
+    values named ``kept``; the caller sums over batches in float64. Padded tokens do not count."""
+    model, padding = measuring_model(analysis, requests, kept)
     with (
-        token_mask_runner(source, padding, execution) as masks,
-        temporary_session(instrument.model, execution=execution) as run,
+        token_mask_runner(analysis.traced_graph, padding, execution) as masks,
+        temporary_session(model, execution=execution) as run,
     ):
         for feeds in batches:
             try:

@@ -41,6 +41,11 @@ class PaddingMasks:
     row_masks: Mapping[str, RowMask] = field(default_factory=dict)
     sources: Mapping[str, PaddingSource] = field(default_factory=dict)
 
+    @property
+    def reading(self) -> MaskReading:
+        """How the masks are read from what the graph computes."""
+        return MaskReading({name: source.kind == "weights" for name, source in self.sources.items()})
+
 
 def find_padding(traced_graph: TracedGraph, tensors: Iterable[tuple[str, RowCounter]]) -> PaddingMasks:
     """The masks of these (tensor, how its rows are counted), for tensors whose padding the graph shows."""
@@ -140,6 +145,13 @@ def token_mask_runner(
     if not padding.sources:
         yield lambda feeds: {}
         return
+    masks = padding.reading
+    with temporary_session(masking_model(traced_graph, padding), execution=execution) as run:
+        yield lambda feeds: masks(run(feeds))
+
+
+def masking_model(traced_graph: TracedGraph, padding: PaddingMasks) -> ir.Model:
+    """The model with what the masks of ``padding`` are read from as outputs, under their names."""
     instrument = Instrument(traced_graph.model)
     for name, source in padding.sources.items():
         if source.kind == "weights":
@@ -147,10 +159,18 @@ def token_mask_runner(
         else:
             dtype = traced_graph.facts.dtype[source.value]
             instrument.add_output(instrument.values[str(source.value.name)], name, dtype or ir.DataType.UNDEFINED)
-    with temporary_session(instrument.model, execution=execution) as run:
-        yield lambda feeds: {
-            name: valid_tokens(array, padding.sources[name].kind == "weights") for name, array in run(feeds).items()
-        }
+    return instrument.model
+
+
+@dataclass(frozen=True)
+class MaskReading:
+    """From the outputs of ``masking_model`` to masks. ``from_weights``: name of a mask -> is it read from attention
+    weights?"""
+
+    from_weights: Mapping[str, bool]
+
+    def __call__(self, outputs: Mapping[str, AnyArray]) -> TokenMasks:
+        return {name: valid_tokens(outputs[name], weights) for name, weights in self.from_weights.items()}
 
 
 def valid_tokens(array: AnyArray, weights: bool) -> TokenMask:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from snpc.graph import ShapeFacts
 from snpc.passes import Analysis
@@ -25,6 +25,21 @@ MIN_ROWS = 16384
 MIN_ROWS_PER_SAMPLE = 8
 PADDED_SHARE = 4  # where padding does not count, so many times as many rows are taken: how many count is not known yet
 SINCE_OPSET = 11  # the operators that choose rows
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Second moments of ``groups`` groups, of so many ``columns``, are from ``seen`` of ``rows`` rows."""
+
+    groups: int
+    columns: int
+    seen: int
+    rows: int
+
+    def describe(self) -> str:
+        """``second moments of 12 groups from 25,216 of 100,864 rows of 3072 columns``"""
+        groups = "one group" if self.groups == 1 else f"{self.groups} groups"
+        return f"second moments of {groups} from {self.seen:,} of {self.rows:,} rows of {self.columns} columns"
 
 
 def choose_strides(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,15 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.batches import DenseValues, add_up
+from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up
 from snpc.runtime.calibration import Calibration, DataPart
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
+from snpc.runtime.execution import DEFAULT_EXECUTION, Advance, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, atomic_write
+from snpc.runtime.statistics.distributed_measure import (
+    StatisticObserver,
+    measure_on_workers,
+    statistic_observer,
+)
 from snpc.runtime.statistics.gate_gradients import needs_gate_gradients, observe_gate_gradients
 from snpc.runtime.statistics.measure import (
     StatisticRequest,
@@ -29,8 +34,9 @@ from snpc.runtime.statistics.measure import (
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
+from snpc.runtime.statistics.packed_symmetric import unpacked_size
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters
-from snpc.runtime.statistics.rows import choose_strides, seen_shares
+from snpc.runtime.statistics.rows import SampledRows, choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group
 
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
@@ -93,6 +99,17 @@ class Statistics:
             odd=add_halves(self, other),
             seen=seen,
         )
+
+    @property
+    def sampled_rows(self) -> tuple[SampledRows, ...]:
+        """Where not all rows were summed: from how many, by size."""
+        found: Counter[tuple[int, int, int]] = Counter()
+        for group, share in self.seen.items():
+            joint = [array for name, array in self.sums[group].items() if has_halves(name)]
+            rows = max(float(array[-1]) for array in joint)
+            columns = max(unpacked_size(len(array)) or 1 for array in joint) - 1
+            found[columns, round(share * rows), round(rows)] += 1
+        return tuple(SampledRows(number, *what) for what, number in sorted(found.items()))
 
     def describe_sources(self) -> str:
         """The calibration data, in words."""
@@ -188,18 +205,12 @@ def run_measurement(
     requests = choose_strides(analysis, calibration, requests, masked)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    kept = dense.names if dense is not None else ()
     passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
     with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
-        for measured in passes:
-            results = measure_batches(analysis, measured, calibration.batches(), kept=kept, execution=execution)
-            for number, result in enumerate(results):
-                check_measured(measured, result, calibration, number)
-                totals.add(measured, result, odd=number % 2 == 1)
-                if dense is not None and kept:
-                    dense.add(result)
-                advance(1)
-            kept = ()
+        if execution.executor is not None:
+            measure_passes_on_workers(analysis, calibration, passes, totals, dense, execution, advance)
+        else:
+            measure_passes(analysis, calibration, passes, totals, dense, execution, advance)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -229,17 +240,53 @@ def run_measurement(
     )
 
 
-def check_measured(
-    requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray], calibration: Calibration, number: int
+def measure_passes(
+    analysis: Analysis,
+    calibration: Calibration,
+    passes: Sequence[Sequence[StatisticRequest]],
+    totals: StatisticAccumulator,
+    dense: DenseValues | None,
+    execution: Execution,
+    advance: Advance,
 ) -> None:
-    """Raise UserError where what was summed over batch ``number`` is not finite: a sum would hide where."""
-    for request in requests:
-        if not np.isfinite(outputs[request.output]).all():
-            raise UserError(
-                f"{calibration.source}: {calibration.batch_text(number)}, activations of {request.group.id} are not "
-                "finite, or too large to be squared: look for extreme values in these samples and for NaN in the "
-                "model's weights, or leave the group out (--exclude)"
-            )
+    """Measure in this process: the requests of one pass after those of the other."""
+    kept = dense.names if dense is not None else ()
+    for requests in passes:
+        observer = totals.observer(requests)
+        results = measure_batches(analysis, requests, calibration.batches(), kept=kept, execution=execution)
+        for number, result in enumerate(results):
+            for group, observed in observer.observe(result, calibration, number).items():
+                totals.add_observation(group, observed)
+                if number % 2 == 1:
+                    totals.add_half(group, observed)
+            if dense is not None and kept:
+                dense.add(result)
+            advance(1)
+        kept = ()
+
+
+def measure_passes_on_workers(
+    analysis: Analysis,
+    calibration: Calibration,
+    passes: Sequence[Sequence[StatisticRequest]],
+    totals: StatisticAccumulator,
+    dense: DenseValues | None,
+    execution: Execution,
+    advance: Advance,
+) -> None:
+    """The same on the workers of ``execution.executor``. ``dense`` stays with them."""
+    assert execution.executor is not None
+    values = DistributedBatchValues(calibration, execution.executor, execution)
+    for number, requests in enumerate(passes):
+        first = dense if number == 0 else None
+        sums, odd = measure_on_workers(analysis, values, requests, totals.observer(requests), first, advance)
+        for group, arrays in sums.items():
+            totals.add_observation(group, arrays)
+            totals.add_half(group, odd.get(group, {}))
+    if dense is not None and passes:
+        dense.on_workers = values
+    else:
+        values.close()
 
 
 class StatisticAccumulator:
@@ -252,32 +299,18 @@ class StatisticAccumulator:
         self.sums: dict[str, dict[str, FloatArray]] = {}
         self.odd: dict[str, dict[str, FloatArray]] = {}
 
-    def add(self, requests: Sequence[StatisticRequest], outputs: Mapping[str, AnyArray], odd: bool) -> None:
-        """Add one batch; ``outputs``: what the instrumented model gave. ``odd``: the batch belongs to the odd half."""
-        batch: dict[str, dict[str, AnyArray]] = defaultdict(dict)
-        groups = {request.group.id: request.group for request in requests}
-        for request in requests:
-            name, array, arrays = str(request.key), outputs[request.output], batch[request.group.id]
-            several = same_shape(arrays.get(name), array)
-            arrays[name] = np.add(arrays[name], array, dtype=np.float64) if several else array
-        for group_id, arrays in batch.items():
-            self.add_observation(
-                group_id, arrays if group_id in self.closed else self.observe(groups[group_id], arrays)
-            )
-            if odd and group_id in self.closed:
-                self.add_half(group_id, arrays)
+    def observer(self, requests: Iterable[StatisticRequest]) -> StatisticObserver:
+        """What makes of a batch that these requests measured the arrays that are added up."""
+        return statistic_observer(requests, frozenset(self.closed), self.criterion)
 
     def add_half(self, group_id: str, arrays: Mapping[str, AnyArray]) -> None:
-        """Add a batch of the odd half."""
-        for name in filter(has_halves, arrays):
+        """Add a batch of the odd half, or several."""
+        for name in filter(has_halves, arrays) if group_id in self.closed else ():
             half = self.odd.setdefault(group_id, {})
             if name in half:
                 half[name] += arrays[name]
             else:
                 half[name] = self.store.keep(np.array(arrays[name], np.float32))
-
-    def observe(self, group: Group, arrays: Mapping[str, AnyArray]) -> Mapping[str, FloatArray]:
-        return self.criterion.observe(group.role, {k: np.asarray(a, np.float64) for k, a in arrays.items()})
 
     def add_observation(self, name: str, observed: Mapping[str, AnyArray]) -> None:
         total = self.sums.setdefault(name, {})
@@ -286,10 +319,6 @@ class StatisticAccumulator:
                 add_up(total, key, array)
             else:
                 total[key] = self.store.keep(np.array(array, np.float64))
-
-
-def same_shape(first: AnyArray | None, second: AnyArray) -> bool:
-    return first is not None and first.shape == second.shape
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

@@ -28,10 +28,9 @@ from snpc.runtime.closed_form.elimination import (
     LeastSquaresSystem,
     ObsState,
     cheapest_units,
-    elimination_widths,
-    invert_positive_definite,
 )
 from snpc.runtime.closed_form.elimination import eliminate as eliminate_all
+from snpc.runtime.closed_form.factorization import inverse_hessian
 from snpc.runtime.statistics.moments import consumer_moments
 from snpc.types import FloatArray, IntArray
 
@@ -301,13 +300,12 @@ def test_a_unit_that_others_can_stand_in_for_goes_first(seed: int, size: int, dr
 
 @given(SEEDS, st.integers(2, 30), st.integers(1, 3), st.sampled_from([5, 48]))
 @PLAIN
-def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, columns: int, steps: int) -> None:
+def test_one_factor_gives_the_refit_of_every_width(seed: int, size: int, columns: int, steps: int) -> None:
     rng = np.random.default_rng(seed)
     found = [centre(data(seed + k, size * columns, rows=5 * size * columns)) for k in range(2)]
     systems = [LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
-    widths = [width for width in elimination_widths(size, steps) if width]
-    gone = eliminate_all(systems, size, steps, refit_at=widths)
-    assert set(gone.refits) == set(widths)
+    widths = range(1, size + 1)
+    gone = eliminate_all(systems, size, steps)
     for width in widths:
         keep = np.sort(gone.order[size - width :])
         noted = gone.refit_for(keep)
@@ -318,6 +316,41 @@ def test_weights_noted_on_the_way_are_those_of_a_refit(seed: int, size: int, col
         if width < size - 1:
             others = np.sort(gone.order[:width])
             assert gone.refit_for(others) is None or np.array_equal(others, keep)
+
+
+@given(SEEDS, st.integers(2, 30), st.integers(1, 3))
+@PLAIN
+def test_one_factor_gives_the_loss_of_every_width(seed: int, size: int, columns: int) -> None:
+    """The sum of the squared rows behind a width is the error of the refitted weights, with the ridge's share."""
+    rng = np.random.default_rng(seed)
+    x = centre(data(seed, size * columns, rows=5 * size * columns))
+    system = LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3)))
+    (factor,) = eliminate_all([system], size).factors
+    ridge = DEFAULT_RIDGE * np.trace(system.moment) / len(system.moment) + 1e-12
+    for count in range(0, size * columns + 1, columns):
+        keep = np.sort(factor.columns[:count])
+        fitted = refit_rows(system.moment, system.weight, keep)
+        change = system.weight.copy()
+        change[keep] -= fitted
+        expected = refit_loss(system.moment, system.weight, keep, fitted) + ridge * energy(change)
+        assert factor.losses[count] == pytest.approx(expected, rel=1e-6, abs=1e-9 * factor.losses[0])
+
+
+def test_large_systems_take_batches_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly the order of the exact elimination, and weights that are good to single precision."""
+    x, weight = data(3, 120, 60, rows=400), np.random.default_rng(3).normal(size=(120, 6))
+    system = LeastSquaresSystem(x.T @ x, weight, 0.01)
+    exact = eliminate_all([system], 120)
+    monkeypatch.setattr(elimination, "LARGE_ROWS", 100)
+    large = eliminate_all([system], 120)
+    assert large.factors[0].factor.dtype == np.float32 and exact.factors[0].factor.dtype == np.float64
+    for width in (30, 60, 90, 110):
+        assert large.loss[width] <= 1.2 * exact.loss[width] + 1e-6 * exact.loss[0]
+        keep = np.sort(large.order[120 - width :])
+        expected = refit_rows(system.moment, weight, keep, 0.01)
+        np.testing.assert_allclose(large.factors[0].refit(width), expected, atol=1e-3 * np.abs(expected).max())
+        lost = refit_loss(system.moment, weight, keep, expected)
+        assert large.loss[width] == pytest.approx(lost, rel=0.05, abs=1e-5 * exact.loss[0])
 
 
 def test_an_exact_copy_goes_first_and_its_weight_moves_to_the_other() -> None:
@@ -348,7 +381,7 @@ def test_the_order_of_the_units_does_not_matter(seed: int, size: int, steps: int
 def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
     """Within the cheapest 2 x count, the scores are exact after each."""
     x, weight = data(5, 8), np.random.default_rng(5).normal(size=(8, 3))
-    going, costs = cheapest_units([ObsState(LeastSquaresSystem(x.T @ x, weight), 8)], 8, count)
+    going = cheapest_units([ObsState(LeastSquaresSystem(x.T @ x, weight), 8)], 8, count)
     assert len(set(going)) == count
     first = {u: best_loss(ridged(x), weight, [k for k in range(8) if k != u]) for u in range(8)}
     pool = sorted(first, key=lambda u: first[u])[: 2 * count]
@@ -371,7 +404,7 @@ def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytes
     np.testing.assert_array_equal(found.order, whole.order)
     np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])
     np.testing.assert_allclose(
-        invert_positive_definite(add_ridge(systems[0].moment)) @ add_ridge(systems[0].moment),
+        inverse_hessian(add_ridge(systems[0].moment), np.dtype(np.float64)) @ add_ridge(systems[0].moment),
         np.eye(size * columns),
         atol=1e-8,
     )

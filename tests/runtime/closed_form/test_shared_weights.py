@@ -61,7 +61,8 @@ def found_for(name: str, role: Role) -> tuple[ClosedForms, Feeds]:
     analysis, feeds = analysis_of(name), random_feeds(name, SAMPLES)
     groups = groups_of(analysis, role)
     assert groups
-    statistics = snpc.measure_statistics(analysis, calibration_of(analysis, feeds, 16), groups)
+    one_batch = calibration_of(analysis, feeds, SAMPLES)  # it has no halves: the ridge of a rule
+    statistics = snpc.measure_statistics(analysis, one_batch, groups)
     return snpc.solve_closed_forms(analysis, statistics, groups), feeds
 
 

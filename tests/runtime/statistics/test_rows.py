@@ -128,6 +128,9 @@ def test_sampled_statistics_stand_for_all_rows(name: str, monkeypatch: pytest.Mo
                 assert unpack_symmetric(found).trace() == pytest.approx(unpack_symmetric(array).trace(), rel=0.2)
             else:
                 np.testing.assert_array_equal(found, array)
+    lines = [rows_seen.describe() for rows_seen in some.sampled_rows]
+    assert sum(rows_seen.groups for rows_seen in some.sampled_rows) == len(some.seen)
+    assert all(line.startswith("second moments of ") and " rows of " in line for line in lines)
     snpc.save_statistics(some, tmp_path / "s.npz")
     assert snpc.load_statistics(tmp_path / "s.npz").seen == some.seen
     mean = {group: (1 + share) / 2 for group, share in some.seen.items()}

@@ -17,8 +17,9 @@ from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod
 from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.execution.execution import Execution
-from snpc.runtime.execution.memory import parse_bytes, spill_to_file
+from snpc.runtime.execution.memory import parse_bytes
 from snpc.runtime.execution.random_inputs import random_batch
+from snpc.runtime.io.spill_files import SpillFiles
 from snpc.runtime.statistics.keys import StatisticKey
 from snpc.runtime.statistics.moments import group_moments
 from snpc.runtime.statistics.statistics import Statistics
@@ -257,7 +258,7 @@ def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) 
                 execution=Execution(memory_limit=limit, progress=progress),
             )
         )
-        passes.append(len(progress.begun))
+        passes.append(sum(total for _, total, _ in progress.finished) / 2)
     (one, many), (first, second) = passes, found
     assert one == 1 < many
     close(second, first, 1e-6)
@@ -288,11 +289,13 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
     assert made.closed_forms is not None
     files: list[int] = []
 
-    def counted(array: Array) -> Array:
-        files.append(array.nbytes)
-        return spill_to_file(array)
+    keep = SpillFiles.keep
 
-    monkeypatch.setattr("snpc.runtime.execution.memory.spill_to_file", counted)
+    def counted(self: SpillFiles, array: Array) -> Array:
+        files.append(array.nbytes)
+        return keep(self, array)
+
+    monkeypatch.setattr(SpillFiles, "keep", counted)
     found = []
     for limit in (1 << 40, 1):
         source = fit_layerwise(made.closed_forms, made.slices, data, Execution(memory_limit=limit))
