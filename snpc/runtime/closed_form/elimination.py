@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, add_ridge, unit_columns
+from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA, current_algebra
 from snpc.runtime.closed_form.factorization import OrderedFactor, factorize, inverse_hessian
 from snpc.types import FloatArray, IntArray
 
@@ -192,8 +193,11 @@ class InverseHessian:
         self.base = compact_rows(compact_rows(self.base, removed).T, removed).T
         self.update = np.concatenate([compact_rows(self.update, removed), factor], axis=1)
         if self.update.shape[1] >= BLOCK_ROWS:
-            for start in range(0, len(self.base), BLOCK_ROWS):  # a product that stays in the cache
-                self.base[start : start + BLOCK_ROWS] -= self.update[start : start + BLOCK_ROWS] @ self.update.T
+            algebra = current_algebra()
+            # on the CPU in blocks that stay in its cache
+            step = BLOCK_ROWS if algebra is NUMPY_ALGEBRA else max(len(self.base), 1)
+            for start in range(0, len(self.base), step):
+                self.base[start : start + step] -= algebra.product(self.update[start : start + step], self.update.T)
             self.update = self.update[:, :0]
         return factor, half
 

@@ -35,10 +35,8 @@ class OrderedFactor:
 
     def refit(self, count: int) -> FloatArray:
         """[count, D]: the refitted rows of the first ``count`` columns, ascending by column."""
-        from scipy.linalg import solve_triangular
-
         kept = np.asarray(self.factor[:count, :count])
-        rows = solve_triangular(kept, self.projected[:count], trans=1, lower=True, check_finite=False)
+        rows = current_algebra().solve_triangular(kept, np.asarray(self.projected[:count]), transposed=True)
         return np.asarray(rows[np.argsort(self.columns[:count])])
 
     def stored(self, keep: Callable[[AnyArray], AnyArray]) -> OrderedFactor:
@@ -52,7 +50,8 @@ def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray, dtype:
     Raises LinAlgError where the Hessian is not positive definite.
     """
     factor = cholesky_factor(hessian[np.ix_(columns, columns)].astype(dtype, copy=False))
-    return OrderedFactor(columns, factor, factor.T @ weight[columns].astype(dtype, copy=False))
+    projected = current_algebra().product(factor.T, weight[columns].astype(dtype, copy=False))
+    return OrderedFactor(columns, factor, projected)
 
 
 def cholesky_factor(matrix: FloatArray) -> FloatArray:

@@ -92,6 +92,12 @@ class ClosedForms:
         }
         return replace(self, elimination_orders=bare)
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells these closed forms, and what they were fitted to, from others: their losses."""
+        losses = {group.id: self.loss_curve(group) for group in self.analysis.groups}
+        return self.analysis.identity, self.kinds, losses, self.samples, self.source
+
     def loss_curve(self, group: Group) -> FloatArray | None:
         """[size + 1]: squared output error on the calibration data by how many units per block are kept; None where
         the group has no closed form."""
