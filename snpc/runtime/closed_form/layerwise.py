@@ -49,6 +49,7 @@ from snpc.runtime.closed_form.stages import (
     schedule_stages,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError
+from snpc.runtime.io import NOT_STORED, StageEntry, StoredStage
 from snpc.runtime.statistics import (
     Instrument,
     PaddingMasks,
@@ -90,16 +91,34 @@ def fit_layerwise(
     padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.size) for e in errors))
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names)
+    stored = stored_corrections(closed_forms, plan, calibration, execution)
+    known = [stored.get(stage.error.group.id) for stage in stages]
+    if all(known):  # nothing has to run
+        for stage, entry in zip(stages, known, strict=True):
+            assert entry is not None
+            compensate(fit, stage.error, fit.kept_units(stage.error), entry.arrays["weight"], entry.arrays["bias"])
+        return base
     try:
         with execution.progress.stage("layers", 1 + len(stages)) as advance:
             values = first_values(fit, stages, calibration, execution, dense)
             advance(1)
-            for number, stage in enumerate(stages):
-                fit_stage(fit, stage, values, last=number == len(stages) - 1)
+            for number, (stage, entry) in enumerate(zip(stages, known, strict=True)):
+                correction, bias = fit_stage(fit, stage, values, entry, last=number == len(stages) - 1)
+                if entry is None:
+                    stored.put(stage.error.group.id, arrays={"weight": correction, "bias": bias})
                 advance(1)
     except SessionLoadError as error:  # onnxruntime's own shape inference may need what lies before a segment
         raise NotSegmentable(str(error)) from error
     return base
+
+
+def stored_corrections(
+    closed_forms: ClosedForms, plan: SlicePlan, calibration: Calibration, execution: Execution
+) -> StoredStage:
+    """Where the corrections of this plan's layers are stored."""
+    if execution.work is None:
+        return NOT_STORED
+    return execution.stored_stage("layers", closed_forms.identity, calibration.identity, plan.keep)
 
 
 def fit_for_dense_stream(closed_forms: ClosedForms, plan: SlicePlan, errors: list[ResidualError]) -> TracedGraph:
@@ -188,14 +207,24 @@ def model_with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
     return instrument.model
 
 
-def fit_stage(fit: LayerwiseFit, stage: FitStage, values: BatchValues, last: bool) -> None:
-    """Measure the error at the end of one segment, change the weight in front of it, and move ``values`` there."""
+def fit_stage(
+    fit: LayerwiseFit, stage: FitStage, values: BatchValues, known: StageEntry | None, last: bool
+) -> tuple[FloatArray, FloatArray]:
+    """Measure the error at the end of one segment, change the weight in front of it, and move ``values`` there.
+    ``known``: what an earlier run made of it; the segment runs all the same, in the same way, for the values behind it.
+
+    Returns what was added to weight and bias.
+    """
     keep = fit.kept_units(stage.error)
     sums = values.run(measuring_program(fit, stage, len(keep)))
-    correction, bias = solve_residual_error(sums, len(keep))
+    if known is not None:
+        correction, bias = known.arrays["weight"], known.arrays["bias"]
+    else:
+        correction, bias = solve_residual_error(sums, len(keep))
     compensate(fit, stage.error, keep, correction, bias)
     if not last:
         values.run(correcting_program(fit, stage, correction, bias))
+    return correction, bias
 
 
 def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchProgram:
