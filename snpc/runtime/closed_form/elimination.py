@@ -54,11 +54,13 @@ class EliminationOrder:
 @dataclass(frozen=True)
 class LeastSquaresSystem:
     """What one consumer weight reads. ``moment`` [units * m, units * m]: second moment of the centered columns;
-    ``weight`` [units * m, D]. A unit has m adjacent columns (the width of a head, the offsets of a kernel)."""
+    ``weight`` [units * m, D]. A unit has m adjacent columns (the width of a head, the offsets of a kernel).
+    ``means``: [units * m] at each node that uses the weight."""
 
     moment: FloatArray
     weight: FloatArray
     ridge: float = DEFAULT_RIDGE
+    means: tuple[FloatArray, ...] = ()
 
 
 def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
@@ -119,7 +121,8 @@ def run_elimination(
 def factorize_in_order(system: LeastSquaresSystem, units: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
     """The factor of a system with its ``units`` in this order."""
     columns = unit_columns(units, len(system.moment) // len(units))
-    return factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
+    factor = factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
+    return replace(factor, means=system.means)
 
 
 class ObsState:

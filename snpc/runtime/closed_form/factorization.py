@@ -8,7 +8,7 @@ ridge shrinks the change of the rows, W_k = W_S + (C_SS + ridge)^-1 C_SP W_P.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from snpc.types import AnyArray, FloatArray, IntArray
 @dataclass(frozen=True)
 class OrderedFactor:
     """``columns`` [n]: the system's columns, the most important first. ``factor`` [n, n]: L, lower triangular.
-    ``projected`` [n, D]: V."""
+    ``projected`` [n, D]: V. ``means``: [n] of the columns, at each node that uses the weight."""
 
     columns: IntArray
     factor: FloatArray = field(repr=False)
     projected: FloatArray = field(repr=False)
+    means: tuple[FloatArray, ...] = field(default=(), repr=False)
 
     @property
     def losses(self) -> FloatArray:
@@ -40,7 +41,7 @@ class OrderedFactor:
 
     def stored(self, keep: Callable[[AnyArray], AnyArray]) -> OrderedFactor:
         """The same with its arrays where ``keep`` puts them."""
-        return OrderedFactor(self.columns, keep(self.factor), keep(self.projected))
+        return replace(self, factor=keep(self.factor), projected=keep(self.projected))
 
 
 def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
