@@ -6,10 +6,10 @@ Feed-forward layers, spread over the depth, are cut to three quarters, half and 
 weight that reads these is refitted on the calibration samples, and its output is compared with the dense one on the
 held-out samples: squared error as a share of the output's variance.
 
-The first table compares ridges, for three numbers of samples: the rule by the number of rows, the one chosen by halves
-of the samples (``snpc.runtime.closed_form.ridge``), the best of a fine grid on the held-out samples themselves, and no
-refit at all (mean fill). The second compares rows: all tokens of the samples, one of 2, 4 and 8, and all of fewer
-samples. Both are written in Markdown. No test depends on this; docs/rows-and-ridge.md has results.
+The first table compares ridges, for several numbers of samples: the rule by the number of rows, the one chosen by
+halves of the samples (``snpc.runtime.closed_form.ridge``), the third of it that refits take ("as used"), the best of a
+fine grid on the held-out samples themselves, and no refit at all (mean fill). The second compares rows: all tokens of
+the samples, one of 2, 4 and 8, and all of fewer samples. Both are in Markdown; docs/rows-and-ridge.md has results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import snpc
 from snpc.passes.weights import closed_form_kinds
 from snpc.runtime.closed_form.algebra import relative_ridge, unit_columns
 from snpc.runtime.closed_form.elimination import LeastSquaresSystem, eliminate
-from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
+from snpc.runtime.closed_form.ridge import REFIT_SHARE, choose_refit_ridge, refit_regression
 from snpc.runtime.statistics import StatisticRequest, required_statistics, statistic_requests
 from snpc.runtime.statistics.measure import measure_batches
 from snpc.runtime.statistics.moments import moment_about
@@ -61,10 +61,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Errors:
-    """Held-out errors of one layer at one width, as shares of the output's variance; and the ridges."""
+    """Held-out errors of one layer at one width, as shares of the output's variance; and the ridges. ``used``: with the
+    smaller ridge that refits take, for the sake of the model's outputs."""
 
     by_rule: float
     by_halves: float
+    used: float
     best: float
     mean_fill: float
     ridges: tuple[float, float, float]
@@ -119,9 +121,10 @@ def errors_of(layer: Layer, halves: Halves, held_out: FloatArray, keep: IntArray
         return (fill + judged.excess_error(fitted.solve(ridge))) / variance
 
     rule = relative_ridge(len(moment), halves.seen) * float(np.trace(moment)) / len(moment) / fitted.mean_diagonal
-    chosen = choose_refit_ridge(moment, odd, layer.weight, keep).ridge
+    used = choose_refit_ridge(moment, odd, layer.weight, keep).ridge
+    chosen = used / REFIT_SHARE
     best, at = best_of_grid(error)
-    return Errors(error(rule), error(chosen), best, fill / variance, (rule, chosen, at))
+    return Errors(error(rule), error(chosen), error(used), best, fill / variance, (rule, chosen, at))
 
 
 def best_of_grid(error: Callable[[float], float]) -> tuple[float, float]:
@@ -173,15 +176,17 @@ def print_ridges(
     by_number: dict[int, dict[tuple[str, int], Halves]],
     held_out: dict[str, FloatArray],
 ) -> None:
-    print("| samples | rows per column | layer | kept | rule | by halves | best of a grid | mean fill | ridges |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| samples | rows per column | layer | kept | rule | by halves | as used | best | mean fill | ridges |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for number, measured in by_number.items():
         for layer in layers:
             halves = measured[layer.group.id, 1]
             for share in (0.75, 0.5, 0.25):
                 found = errors_of(layer, halves, held_out[layer.group.id], kept_columns(layer, halves, share))
                 rows = f"{halves.seen / (len(halves.odd) - 1):.1f}"
-                errors = " | ".join(f"{e:.4f}" for e in (found.by_rule, found.by_halves, found.best, found.mean_fill))
+                errors = " | ".join(
+                    f"{e:.4f}" for e in (found.by_rule, found.by_halves, found.used, found.best, found.mean_fill)
+                )
                 ridges = ", ".join(f"{ridge:.2g}" for ridge in found.ridges)
                 print(f"| {number} | {rows} | {layer.group.id} | {share:.0%} | {errors} | {ridges} |", flush=True)
     print()
@@ -192,8 +197,8 @@ def print_rows(
     by_number: dict[int, dict[tuple[str, int], Halves]],
     held_out: dict[str, FloatArray],
 ) -> None:
-    print("| rows | which | by the rule | with the ridge by halves |")
-    print("|---|---|---|---|")
+    print("| rows | which | rule | by halves | as used |")
+    print("|---|---|---|---|---|")
     most = max(by_number)
     keep = {layer.group.id: kept_columns(layer, by_number[most][layer.group.id, 1], 0.5) for layer in layers}
     lines = [(most, stride) for stride in STRIDES] + [(number, 1) for number in reversed(by_number) if number != most]
@@ -204,10 +209,8 @@ def print_rows(
         ]
         rows = "/".join(sorted({f"{by_number[number][layer.group.id, stride].seen:.0f}" for layer in layers}))
         which = f"{number} samples, {'all tokens' if stride == 1 else f'1 token of {stride}'}"
-        columns = (
-            "/".join(f"{e:.4f}" for e in errors)
-            for errors in ([f.by_rule for f in found], [f.by_halves for f in found])
-        )
+        by_ridge = zip(*[(f.by_rule, f.by_halves, f.used) for f in found], strict=True)
+        columns = ["/".join(f"{error:.4f}" for error in errors) for errors in by_ridge]
         print(f"| {rows} | {which} | {' | '.join(columns)} |", flush=True)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.advice import announce_plan, print_loss_first, print_next, warn_without_data
+from snpc.cli.advice import announce_cost, announce_plan, print_loss_first, print_next, warn_without_data
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -65,6 +65,7 @@ def plan_command(
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
     stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=False)
     announce(execution.progress, stages)
+    announce_cost(analysis, data, planning, planning.request(timed), execution, writes=False)
     with execution.progress.stage("tokens", 1):
         analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import snpc
 from snpc.cli import tables
-from snpc.cli.advice import announce_plan, print_better_command, print_loss_first, print_next
+from snpc.cli.advice import announce_cost, announce_plan, print_better_command, print_loss_first, print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
@@ -89,6 +89,7 @@ def prune_command(
     timed = workload.load(artifact, shapes)
     stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=not output.dry_run)
     announce(execution.progress, stages)
+    announce_cost(analysis, data, planning, planning.request(timed), execution, writes=not output.dry_run)
     with stopwatch.stage("tokens"):
         analysis = planning.reduce_tokens(analysis, data, timed, execution)
     if measured_shard(analysis, data, planning, statistics, execution):

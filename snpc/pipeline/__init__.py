@@ -41,7 +41,13 @@ from snpc.pipeline.planner import (
 from snpc.pipeline.prune import prune
 from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
-from snpc.pipeline.stage_costs import completion_stages, planning_stages, run_stages
+from snpc.pipeline.stage_costs import (
+    completion_stages,
+    effort_costs,
+    plain_pass_seconds,
+    planning_stages,
+    run_stages,
+)
 from snpc.pipeline.sweep import SweepBuilder, SweepPoint, SweepRequest, SweepResult, sweep
 from snpc.pipeline.token_decisions import file_decisions, self_deciding_model
 from snpc.pipeline.token_request import (
@@ -70,6 +76,7 @@ __all__ = [
     "complete_plan",
     "completion_stages",
     "effective_token_request",
+    "effort_costs",
     "file_decisions",
     "groups_json",
     "json_report",
@@ -77,6 +84,7 @@ __all__ = [
     "make_plan",
     "measure_quality",
     "measure_request",
+    "plain_pass_seconds",
     "plan",
     "planning_stages",
     "prune",

@@ -34,6 +34,7 @@ from snpc.planning import (
     plan_outlook,
     plan_to_json,
     prunes_kv_cache,
+    select_units,
     token_reduction_in,
 )
 from snpc.runtime.batches import DenseValues
@@ -50,7 +51,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measure_loss_curves
+from snpc.runtime.sensitivity import measure_loss_curves, predicted_curves, search_widths
 from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
@@ -71,7 +72,7 @@ class PlanRequest:
     named. ``criterion`` scores the groups that have no closed form; None: "mixed" with data, "magnitude" without.
     ``workload``: what is run to measure a latency. ``full_curves``: loss curves are measured over all widths, so that
     ``PruningPlan.for_budget`` can serve other budgets, and not only near the widths of this one. ``effort``: what the
-    plan may cost; with "quick" no trial runs the model, and the default ``method`` is "parallel".
+    plan may cost.
     """
 
     budget: Budget
@@ -150,7 +151,9 @@ class PruningPlan:
         ``budget`` differs in its target only, and that is a latency only if this one's is.
         """
         assert self.scores is not None
-        return replace(self, slices=make_slice_plan(self.scores, budget), budget=budget)
+        closed_forms = self.closed_forms or ClosedForms.empty(self.analysis)
+        slices = choose_units(closed_forms, self.scores, self.calibration, budget, self.execution)
+        return replace(self, slices=slices, budget=budget)
 
 
 class PlanOptions(TypedDict, total=False):
@@ -208,7 +211,7 @@ def measure_request(
         analysis,
         calibration,
         groups,
-        method=request.method or default_method(calibration, request.criterion is None, request.effort),
+        method=request.method or default_method(calibration, request.criterion is None),
         criterion=request.criterion or "mixed",
         execution=execution,
     )
@@ -227,7 +230,7 @@ def make_plan(
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
     has_data = calibration is not None or statistics is not None
-    method = request.method or default_method(calibration, has_data and request.criterion is None, request.effort)
+    method = request.method or default_method(calibration, has_data and request.criterion is None)
     check_refit_data(method, calibration, statistics)
     check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
@@ -262,12 +265,12 @@ def make_plan(
         with using_algebra(execution.algebra):
             curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
-        scores, closed_forms = replace(scores, curves=curves, drift_exponent=exponent), closed_forms.without_factors()
+        scores = replace(scores, curves=curves, drift_exponent=exponent)
     elif method != "select" and not budget.uniform:
-        scores = replace(scores, curves={g.id: relative_loss(closed_forms, scores, g) for g in groups})
+        scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
     return PruningPlan(
-        make_slice_plan(scores, budget),
-        closed_forms if method != "select" else None,
+        choose_units(closed_forms, scores, calibration, budget, execution),
+        closed_forms.without_factors() if method != "select" else None,
         scores.curves,
         budget,
         tuple(groups),
@@ -289,6 +292,21 @@ def dense_values_for(
     return DenseValues(
         residual_error_values(analysis, groups), min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
     )
+
+
+def choose_units(
+    closed_forms: ClosedForms,
+    scores: UnitScores,
+    calibration: Calibration | None,
+    budget: Budget,
+    execution: Execution,
+) -> SlicePlan:
+    """The units that stay: as the curves say, or as a search from there on finds."""
+    if scores.effort != "search" or calibration is None:
+        return make_slice_plan(scores, budget)
+    groups = groups_to_prune(scores.analysis, budget)
+    widths = search_widths(closed_forms, scores, calibration, groups, budget, execution=execution)
+    return select_units(scores, budget, widths)
 
 
 def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequence[Group]) -> None:
@@ -327,7 +345,6 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
                 "--effort search moves units between groups at equal cost: give --target macs=R, params=R or bytes=R, "
                 "without --uniform and --allocator"
             )
-        raise UserError("--effort search is being built; give quick or normal")
         if calibration is None:
             raise UserError("--effort search tries plans on calibration data: give --calib")
 
@@ -341,19 +358,10 @@ def needs_loss_curves(budget: Budget, method: PruningMethod, effort: Effort) -> 
     return method != "select" or budget.ratio is None
 
 
-def default_method(calibration: Calibration | None, refits: bool, effort: Effort) -> PruningMethod:
+def default_method(calibration: Calibration | None, refits: bool) -> PruningMethod:
     if not refits:
         return "select"
-    return "auto" if calibration is not None and effort != "quick" else "parallel"
-
-
-def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
-    """[size + 1]: the closed form's loss relative to that of removing the whole group, or the scores' in its place."""
-    curve = closed_forms.loss_curve(group)
-    if curve is None:
-        ordered = np.sort(scores.values[group.id], axis=1).mean(0)
-        curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]
-    return curve / max(float(curve[0]), 1e-300)
+    return "auto" if calibration is not None else "parallel"
 
 
 def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method: PruningMethod) -> UnitScores:

@@ -7,17 +7,21 @@ them by what the stages of this run take.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
 
+from snpc.errors import UserError
 from snpc.passes import Analysis
-from snpc.pipeline.planner import PlanRequest, default_method, needs_loss_curves
+from snpc.pipeline.planner import PlanRequest, check_effort, default_method, needs_loss_curves
 from snpc.pipeline.token_request import AUTO_TOKENS, effective_token_request
-from snpc.pipeline.token_schedule import SCHEDULE_SAMPLES, TOKEN_SAVING_SHARES
-from snpc.planning import PruningMethod, SlicePlan, groups_to_prune
+from snpc.pipeline.token_schedule import SCHEDULE_SAMPLES, TOKEN_SAVING_SHARES, curve_effort
+from snpc.planning import Effort, PruningMethod, SlicePlan, groups_to_prune
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES
-from snpc.runtime.execution import StageCost
-from snpc.runtime.sensitivity import CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost, file_session
+from snpc.runtime.sensitivity import CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH, search_samples
 from snpc.tokens import TOKEN_METHODS
 from snpc.types import Group
 
@@ -28,6 +32,7 @@ TRIAL_SHARE = 0.3  # of a plain pass over its samples that a trial takes: it run
 PRUNED_SHARE = 0.8  # of a plain pass that one of the pruned model takes
 SCHEDULE_TRIALS = 30  # token schedules that are run
 SEARCH_CANDIDATES = 4  # plans that are written on the way to a drift or a latency
+TIMED_SAMPLES = 2  # that are run to tell how long a plain pass takes
 
 
 def run_stages(
@@ -51,6 +56,43 @@ def run_stages(
     return stages + (writing_stages(calibration, request) if writes else [])
 
 
+def effort_costs(
+    analysis: Analysis,
+    calibration: Calibration,
+    request: PlanRequest,
+    tokens: str | None = None,
+    *,
+    writes: bool = True,
+) -> dict[Effort, float]:
+    """Effort -> the cost of ``run_stages`` in plain passes, of the efforts that can serve the request."""
+    costs: dict[Effort, float] = {}
+    for effort in get_args(Effort):
+        asked = replace(request, effort=effort)
+        try:
+            check_effort(asked, calibration)
+        except UserError:
+            continue
+        costs[effort] = sum(cost for _, cost in run_stages(analysis, calibration, asked, tokens, writes=writes))
+    return costs
+
+
+def plain_pass_seconds(
+    analysis: Analysis, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
+) -> float | None:
+    """Seconds of a plain pass over the calibration data, from ``TIMED_SAMPLES`` of it run twice: the first run warms
+    up. None where the model cannot be run here."""
+    feeds = next(calibration.first_rows(TIMED_SAMPLES))
+    samples = min(TIMED_SAMPLES, calibration.batch) if calibration.batch else TIMED_SAMPLES
+    try:
+        with file_session(analysis.model.path, execution) as run:
+            run(feeds)
+            start = time.perf_counter()
+            run(feeds)
+            return (time.perf_counter() - start) / samples * calibration.samples
+    except UserError:
+        return None
+
+
 def token_stages(analysis: Analysis, calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:
     """--tokens auto: schedules are run on some samples, and where widths are cut too they are planned once before."""
     trial = min(SCHEDULE_SAMPLES / max(calibration.samples, 1), 1.0)
@@ -59,7 +101,9 @@ def token_stages(analysis: Analysis, calibration: Calibration, request: PlanRequ
         ("token methods", trial * len(TOKEN_METHODS)),
         ("token schedules", trial * (SCHEDULE_TRIALS if request is not None else len(TOKEN_SAVING_SHARES))),
     ]
-    return stages if request is None else stages + planning_stages(analysis, calibration, request, full_curves=True)
+    if request is None:
+        return stages
+    return stages + planning_stages(analysis, calibration, replace(request, effort=curve_effort(request)), True)
 
 
 def planning_stages(
@@ -77,6 +121,8 @@ def planning_stages(
         widths = len(CURVE_SHARES) if full_curves or request.full_curves else 1 + REFINEMENT_ROUNDS
         trials = widths * len(groups) * SAMPLES_PER_WIDTH * TRIAL_SHARE
         stages.append(("trials", trials / max(calibration.samples, 1)))
+    if request.effort == "search":
+        stages.append(("joint search", search_samples(len(groups)) / max(calibration.samples, 1)))
     return stages
 
 
@@ -135,7 +181,7 @@ def verification_stages(calibration: Calibration) -> list[StageCost]:
 
 
 def method_of(calibration: Calibration, request: PlanRequest) -> PruningMethod:
-    return request.method or default_method(calibration, request.criterion is None, request.effort)
+    return request.method or default_method(calibration, request.criterion is None)
 
 
 def elimination_passes(analysis: Analysis, calibration: Calibration, groups: Sequence[Group]) -> float:

@@ -6,7 +6,7 @@ weight changed in its last digit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,8 +19,15 @@ from snpc.passes.canonicalization import finalize
 from snpc.passes.token_analysis import TOKEN_AXIS, TokenPoint
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import batch_differences, run_batches
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_session, run_session
-from snpc.runtime.io import read_model, save
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    SpillableStore,
+    memory_budget,
+    open_session,
+    run_session,
+)
+from snpc.runtime.io import NOT_STORED, read_model, save
 from snpc.temporary import temporary_folder
 from snpc.tokens import TokenReductionPlan, full_length_oracle, oracle_feeds
 from snpc.types import AnyArray, Difference, Feeds
@@ -30,7 +37,7 @@ from snpc.types import AnyArray, Difference, Feeds
 class CalibrationWithDecisions(Calibration):
     """Calibration data with the token decisions of each batch, as a graph with external decisions takes them."""
 
-    decisions: tuple[Feeds, ...] = ()
+    decisions: tuple[Mapping[str, AnyArray], ...] = ()
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
         for feeds, decided in zip(super().batches(), self.decisions, strict=True):
@@ -49,12 +56,21 @@ def with_token_decisions(
     analysis: Analysis, calibration: Calibration | None, execution: Execution = DEFAULT_EXECUTION
 ) -> Calibration | None:
     """Calibration data as the analyzed graph takes it: where tokens are reduced, with the decisions of the model at
-    full width, which is run once over the data for them."""
+    full width, which is run once over the data for them.
+
+    Decisions take up to a quarter of ``execution.memory_limit`` bytes of memory; the others lie in temporary files."""
     if analysis.reduction is None or calibration is None:
         return calibration
-    decisions = tuple(
-        model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, execution)
-    )
+    stage = NOT_STORED
+    if execution.work is not None:
+        stage = execution.stored_stage("token decisions", analysis.identity, calibration.identity)
+    decided = stage.get_batches("all", len(calibration.batch_plan))
+    if decided is None:
+        store = SpillableStore(memory_budget(execution.memory_limit) // 4)
+        found = model_decisions(self_deciding_model(analysis), analysis.reduction.decisions, calibration, execution)
+        decided = [{name: store.keep(array) for name, array in feeds.items()} for feeds in found]
+        stage.put_batches("all", decided)
+    decisions = tuple(decided)
     known = {f.name: getattr(calibration, f.name) for f in fields(Calibration)}
     return CalibrationWithDecisions(**known, decisions=decisions)
 

@@ -24,12 +24,12 @@ from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
 from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_plan
-from snpc.planning import Budget, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
+from snpc.planning import Budget, Effort, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import fit_parallel, in_rotated_order, using_algebra
-from snpc.runtime.evaluation import OutputMetrics, run_batches
+from snpc.runtime.evaluation import OutputMetrics, metrics_identity, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.io import save
+from snpc.runtime.io import NOT_STORED, StoredStage, save
 from snpc.runtime.sensitivity import UNUSABLE_CHANGE
 from snpc.runtime.statistics import measure_token_relevance
 from snpc.temporary import temporary_folder
@@ -80,10 +80,15 @@ class ScheduleEvaluator:
     execution: Execution
     offline: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     drifts: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
+    stage: StoredStage = NOT_STORED
 
     def drift(self, method: TokenMethod, schedule: TokenSchedule) -> float:
         """Change of the outputs, like a squared error (``OutputMetrics.change``)."""
         key = (method.name, schedule)
+        name = f"{method.name} {' '.join(map(str, schedule))}"
+        stored = self.stage.get(name) if key not in self.drifts else None
+        if stored is not None:
+            self.drifts[key] = float(stored.record)
         if key not in self.drifts:
             steps = self.steps(method, schedule)
             reduction = TokenReductionPlan(
@@ -92,6 +97,7 @@ class ScheduleEvaluator:
             model = externalize_decisions(self.analysis.model.graph, self.facts, self.dim_sizes, steps)
             reduction.embed_decisions(model)
             self.drifts[key] = self.output_change(model)
+            self.stage.put(name, self.drifts[key])
         return self.drifts[key]
 
     def output_change(self, model: ir.Model) -> float:
@@ -209,8 +215,21 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: E
     with suppress(UserError):  # other methods work without it
         if has_fixed_token_count(analysis):
             offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, execution)
+    stage = NOT_STORED
+    if execution.work is not None:
+        named = (analysis.identity, calibration.identity, metrics_identity(analysis))
+        stage = execution.stored_stage("token schedules", *named)
     return ScheduleEvaluator(
-        analysis, facts, dim_sizes, token_cost(analysis, facts), batches, dense, metrics, execution, offline
+        analysis,
+        facts,
+        dim_sizes,
+        token_cost(analysis, facts),
+        batches,
+        dense,
+        metrics,
+        execution,
+        offline,
+        stage=stage,
     )
 
 
@@ -345,7 +364,9 @@ def predict_width_drift(
         target = ResourceTarget("macs", round(share, 9))
         return replace(widths.budget, target=target, uniform=False, allocator="loss")
 
-    request = replace(widths, budget=at_macs(macs / reduced.cost.macs), workload=None, full_curves=True)
+    effort = curve_effort(widths)
+    budget = at_macs(macs / reduced.cost.macs)
+    request = replace(widths, budget=budget, workload=None, full_curves=True, effort=effort)
     plan = make_plan(reduced, request, calibration, execution=evaluator.execution)
     values = {g.id: np.zeros((g.blocks, g.size)) for g in reduced.groups}
     scores = UnitScores(reduced, "", values, curves=plan.loss_curves)
@@ -354,7 +375,8 @@ def predict_width_drift(
         return sum(float(plan.loss_curves[g.id][slices.kept_width(g)]) for g in reduced.groups if g.id in slices.keep)
 
     together = max(evaluator.output_change(one_shot_pruned_model(plan)) - token_drift, 0.0)
-    scale = min(max(1.0, together / max(summed(plan.slices), 1e-12)), UNUSABLE_CHANGE)
+    least = 0.0 if effort == "quick" else 1.0  # curves that were not measured are in a unit of their own
+    scale = min(max(least, together / max(summed(plan.slices), 1e-12)), UNUSABLE_CHANGE)
 
     def predicted(share: float) -> float:
         if share >= 1:
@@ -365,6 +387,11 @@ def predict_width_drift(
             return float("inf")
 
     return predicted
+
+
+def curve_effort(widths: PlanRequest) -> Effort:
+    """The effort at which loss curves are measured for the choice of tokens: no plan is searched there."""
+    return "quick" if widths.effort == "quick" else "normal"
 
 
 def one_shot_pruned_model(plan: PruningPlan) -> ir.Model:

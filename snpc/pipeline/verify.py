@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,11 @@ from snpc.runtime.execution import (
     Execution,
     RunFunction,
     SessionLoadError,
+    SpillableStore,
     feed_sizes,
     file_session,
     find_running_sizes,
+    memory_budget,
     probe_batch,
     random_batch,
     sizes_text,
@@ -102,7 +105,11 @@ def masked_batches(sizes: Sequence[int]) -> int:
 
 
 def verification_data(
-    analysis: Analysis, calibration: Calibration | None, *, fitted_to: bool = True
+    analysis: Analysis,
+    calibration: Calibration | None,
+    *,
+    fitted_to: bool = True,
+    execution: Execution = DEFAULT_EXECUTION,
 ) -> VerificationData:
     """Feeds for verification: samples that were held out, else the calibration data, or seeded random inputs.
 
@@ -112,12 +119,12 @@ def verification_data(
         return random_data(analysis, analysis.traced_graph.dim_sizes)
     held_out = calibration.held_out
     if held_out is not None:
-        return data_of(held_out, held_out.source, held_out=True)
+        return replace(data_of(held_out, held_out.source, execution), held_out=True)
     if not fitted_to:
-        return data_of(calibration, calibration.source)
+        return data_of(calibration, calibration.source, execution)
     sizes = calibration.batch_sizes()
     enough = int(np.searchsorted(np.cumsum(sizes), MAX_HELD_OUT)) + 1
-    return data_of(calibration, f"{calibration.source}, which the model was made from").first(enough)
+    return data_of(calibration, f"{calibration.source}, which the model was made from", execution, enough)
 
 
 def random_data(analysis: Analysis, dim_sizes: DimSizes) -> VerificationData:
@@ -128,9 +135,14 @@ def random_data(analysis: Analysis, dim_sizes: DimSizes) -> VerificationData:
     return VerificationData([batch], [len(next(iter(batch.values()), ()))], source, random_inputs=True)
 
 
-def data_of(calibration: Calibration, source: str, held_out: bool = False) -> VerificationData:
-    batches = list(calibration.batches())
-    return VerificationData(batches, calibration.batch_sizes(), source, held_out, calibration.random)
+def data_of(calibration: Calibration, source: str, execution: Execution, count: int | None = None) -> VerificationData:
+    """The first ``count`` batches, or all. They take up to a quarter of ``execution.memory_limit`` bytes of memory; the
+    others lie in temporary files."""
+    store = SpillableStore(memory_budget(execution.memory_limit) // 4)
+    batches = [
+        {name: store.keep(array) for name, array in feeds.items()} for feeds in islice(calibration.batches(), count)
+    ]
+    return VerificationData(batches, calibration.batch_sizes()[:count], source, random_inputs=calibration.random)
 
 
 def run_original(analysis: Analysis, original: Path, data: VerificationData, execution: Execution) -> Reference:
@@ -173,7 +185,7 @@ def candidate_reference(plan: PruningPlan) -> Reference:
     have. Raises UserError where onnxruntime refuses it for any other reason.
     """
     analysis, execution = plan.analysis, plan.execution
-    data = verification_data(analysis, plan.calibration)
+    data = verification_data(analysis, plan.calibration, execution=execution)
     if data.held_out and not plan.measured_on_calibration:
         data = replace(data, held_out=False, source=f"{data.source}, which the statistics may include")
     too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
@@ -313,6 +325,6 @@ def verify(
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
-    data = verification_data(analysis, calibration, fitted_to=refits)
+    data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
     reference = run_original(analysis, original, data, execution)
     return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)

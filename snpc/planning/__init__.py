@@ -14,13 +14,21 @@ Files
 
 from __future__ import annotations
 
-from snpc.planning.allocate import allocate_widths, allocation_path, groups_to_prune, make_slice_plan, predicted_drift
+from snpc.planning.allocate import (
+    allocate_widths,
+    allocation_path,
+    groups_to_prune,
+    make_slice_plan,
+    predicted_drift,
+    savings_by_width,
+)
 from snpc.planning.config import (
     DEFAULT_ROLES,
     Allocator,
     Budget,
     Effort,
     ResourceTarget,
+    allowed_widths,
     parse_max_ratios,
     parse_target,
 )
@@ -51,6 +59,7 @@ __all__ = [
     "UnitScores",
     "allocate_widths",
     "allocation_path",
+    "allowed_widths",
     "cuts_of",
     "groups_to_prune",
     "make_slice_plan",
@@ -63,6 +72,7 @@ __all__ = [
     "plan_to_json",
     "predicted_drift",
     "prunes_kv_cache",
+    "savings_by_width",
     "select_units",
     "token_reduction_in",
     "top_units",

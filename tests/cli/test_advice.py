@@ -11,10 +11,12 @@ import pytest
 
 import snpc
 from snpc.cli import main
+from snpc.cli.advice.before import cost_text, seconds_text
 from snpc.cli.advice.try_next import commands_to_try, role_hint, roles_to_try
 from snpc.cli.arguments import TypedCommand
 from snpc.errors import UserError
 from snpc.pipeline import candidate
+from snpc.planning import Effort
 from snpc.types import Difference, Quality
 from tests.command_line import CALIB, VIT, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export
@@ -190,3 +192,26 @@ class TestNext:
         assert build[0] == "build" and build[2:] == ["--target", "ort"]
         assert commands(invoke("verify", vit, out).stderr) == [bench]
         assert "next: snpc inspect" in invoke("example", "digits", tmp_path / "example").stderr
+
+
+class TestCost:
+    def test_it_is_printed_before_anything_is_measured(self, vit: Path) -> None:
+        words = ("prune", vit, *FEW, "--target", "macs=0.7", "--tokens", "none", "--dry-run")
+        text = invoke(*words).stderr
+        found = re.search(
+            r"effort normal: about ([\d.]+) plain passes of 64 samples, \S+ m?s \(quick (.*), search (.*)\)", text
+        )
+        assert found is not None and float(found.group(1)) > 1
+        assert text.index("effort normal") < text.index("plan: ")
+        assert "effort" not in invoke(*words, "--quiet").stderr
+
+    def test_without_seconds_it_is_in_passes(self) -> None:
+        data = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32, batch=8)
+        costs: dict[Effort, float] = {"quick": 3.0, "normal": 4.5}
+        assert cost_text(costs, "quick", data, None) == (
+            "effort quick: about 3.0 plain passes of 32 samples (normal 4.5 passes)"
+        )
+        assert cost_text(costs, "normal", data, 10.0) == (
+            "effort normal: about 4.5 plain passes of 32 samples, 45 s (quick 30 s)"
+        )
+        assert [seconds_text(s) for s in (4.25, 60, 600, 9000)] == ["4.2 s", "60 s", "10 min", "2.5 h"]

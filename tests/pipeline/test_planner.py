@@ -26,15 +26,9 @@ def test_quick_makes_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analysis_of(NAME)
     data = calibration_of(analysis, feeds_of(NAME))
     plan = snpc.plan(analysis, TARGET, data, effort="quick")
-    assert plan.slices.keep and plan.slices.method == "parallel"
+    assert plan.slices.keep and plan.slices.method == "auto"
     with pytest.raises(AssertionError, match="quick measures no loss curves"):
         snpc.plan(analysis, TARGET, data)
-
-
-def test_a_method_that_is_named_stays_with_quick() -> None:
-    analysis = analysis_of(NAME)
-    plan = snpc.plan(analysis, TARGET, calibration_of(analysis, feeds_of(NAME)), method="auto", effort="quick")
-    assert plan.slices.method == "auto"
 
 
 @pytest.mark.parametrize("effort", ["quick", "normal"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import snpc
-from snpc.pipeline import SweepRequest, completion_stages, sweep
+from snpc.pipeline import PlanRequest, SweepRequest, completion_stages, effort_costs, plain_pass_seconds, sweep
 from snpc.planning import parse_target
 from snpc.runtime.execution import StageCost, announce
+from snpc.runtime.sensitivity import joint_search, plan_trials
+from snpc.runtime.sensitivity.joint_search import search_samples
+from snpc.runtime.sensitivity.plan_trials import PlanTrials
 from tests.command_line import CALIB, VIT
 from tests.recorded_progress import RecordedProgress
 
@@ -84,3 +89,42 @@ def test_nothing_is_foreseen_without_data(tmp_path: Path) -> None:
     snpc.prune(VIT, tmp_path / "out.onnx", ratio=0.3, execution=snpc.Execution(progress=progress))
     assert progress.expected == []
     assert progress.complete("verification, pruned")
+
+
+def test_efforts_cost_more_in_their_order_and_refused_ones_are_left_out() -> None:
+    analysis, data = snpc.analyze(snpc.load(VIT)), load_data()
+    costs = effort_costs(analysis, data, PlanRequest(snpc.Budget(target="macs=0.7")), "none")
+    assert list(costs) == ["quick", "normal", "search"]
+    assert costs["quick"] < costs["normal"] < costs["search"]
+    assert list(effort_costs(analysis, data, PlanRequest(snpc.Budget(ratio=0.5)))) == ["quick", "normal"]
+    assert list(effort_costs(analysis, data, PlanRequest(snpc.Budget(max_drift=0.1)))) == ["normal"]
+    planned = effort_costs(analysis, data, PlanRequest(snpc.Budget(target="macs=0.7")), "none", writes=False)
+    assert all(planned[effort] < costs[effort] for effort in costs)
+
+
+def test_a_search_runs_as_many_samples_as_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a third: which part of the model a trial runs is an average over models."""
+    run: list[float] = []
+    opened = joint_search.open_plan_trials
+
+    @contextmanager
+    def watched(*arguments: Any) -> Iterator[PlanTrials]:
+        with opened(*arguments) as trials:
+            yield trials
+            run.append(trials.samples + plan_trials.TRIAL_SAMPLES)
+
+    monkeypatch.setattr(joint_search, "open_plan_trials", watched)
+    analysis = snpc.analyze(snpc.load(VIT))
+    data = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=64, batch=8)
+    plan = snpc.plan(analysis, snpc.Budget(target="macs=0.7"), data, effort="search")
+    assert run == [pytest.approx(search_samples(len(plan.groups)), rel=0.33)]
+
+
+def test_a_plain_pass_is_timed_where_the_model_runs(tmp_path: Path) -> None:
+    analysis = snpc.analyze(snpc.load(VIT))
+    few, many = (
+        snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=samples, batch=8, held_out=0)
+        for samples in (8, 128)
+    )
+    seconds = [plain_pass_seconds(analysis, data) for data in (few, many)]
+    assert seconds[0] is not None and seconds[1] is not None and 0 < seconds[0] < seconds[1]

@@ -19,7 +19,7 @@ from tests.recorded_progress import RecordedProgress
 
 SAMPLES = 48
 OPTIONS = ("--target", "macs=0.7", "--tokens", "none", "--calib-samples", "32")
-STAGES = ("statistics", "trials")
+STAGES = ("statistics", "trials", "layers")
 
 # Runs a command and ends it, without a chance to clean up, when so many results of a stage are stored.
 KILLED = """
@@ -68,7 +68,7 @@ def uninterrupted(files: Path) -> bytes:
 
 def test_a_folder_changes_no_byte(files: Path, uninterrupted: bytes, tmp_path: Path) -> None:
     """Neither when it is filled nor when everything is found in it."""
-    for number, words in enumerate(("nothing to resume in", "resumed statistics, trials")):
+    for number, words in enumerate(("nothing to resume in", "resumed statistics, trials, layers")):
         output = tmp_path / f"{number}.onnx"
         result = invoke(*prune_command(files, output, tmp_path / "work"))
         assert f"work: {words}" in result.stderr
@@ -79,7 +79,8 @@ def test_a_folder_changes_no_byte(files: Path, uninterrupted: bytes, tmp_path: P
 def test_finished_stages_are_not_run_again(
     stage: str, files: Path, uninterrupted: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_after(monkeypatch, stage, 2 if stage != "statistics" else 1)
+    number = 2 if stage == "trials" else 1
+    stop_after(monkeypatch, stage, number, entry="all" if stage == "statistics" else "")
     with pytest.raises(Stopped):
         prune(files, tmp_path / "out.onnx", WorkFolder(tmp_path / "work"), RecordedProgress())
     monkeypatch.undo()
@@ -87,16 +88,21 @@ def test_finished_stages_are_not_run_again(
     prune(files, tmp_path / "out.onnx", work, progress)
     assert (tmp_path / "out.onnx").read_bytes() == uninterrupted
     assert "statistics" not in progress.begun
-    found, made = work.counts[stage].found, work.counts[stage].made
-    assert (found, made) == (1, 0) if stage == "statistics" else (found == 2 and made > 2)
+    assert work.counts["statistics"].made == 0
+    if stage != "statistics":
+        assert work.counts[stage].found == number and work.counts[stage].made
+    if stage == "layers":
+        assert work.counts["trials"].made == 0
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, number: int) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, number: int, entry: str = "") -> None:
+    """End the run when so many results of a stage are stored, or the one that is called ``entry``."""
     put = StoredStage.put
 
-    def put_and_stop(self: StoredStage, *arguments: object, **named: object) -> None:
-        put(self, *arguments, **named)  # type: ignore[arg-type]
-        if self.folder is not None and self.folder.name.startswith(stage) and self.count.made == number:
+    def put_and_stop(self: StoredStage, name: str, *arguments: object, **named: object) -> None:
+        put(self, name, *arguments, **named)  # type: ignore[arg-type]
+        reached = self.count.made == number if not entry else name == entry
+        if self.folder is not None and self.folder.name.startswith(stage) and reached:
             raise Stopped
 
     monkeypatch.setattr(StoredStage, "put", put_and_stop)
@@ -113,7 +119,7 @@ def prune(files: Path, output: Path, work: WorkFolder, progress: RecordedProgres
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
-@pytest.mark.parametrize(("stage", "number"), [("statistics", 1), ("trials", 1), ("trials", 5)])
+@pytest.mark.parametrize(("stage", "number"), [("statistics", 2), ("trials", 5), ("layers", 1)])
 def test_a_killed_process_is_resumed(
     stage: str, number: int, files: Path, uninterrupted: bytes, tmp_path: Path
 ) -> None:
@@ -123,7 +129,7 @@ def test_a_killed_process_is_resumed(
     assert killed.returncode == -9 and not (tmp_path / "out.onnx").exists()
     result = invoke(*command)
     assert "work: resumed statistics" in result.stderr
-    assert (stage == "statistics") or f"{number} of " in result.stderr
+    assert stage in result.stderr
     assert (tmp_path / "out.onnx").read_bytes() == uninterrupted
 
 
@@ -151,3 +157,15 @@ def test_commands_that_keep_nothing_say_so(files: Path, tmp_path: Path) -> None:
     assert "work: no stage ran that keeps anything" in result.stderr
     refused = invoke("inspect", files / "model.onnx", "--work", tmp_path / "work", code=2)
     assert "--work keeps what --curves measures" in refused.stderr
+
+
+def test_tokens_are_chosen_from_what_was_tried(files: Path, tmp_path: Path) -> None:
+    runs = []
+    for number in range(3):
+        output = tmp_path / f"{number}.onnx"
+        where = () if number == 0 else ("--work", tmp_path / "work")
+        words = ("--calib", files / "calib.npz", "--calib-samples", 32, "--target", "macs=0.6", "--tokens", "auto")
+        runs.append(invoke("prune", files / "model.onnx", *words, "-o", output, *where))
+        assert output.read_bytes() == (tmp_path / "0.onnx").read_bytes()
+    assert "work: nothing to resume" in runs[1].stderr and "token schedules" in runs[1].stderr
+    assert "work: resumed token schedules" in runs[2].stderr

@@ -10,10 +10,11 @@ Files
 from __future__ import annotations
 
 from snpc.cli.advice.after import print_better_command, print_loss_first, print_next
-from snpc.cli.advice.before import announce_plan, warn_without_data
+from snpc.cli.advice.before import announce_cost, announce_plan, warn_without_data
 from snpc.cli.advice.try_next import print_commands_to_try
 
 __all__ = [
+    "announce_cost",
     "announce_plan",
     "print_better_command",
     "print_commands_to_try",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from snpc.cli.advice.commands import AMOUNT_FLAGS, WIDTH_FLAGS, safe_command
-from snpc.cli.arguments import TypedCommand
-from snpc.cli.tables import print_step, print_warning
-from snpc.pipeline import PruningPlan
-from snpc.planning import PlanOutlook
+from snpc.cli.arguments import PlanningArguments, TypedCommand
+from snpc.cli.tables import is_quiet, print_step, print_warning
+from snpc.passes import Analysis
+from snpc.pipeline import PlanRequest, PruningPlan, effort_costs, plain_pass_seconds
+from snpc.planning import Effort, PlanOutlook
 from snpc.report import format_share
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution import Execution
 from snpc.tokens import offer_tokens, reduction_obstacle
 from snpc.types import Role
 
@@ -32,6 +35,40 @@ def warn_without_data(plan: PruningPlan, typed: TypedCommand) -> None:
         f"no calibration data: {removed_text(outlook.removed)} go by the size of their weights and nothing makes up "
         f"for them, which {cost}. Give --calib FOLDER_OR_NPZ (unlabelled inputs){instead}"
     )
+
+
+def announce_cost(
+    analysis: Analysis,
+    calibration: Calibration | None,
+    planning: PlanningArguments,
+    request: PlanRequest | None,
+    execution: Execution,
+    writes: bool,
+) -> None:
+    """One line that says what each effort is to cost. Nothing without calibration data, where all is fast."""
+    if calibration is None or request is None or is_quiet():
+        return
+    costs = effort_costs(analysis, calibration, request, planning.reduction.tokens, writes=writes)
+    print_step(cost_text(costs, request.effort, calibration, plain_pass_seconds(analysis, calibration, execution)))
+
+
+def cost_text(costs: Mapping[Effort, float], effort: Effort, calibration: Calibration, seconds: float | None) -> str:
+    """``seconds``: of a plain pass, where it is known."""
+
+    def amount(passes: float) -> str:
+        return f"{passes:.1f} passes" if seconds is None else seconds_text(passes * seconds)
+
+    passes = f"about {costs[effort]:.1f} plain passes of {calibration.samples} samples"
+    others = ", ".join(f"{name} {amount(cost)}" for name, cost in costs.items() if name != effort)
+    time = "" if seconds is None else f", {amount(costs[effort])}"
+    return f"effort {effort}: {passes}{time}" + (f" ({others})" if others else "")
+
+
+def seconds_text(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def announce_plan(plan: PruningPlan, typed: TypedCommand) -> None:

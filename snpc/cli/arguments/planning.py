@@ -55,8 +55,8 @@ class SelectionArguments(ArgumentGroup):
         type=click.Choice(["quick", "normal", "search"]),
         default="normal",
         show_default=True,
-        help="What choosing the widths may cost. quick: one pass over --calib and no trial runs; --method is parallel "
-        "then, unless given. normal: a few trials per group. search: moves of units between groups are tried besides, "
+        help="What choosing the widths may cost. quick: no trial runs; the closed forms' own loss says "
+        "which widths go. normal: a few trials per group. search: moves of units between groups are tried besides, "
         "for --target macs=R, params=R or bytes=R.",
     )
     round_to: int | str = option(

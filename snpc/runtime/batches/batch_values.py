@@ -9,11 +9,13 @@ import numpy as np
 
 from snpc.runtime.batches.program import BatchProgram, BatchSums
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget, temporary_session
+from snpc.runtime.io import StoredStage
 from snpc.types import AnyArray, FloatArray
 
 if TYPE_CHECKING:
     from snpc.runtime.batches.distributed import DistributedBatchValues
 
+DENSE_ENTRY = "values of the dense model"
 HALF_LIMIT = 6e4  # float16 ends at 65504
 
 
@@ -100,6 +102,16 @@ class DenseValues:
     def add(self, outputs: Mapping[str, AnyArray]) -> None:
         """The values of the next batch."""
         self.batches.append({dense_name(name): self.store.keep(outputs[name]) for name in self.names})
+
+    def keep_in(self, stage: StoredStage) -> None:
+        """Store them with the statistics that were measured beside them."""
+        stage.put_batches(DENSE_ENTRY, self.batches)
+
+    def restore(self, stage: StoredStage, batches: int) -> bool:
+        """Take the values that were stored, mapped from their file. False where they are missing."""
+        found = stage.get_batches(DENSE_ENTRY, batches)
+        self.batches = found or []
+        return found is not None
 
 
 def dense_name(name: str) -> str:

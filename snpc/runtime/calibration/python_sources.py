@@ -16,11 +16,13 @@ from snpc.errors import UserError
 from snpc.runtime.calibration.sources import (
     CalibrationPart,
     CalibrationSource,
+    as_user_error,
     error_line,
     name_list,
     part_in_memory,
     require_inputs,
 )
+from snpc.runtime.io import SpillFiles
 from snpc.types import AnyArray, TensorSpec
 
 
@@ -33,6 +35,7 @@ class CalibrationReader(Protocol):
 CalibrationValue = Mapping[str, Any] | Iterable[Mapping[str, Any]] | CalibrationReader | Callable[[], Any]
 
 
+MAX_HELD_BYTES = 256 << 20  # samples of code in memory; the others lie in temporary files, since code runs once
 YIELDS = "it should yield dicts of input name -> array"
 
 
@@ -89,7 +92,7 @@ def _iterate_parts(
     with _running_user_code(label, script):
         iterator = _open_iterator(value, label)
     end = object()
-    index = 0
+    index, held, files = 0, 0, SpillFiles()
     while True:
         with _running_user_code(label, script):
             feed = next(iterator, end)
@@ -98,7 +101,12 @@ def _iterate_parts(
         part_label = f"{label}, dict {index}"
         if not isinstance(feed, Mapping):
             raise UserError(f"{part_label}: it gave a {type(feed).__name__}, not a dict of input name -> array")
-        yield part_in_memory(part_label, _copy_arrays(feed, part_label, inputs))
+        arrays = _copy_arrays(feed, part_label, inputs)
+        held += sum(array.nbytes for array in arrays.values())
+        if held > MAX_HELD_BYTES:
+            with as_user_error(part_label, "no room in the folder for temporary files: set TMPDIR", OSError):
+                arrays = {name: files.keep(array) for name, array in arrays.items()}
+        yield part_in_memory(part_label, arrays)
         index += 1
 
 

@@ -11,6 +11,7 @@ change of its weight, which is added to the values at the border.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
 from snpc.runtime.closed_form.masked_weights import edited_constants
+from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
     FitStage,
     NotSegmentable,
@@ -47,19 +49,21 @@ from snpc.runtime.closed_form.stages import (
     schedule_stages,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError
+from snpc.runtime.io import NOT_STORED, StageEntry, StoredStage
 from snpc.runtime.statistics import (
     Instrument,
     PaddingMasks,
     consumer_moments,
     find_padding,
     keep_token_masks,
+    moment_about,
     probe_row_counters,
     token_mask_runner,
     unpack_symmetric,
 )
 from snpc.types import AnyArray, FloatArray, IntArray, Probe
 
-RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units
+RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units, where there are no halves
 GRAM, CROSS, TOTAL, HIDDEN = "snpc_gram", "snpc_cross", "snpc_total", "snpc_hidden"  # values of an instrumented segment
 
 
@@ -87,16 +91,34 @@ def fit_layerwise(
     padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.size) for e in errors))
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names)
+    stored = stored_corrections(closed_forms, plan, calibration, execution)
+    known = [stored.get(stage.error.group.id) for stage in stages]
+    if all(known):  # nothing has to run
+        for stage, entry in zip(stages, known, strict=True):
+            assert entry is not None
+            compensate(fit, stage.error, fit.kept_units(stage.error), entry.arrays["weight"], entry.arrays["bias"])
+        return base
     try:
         with execution.progress.stage("layers", 1 + len(stages)) as advance:
             values = first_values(fit, stages, calibration, execution, dense)
             advance(1)
-            for number, stage in enumerate(stages):
-                fit_stage(fit, stage, values, last=number == len(stages) - 1)
+            for number, (stage, entry) in enumerate(zip(stages, known, strict=True)):
+                correction, bias = fit_stage(fit, stage, values, entry, last=number == len(stages) - 1)
+                if entry is None:
+                    stored.put(stage.error.group.id, arrays={"weight": correction, "bias": bias})
                 advance(1)
     except SessionLoadError as error:  # onnxruntime's own shape inference may need what lies before a segment
         raise NotSegmentable(str(error)) from error
     return base
+
+
+def stored_corrections(
+    closed_forms: ClosedForms, plan: SlicePlan, calibration: Calibration, execution: Execution
+) -> StoredStage:
+    """Where the corrections of this plan's layers are stored."""
+    if execution.work is None:
+        return NOT_STORED
+    return execution.stored_stage("layers", closed_forms.identity, calibration.identity, plan.keep)
 
 
 def fit_for_dense_stream(closed_forms: ClosedForms, plan: SlicePlan, errors: list[ResidualError]) -> TracedGraph:
@@ -185,14 +207,24 @@ def model_with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
     return instrument.model
 
 
-def fit_stage(fit: LayerwiseFit, stage: FitStage, values: BatchValues, last: bool) -> None:
-    """Measure the error at the end of one segment, change the weight in front of it, and move ``values`` there."""
+def fit_stage(
+    fit: LayerwiseFit, stage: FitStage, values: BatchValues, known: StageEntry | None, last: bool
+) -> tuple[FloatArray, FloatArray]:
+    """Measure the error at the end of one segment, change the weight in front of it, and move ``values`` there.
+    ``known``: what an earlier run made of it; the segment runs all the same, in the same way, for the values behind it.
+
+    Returns what was added to weight and bias.
+    """
     keep = fit.kept_units(stage.error)
     sums = values.run(measuring_program(fit, stage, len(keep)))
-    correction, bias = solve_residual_error(sums, len(keep))
+    if known is not None:
+        correction, bias = known.arrays["weight"], known.arrays["bias"]
+    else:
+        correction, bias = solve_residual_error(sums, len(keep))
     compensate(fit, stage.error, keep, correction, bias)
     if not last:
         values.run(correcting_program(fit, stage, correction, bias))
+    return correction, bias
 
 
 def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchProgram:
@@ -244,12 +276,25 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
 
 
 def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, FloatArray]:
-    """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units."""
+    """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units, with the ridge
+    that carries over from one half of the batches to the other; of one batch, with ``RESIDUAL_DAMPING``."""
     moments = consumer_moments([unpack_symmetric(sums.total(GRAM))])
-    (mean,), total = moments.means, sums.total(TOTAL).reshape(-1)
-    cross = sums.total(CROSS).reshape(width, -1) - np.outer(mean, total)
-    correction = solve_ridge(moments.moment, cross, RESIDUAL_DAMPING)
-    return correction, total / moments.count - mean @ correction
+    (mean,), total = moments.means, sums.total(TOTAL).reshape(-1) / moments.count
+    cross = sums.total(CROSS).reshape(width, -1) - moments.count * np.outer(mean, total)
+    ridge = RESIDUAL_DAMPING
+    if sums.odd:
+        odd = odd_regression(sums, mean, total)
+        ridge = choose_ridge((Regression(moments.moment, cross) - odd, odd)).ridge
+    correction = np.zeros(cross.shape) if math.isinf(ridge) else solve_ridge(moments.moment, cross, ridge)
+    return correction, total - mean @ correction
+
+
+def odd_regression(sums: BatchSums, mean: FloatArray, error: FloatArray) -> Regression:
+    """The part of the odd batches in the regression of the error about the means of hidden units and error."""
+    gram, total = unpack_symmetric(sums.odd[GRAM]), sums.odd[TOTAL].reshape(-1)
+    shift = gram[-1, :-1] - gram[-1, -1] * mean
+    cross = sums.odd[CROSS].reshape(len(mean), -1) - np.outer(mean, total) - np.outer(shift, error)
+    return Regression(moment_about(gram, mean), cross)
 
 
 def compensate(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -26,6 +26,7 @@ is best, what it leaves of the coefficients is noise: mean fill."""
 START = RIDGES.index(0.1)  # where the search begins
 HALF_TO_WHOLE = 0.4  # twice the rows ask for half the ridge, and a little less: measured, docs/rows-and-ridge.md
 BOTH_WAYS = 1024  # regressors up to which either half judges the other: beyond, one way costs enough and says the same
+REFIT_SHARE = 1 / 3  # of the ridge with the least squared error: see ``choose_refit_ridge``
 PROBES = 64  # random combinations of the targets that stand for all of them
 
 
@@ -90,10 +91,15 @@ def refit_regression(moment: FloatArray, weight: FloatArray, keep: IntArray) -> 
 
 
 def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, keep: IntArray) -> RidgeChoice:
-    """As ``choose_ridge``, for ``refit_regression``; ``odd``: the part of ``moment`` of one half of the samples."""
+    """As ``choose_ridge``, for ``refit_regression``; ``odd``: the part of ``moment`` of one half of the samples.
+
+    The ridge is ``REFIT_SHARE`` of what has the least squared error, which is flat there: what a ridge takes away is
+    the same for all rows and all layers, and the outputs of the model feel it more than they feel noise.
+    """
     targets = combine_targets(weight)
     whole, half = (refit_regression(part, targets, keep) for part in (moment, odd))
-    return choose_ridge((whole - half, half))
+    choice = choose_ridge((whole - half, half))
+    return replace(choice, ridge=choice.ridge * REFIT_SHARE)
 
 
 def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES) -> RidgeChoice:

@@ -7,11 +7,12 @@ for as long as they are used. What is mapped from the file itself is not compare
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -52,12 +53,13 @@ def map_npz(path: Path, names: Collection[str] | None = None, above: int = MAPPE
     system's folder for temporary files has no room.
     """
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # one for all: a process may open so many files
         present = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         arrays: dict[str, AnyArray] = {}
         for name in present if names is None else names:
             info = archive.getinfo(f"{name}.npy")
             mapped = info.file_size > above
-            arrays[name] = map_member(path, file, archive, info) if mapped else read_member(archive, info)
+            arrays[name] = map_member(path, view, archive, info) if mapped else read_member(archive, info)
         return arrays
 
 
@@ -67,7 +69,7 @@ def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> AnyArray:
     return array
 
 
-def map_member(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> AnyArray:
+def map_member(path: Path, view: mmap.mmap, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> AnyArray:
     """A view of the file where the array is stored as it is, else of a temporary file."""
     with archive.open(info) as stream:
         if info.compress_type != zipfile.ZIP_STORED:
@@ -80,12 +82,10 @@ def map_member(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipf
         raise ValueError(
             f"{info.filename}: its header claims {header.bytes} bytes, {info.file_size - offset} are there"
         )
-    order: Literal["C", "F"] = "F" if header.fortran_order else "C"
     if not header.bytes:
         return np.empty(header.shape, header.dtype)
-    begin = data_offset(file, info) + offset
-    mapped: AnyArray = np.memmap(path, header.dtype, "r", begin, header.shape or (1,), order)
-    return mapped.reshape(header.shape, order=order)
+    begin = data_offset(view, info) + offset
+    return np.ndarray(header.shape, header.dtype, view, begin, order="F" if header.fortran_order else "C")
 
 
 def unpacked(stream: IO[bytes], path: Path) -> AnyArray:
@@ -114,10 +114,9 @@ def write_chunk(file: IO[bytes], chunk: bytes, path: Path) -> None:
         ) from None
 
 
-def data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
+def data_offset(view: mmap.mmap, info: zipfile.ZipInfo) -> int:
     """Where the bytes of a member begin in the file: its own header may be longer than the directory says."""
-    file.seek(info.header_offset)
-    header = file.read(LOCAL_HEADER)
+    header = view[info.header_offset : info.header_offset + LOCAL_HEADER]
     if len(header) < LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
         raise zipfile.BadZipFile(f"{info.filename}: no header where the directory says")
     return info.header_offset + LOCAL_HEADER + sum(int.from_bytes(header[k : k + 2], "little") for k in (26, 28))

@@ -58,7 +58,10 @@ class SpillFiles:
         self.gone: deque[tuple[SpillFile, int, int]] = deque()  # arrays may end at any time, amid a search for room too
 
     def keep(self, array: AnyArray) -> AnyArray:
-        """A copy of the array in a file. Raises OSError where there is no room."""
+        """A copy of the array in a file; the array itself where it holds objects. Raises OSError where there is no
+        room."""
+        if array.dtype.hasobject:
+            return array
         length = -(-max(array.nbytes, 1) // SPILL_ALIGNMENT) * SPILL_ALIGNMENT
         file, offset = self.room_for(length)
         # not a view of another array: views of it then refer to it, and it is gone no sooner than they are

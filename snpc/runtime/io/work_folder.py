@@ -48,10 +48,18 @@ class StageEntry:
 
 @dataclass
 class StageCount:
-    """Entries that a run found, and those that it made."""
+    """Files that a run found, and those that it made; what it made itself and reads again is not found."""
 
-    found: int = 0
-    made: int = 0
+    found_files: set[Path] = field(default_factory=set)
+    made_files: set[Path] = field(default_factory=set)
+
+    @property
+    def found(self) -> int:
+        return len(self.found_files - self.made_files)
+
+    @property
+    def made(self) -> int:
+        return len(self.made_files)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class StoredStage:
             reason = " ".join(str(error).split())[:100] or type(error).__name__
             logging.getLogger(__name__).warning(f"snpc: warning: {path}: damaged ({reason}); it is made again")
             return None
-        self.count.found += 1
+        self.count.found_files.add(path)
         return entry
 
     def put(self, name: str, record: Any = None, arrays: Mapping[str, AnyArray] | None = None) -> None:
@@ -80,10 +88,22 @@ class StoredStage:
         path = self.path_of(name)
         if path is None:
             return
-        self.count.made += 1
         make_folder(path.parent)
         with unflushed_write(path) as temporary:
             write_entry(temporary, name, record, arrays or {})
+        self.count.made_files.add(path)
+
+    def put_batches(self, name: str, batches: Sequence[Mapping[str, AnyArray]]) -> None:
+        """Store the values of every batch, under one name."""
+        arrays = {f"{k} {key}": array for k, values in enumerate(batches) for key, array in values.items()}
+        self.put(name, [list(values) for values in batches], arrays)
+
+    def get_batches(self, name: str, count: int) -> list[dict[str, AnyArray]] | None:
+        """The values of every batch, mapped from their file; None where not those of ``count`` batches are there."""
+        entry = self.get(name)
+        if entry is None or len(entry.record) != count:
+            return None
+        return [{key: entry.arrays[f"{k} {key}"] for key in keys} for k, keys in enumerate(entry.record)]
 
     def path_of(self, name: str) -> Path | None:
         """The file of an entry: its name as far as file names allow, and a digest of it."""

@@ -3,8 +3,11 @@
 Files
   curve_fit        Fits loss curves to a few noisy trials: the closed-form loss times a factor that varies with the
                    width.
+  joint_search     Joint search over the widths of a plan: groups are made narrower and wider with all others cut too.
   loss_curves      Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at
                    a time.
+  plan_trials      Trials of whole plans: the outputs with all groups cut at once, to the widths that are asked for.
+  predicted_curves  Loss curves without trials: the closed-form losses of all groups, brought to one scale.
   segmented_model  A model in segments whose weights are inputs, so that a trial of changed weights runs only from their
                    segment on.
 """
@@ -12,6 +15,7 @@ Files
 from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
+from snpc.runtime.sensitivity.joint_search import search_samples, search_widths
 from snpc.runtime.sensitivity.loss_curves import (
     CURVE_SHARES,
     REFINEMENT_ROUNDS,
@@ -19,6 +23,7 @@ from snpc.runtime.sensitivity.loss_curves import (
     measurable_widths,
     measure_loss_curves,
 )
+from snpc.runtime.sensitivity.predicted_curves import predicted_curves
 
 __all__ = [
     "CURVE_SHARES",
@@ -27,4 +32,7 @@ __all__ = [
     "UNUSABLE_CHANGE",
     "measurable_widths",
     "measure_loss_curves",
+    "predicted_curves",
+    "search_samples",
+    "search_widths",
 ]

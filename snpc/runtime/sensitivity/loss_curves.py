@@ -217,10 +217,9 @@ def trial_stage(
     if execution.work is None:
         return NOT_STORED
     analysis = closed_forms.analysis
-    losses = {group.id: closed_forms.loss_curve(group) for group in analysis.groups}
-    fitted = (closed_forms.kinds, losses, scores.values, scores.method)
+    fitted = (closed_forms.identity, scores.values, scores.method)
     judged = (metrics_identity(analysis), limited)
-    return execution.stored_stage("trials", analysis.identity, calibration.identity, fitted, judged)
+    return execution.stored_stage("trials", calibration.identity, fitted, judged)
 
 
 def leading_axes(shape: Sequence[int]) -> tuple[int, int]:

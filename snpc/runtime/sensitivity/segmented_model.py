@@ -44,6 +44,10 @@ class SegmentSession:
     with_weight_inputs: RunFunction
     weights: Mapping[str, AnyArray]
 
+    def uses(self, names: Collection[str]) -> bool:
+        """Is one of these weights an input?"""
+        return not self.weights.keys().isdisjoint(names)
+
     def run(self, state: Mapping[str, AnyArray], changed: Mapping[str, AnyArray] | None = None) -> dict[str, AnyArray]:
         """The live values behind the segment; ``changed``: new contents of weights, by name."""
         if changed is None:
@@ -96,6 +100,20 @@ class SegmentedModel:
             state = segment.run(state, arrays if index <= last else None)
         return {name: state[name] for name in self.outputs}
 
+    def outputs_from(self, states: SegmentStates, first: int, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """The model's outputs with the weights ``arrays``, which change nothing before segment ``first``."""
+        state = states[first]
+        for segment in self.segments[first:]:
+            state = segment.run(state, arrays if segment.uses(arrays) else None)
+        return {name: state[name] for name in self.outputs}
+
+    def states_from(self, states: SegmentStates, first: int, arrays: Mapping[str, AnyArray]) -> SegmentStates:
+        """``states`` with those behind segment ``first`` on computed anew, with the weights ``arrays``."""
+        after = states[: first + 1]
+        for segment in self.segments[first:]:
+            after.append(segment.run(after[-1], arrays if segment.uses(arrays) else None))
+        return after
+
 
 @contextmanager
 def open_segmented_model(
@@ -128,7 +146,7 @@ def open_segmented_model(
 
 def span_of(sessions: Sequence[SegmentSession], constants: Collection[str]) -> tuple[int, int]:
     """The first and the last segment that uses one of these constants; all segments where none does."""
-    used = [index for index, session in enumerate(sessions) if not session.weights.keys().isdisjoint(constants)]
+    used = [index for index, session in enumerate(sessions) if session.uses(constants)]
     return min(used, default=0), max(used, default=len(sessions) - 1)
 
 

@@ -19,7 +19,7 @@ from snpc.planning import PruningMethod
 from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up
 from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Advance, Execution, SpillableStore, memory_budget
-from snpc.runtime.io import NOT_STORED, atomic_write
+from snpc.runtime.io import NOT_STORED, StoredStage, atomic_write
 from snpc.runtime.statistics.distributed_measure import (
     StatisticObserver,
     measure_on_workers,
@@ -173,14 +173,23 @@ def measure_statistics(
     by rounding only. ``dense`` takes the values of the dense model that it names. Raises UserError where the limit is
     too small for a single group.
     """
-    named = (analysis.identity, [group.id for group in groups], method, criterion)
-    stage = execution.stored_stage("statistics", *named, calibration.identity) if execution.work else NOT_STORED
+    stage = NOT_STORED
+    if execution.work is not None:
+        named = (analysis.identity, [g.id for g in groups], method, criterion, dense.names if dense is not None else ())
+        stage = execution.stored_stage("statistics", *named, calibration.identity)
     stored = stage.get("all")
-    if stored is not None:
+    if stored is not None and (dense is None or execution.executor is not None or restored(dense, stage, calibration)):
         return statistics_from(stored.record, stored.arrays)
     statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense)
+    if dense is not None and dense.batches:
+        dense.keep_in(stage)
     stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
     return statistics
+
+
+def restored(dense: DenseValues, stage: StoredStage, calibration: Calibration) -> bool:
+    """Take the dense model's values that were stored, where any are wanted."""
+    return not dense.names or dense.restore(stage, len(calibration.batch_plan))
 
 
 def run_measurement(

@@ -28,6 +28,7 @@ from PIL import Image
 
 from snpc.errors import UserError
 from snpc.runtime.calibration import PREPROCESS, Calibration, ImageOptions, load_calibration
+from snpc.runtime.io import SpillFiles
 from snpc.types import TensorSpec
 
 IDS = TensorSpec("ids", np.dtype(np.int64), ("batch", "seq"))
@@ -711,6 +712,16 @@ def test_of_an_archive_only_the_chosen_samples_are_in_memory(save: Callable[...,
     finally:
         tracemalloc.stop()
     assert peak < 20_000_000
+
+
+def test_samples_of_code_lie_in_files_beyond_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snpc.runtime.calibration.python_sources.MAX_HELD_BYTES", 100)
+    kept, keep = [], SpillFiles.keep
+    monkeypatch.setattr(SpillFiles, "keep", lambda self, array: kept.append(array) or keep(self, array))
+    calibration = load_calibration(({"x": row[None]} for row in numbers(20)), [X], samples=20, batch=4, held_out=0)
+    np.testing.assert_array_equal(joined(calibration)["x"], numbers(20))
+    np.testing.assert_array_equal(joined(calibration)["x"], numbers(20))
+    assert len(kept) == 20 - 100 // 16
 
 
 def test_samples_without_entries_are_not_numbered_for_ever(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning.config import Budget
 from snpc.planning.plan import SlicePlan, cuts_of
 from snpc.runtime.batches import BatchProgram, BatchSums, LocalBatchValues
-from snpc.runtime.closed_form.layerwise import fit_layerwise
+from snpc.runtime.closed_form.layerwise import CROSS, GRAM, RESIDUAL_DAMPING, TOTAL, fit_layerwise, solve_residual_error
+from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import NotSegmentable, residual_errors, schedule_stages
 from snpc.runtime.execution.session import SessionLoadError, open_session
 from snpc.runtime.io.save import save
+from snpc.runtime.statistics.packed_symmetric import row_strips
+from snpc.types import FloatArray
 from tests.closed_forms import calibration_of, prunable_of
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written
 
@@ -208,3 +211,62 @@ def assert_fitted_all_at_once(name: str, decision: snpc.PruningPlan, calibration
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+# -- the regression of the residual error ----------------------------------------------------------------------------
+
+
+def batch_sums(batches: list[tuple[FloatArray, FloatArray]]) -> BatchSums:
+    """What the measuring program sums over batches of (hidden units, errors)."""
+    sums = BatchSums()
+    for number, (units, error) in enumerate(batches):
+        half = sums.odd if number % 2 else sums.even
+        extended = np.hstack([units, np.ones((len(units), 1))])
+        for name, array in (
+            (GRAM, pack(extended.T @ extended)),
+            (CROSS, (units.T @ error)[None]),
+            (TOTAL, error.sum(axis=0)[None]),
+        ):
+            half[name] = half.get(name, np.zeros(array.shape)) + array
+    return sums
+
+
+def pack(matrix: FloatArray) -> FloatArray:
+    return np.concatenate([matrix[start:stop, start:].reshape(-1) for start, stop in row_strips(len(matrix))])
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_the_error_is_regressed_on_hidden_units_about_the_means(noise: float) -> None:
+    """With the chosen ridge, as centered rows give it; the ridge grows with the noise."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((6, 4))
+    batches = []
+    for _ in range(5):
+        units = rng.standard_normal((12, 6)) + 3
+        batches.append((units, units @ mixing + 2 + noise * rng.standard_normal((12, 4))))
+    correction, bias = solve_residual_error(batch_sums(batches), 6)
+    units, error = (np.concatenate([batch[k] for batch in batches]) for k in (0, 1))
+    x, y = units - units.mean(axis=0), error - error.mean(axis=0)
+    odd = np.concatenate([np.full(12, number % 2) for number in range(5)]) == 1
+    halves = [Regression(x[rows].T @ x[rows], x[rows].T @ y[rows]) for rows in (~odd, odd)]
+    chosen = choose_ridge(halves).ridge
+    assert chosen < 1e-3 if noise == 0 else 1e-2 < chosen < 1
+    np.testing.assert_allclose(correction, (halves[0] + halves[1]).solve(chosen), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(bias, error.mean(axis=0) - units.mean(axis=0) @ correction, rtol=1e-9)
+
+
+def test_an_error_that_hidden_units_do_not_tell_moves_the_mean_alone() -> None:
+    rng = np.random.default_rng(1)
+    batches = [(rng.standard_normal((40, 30)), 5 + rng.standard_normal((40, 8))) for _ in range(4)]
+    correction, bias = solve_residual_error(batch_sums(batches), 30)
+    assert np.abs(correction).max() < 0.03
+    np.testing.assert_allclose(bias, 5, atol=0.3)
+
+
+def test_one_batch_takes_a_fixed_ridge() -> None:
+    rng = np.random.default_rng(2)
+    units, error = rng.standard_normal((30, 4)), rng.standard_normal((30, 3))
+    correction, _ = solve_residual_error(batch_sums([(units, error)]), 4)
+    x, y = units - units.mean(axis=0), error - error.mean(axis=0)
+    expected = Regression(x.T @ x, x.T @ y).solve(RESIDUAL_DAMPING)
+    np.testing.assert_allclose(correction, expected, rtol=1e-3, atol=1e-6)

@@ -31,7 +31,7 @@ def test_the_same_as_numpy_reads(save: object, tmp_path: Path) -> None:
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(mapped[name], array)
         assert mapped[name].dtype == array.dtype
-    assert isinstance(mapped["a"], np.memmap) and not isinstance(map_npz(path)["a"], np.memmap)
+    assert not mapped["a"].flags.writeable and map_npz(path)["a"].flags.writeable
     assert list(map_npz(path, ["a"])) == ["a"]
 
 

@@ -40,7 +40,7 @@ def test_arrays_are_mapped_and_aligned(tmp_path: Path) -> None:
     found = stage.get("all")
     assert found is not None
     for array in found.arrays.values():
-        assert isinstance(array, np.memmap) and array.ctypes.data % 64 == 0
+        assert not array.flags.owndata and array.ctypes.data % 64 == 0
     with np.load(next(tmp_path.rglob("*.npz"))) as plain:  # and numpy alone reads the file
         np.testing.assert_array_equal(plain["8"], np.arange(9.0))
 
