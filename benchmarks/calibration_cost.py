@@ -31,22 +31,26 @@ def anonymous_bytes() -> int:
 
 
 @contextmanager
-def sampled_peak(interval: float = 0.002) -> Iterator[list[int]]:
-    """A list of one number: the peak of ``anonymous_bytes``, complete behind the block."""
-    peak, done = [anonymous_bytes()], threading.Event()
+def sampled_peaks(stage: Callable[[], str] = lambda: REST, interval: float = 0.002) -> Iterator[dict[str, int]]:
+    """The largest ``anonymous_bytes`` that was seen in each ``stage``, complete behind the block."""
+    peaks, done = {stage(): anonymous_bytes()}, threading.Event()
 
     def sample() -> None:
-        while not done.wait(interval):
-            peak[0] = max(peak[0], anonymous_bytes())
+        name = stage()
+        peaks[name] = max(peaks.get(name, 0), anonymous_bytes())
 
-    thread = threading.Thread(target=sample, daemon=True)
+    def watch() -> None:
+        while not done.wait(interval):
+            sample()
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield peak
+        yield peaks
     finally:
         done.set()
         thread.join()
-        peak[0] = max(peak[0], anonymous_bytes())
+        sample()
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,22 @@ class StageTimes:
 
     seconds: dict[str, Seconds] = field(default_factory=dict)
     inside: list[Seconds] = field(default_factory=list)
+    names: list[str] = field(default_factory=lambda: [REST])
+
+    @property
+    def current(self) -> str:
+        """The innermost stage."""
+        return self.names[-1]
 
     @contextmanager
     def stage(self, name: str, total: float) -> Iterator[Callable[[float], None]]:
         start = Seconds.now()
         self.inside.append(Seconds())
+        self.names.append(name)
         try:
             yield lambda amount: None
         finally:
+            self.names.pop()
             spent, nested = Seconds.now() - start, self.inside.pop()
             self.seconds[name] = self.seconds.get(name, Seconds()) + (spent - nested)
             if self.inside:
@@ -107,14 +119,14 @@ class DataRow:
 
 @dataclass(frozen=True)
 class DataCost:
-    """``passes``: seconds of plain passes over the samples; ``total``: of the prune. In bytes: ``peak`` of the prune,
+    """``passes``: seconds of plain passes over the samples; ``total``: of the prune. In bytes: ``peaks`` of its stages,
     what was there ``before`` it, and ``passes_peak``."""
 
     name: str
     passes: Seconds
     total: Seconds
     stages: dict[str, Seconds]
-    peak: int
+    peaks: dict[str, int]
     before: int
     passes_peak: int
     macs: tuple[float, ...]
@@ -123,6 +135,10 @@ class DataCost:
     @property
     def ratio(self) -> Seconds:
         return self.total.over(self.passes)
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
 
 
 def random_feeds(row: DataRow, samples: int) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def measure_row(row: DataRow) -> DataCost:
     feeds = random_feeds(row, row.samples + max(row.samples // 4, 1))  # a fifth is held out
     passed = {name: array[: row.samples] for name, array in feeds.items()}
     return_memory()
-    with sampled_peak() as passes_peak:
+    with sampled_peaks() as passes_peaks:
         passes = [plain_passes(row.model, passed, row.threads) for _ in range(2)]
     return_memory()
     times = StageTimes()
@@ -169,7 +185,7 @@ def measure_row(row: DataRow) -> DataCost:
     inputs = snpc.load(row.model).inputs
     calibration = snpc.load_calibration(feeds, inputs, samples=row.samples, batch=BATCH)
     before = anonymous_bytes()
-    with tempfile.TemporaryDirectory() as folder, sampled_peak() as peak:
+    with tempfile.TemporaryDirectory() as folder, sampled_peaks(lambda: times.current) as peaks:
         start = Seconds.now()
         macs, drift = (run_sweep if row.sweep else run_prune)(row, Path(folder), calibration, execution)
         total = Seconds.now() - start
@@ -178,7 +194,7 @@ def measure_row(row: DataRow) -> DataCost:
     plain = Seconds(statistics.median(p.wall for p in passes), statistics.median(p.cpu for p in passes))
     known = sum(times.seconds.values(), Seconds())
     stages = {**times.seconds, REST: total - known}
-    return DataCost(row.name, plain, total, stages, peak[0], before, passes_peak[0], macs, drift)
+    return DataCost(row.name, plain, total, stages, peaks, before, max(passes_peaks.values()), macs, drift)
 
 
 Shares = tuple[tuple[float, ...], tuple[float, ...]]  # MACs that are left, as shares, and drifts
@@ -211,10 +227,11 @@ def print_cost(cost: DataCost, samples: int) -> None:
     print(
         f"\n{cost.name}: plain passes over {samples} samples {plain.wall:.2f} s ({plain.cpu:.2f} s of processor time)"
     )
-    print(f"{'stage':32s} {'seconds':>8s} {'x plain':>8s} {'cpu s':>8s} {'x plain':>8s}")
+    print(f"{'stage':32s} {'seconds':>8s} {'x plain':>8s} {'cpu s':>8s} {'x plain':>8s} {'peak MB':>8s}")
     for name, seconds in (*sorted(cost.stages.items(), key=lambda item: -item[1].wall), ("all", cost.total)):
         share = seconds.over(plain)
-        print(f"{name:32s} {seconds.wall:8.2f} {share.wall:8.2f} {seconds.cpu:8.2f} {share.cpu:8.2f}")
+        peak = cost.peaks.get(name, cost.peak) / 1e6
+        print(f"{name:32s} {seconds.wall:8.2f} {share.wall:8.2f} {seconds.cpu:8.2f} {share.cpu:8.2f} {peak:8.0f}")
     macs, drift = (", ".join(f"{value:.3f}" for value in values) for values in (cost.macs, cost.drift))
     print(f"{ratio.wall:.2f} x plain passes, {ratio.cpu:.2f} x in processor time; MACs {macs}; drift {drift}")
     peak, before, passes = (size / 1e6 for size in (cost.peak, cost.before, cost.passes_peak))

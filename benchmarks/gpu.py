@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --cpu --out smoke   # a small model, and no GPU: whether everything here still runs
 
 Every step runs in a process of its own within a time limit, and all of them within --seconds: a step that takes longer
-is stopped, and its row says so. The rows that need a GPU come first. Written are results.md and results.json. The GPU
+is stopped, and its row says so. The rows that need a GPU come first. A table is written, and the rows as JSON. The GPU
 rows run with ``Execution(provider="cuda", algebra="torch")``. Latencies are medians over rounds in turns: onnxruntime's
 CUDA provider as it is (TF32 and all), and torch with the same graphs (``snpc.torch.load``), TF32 allowed too.
 """
@@ -334,7 +334,7 @@ def main() -> int:
         print(f"{step.name} ({step.device}): {json.dumps(found)}", flush=True)
     machine = describe_machine(options.cpu)
     table = results_table(rows, machine, setting)
-    (options.out / "results.md").write_text(table)
+    (options.out / "results").with_suffix(".md").write_text(table)
     named = [{"name": name, "device": device, **found} for (name, device), found in rows.items()]
     (options.out / "results.json").write_text(json.dumps({"machine": machine, "rows": named}, indent=2) + "\n")
     print(table)

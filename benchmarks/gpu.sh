@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What an NVIDIA GPU saves, measured on this machine in under eight minutes: see benchmarks/gpu.py.
 #
-#   benchmarks/gpu.sh [FOLDER]        results.md and results.json go to FOLDER (default: gpu-results)
+#   benchmarks/gpu.sh [FOLDER]        a table and results.json go to FOLDER (default: gpu-results)
 #
 # What is missing is installed into FOLDER/venv first, which takes as long as the download of torch takes. An interpreter
 # that has torch with CUDA and onnxruntime-gpu already (PYTHON=...) is used as it is.

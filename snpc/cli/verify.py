@@ -25,7 +25,7 @@ from snpc.cli.arguments import (
     command,
     option,
 )
-from snpc.errors import CheckFailed
+from snpc.errors import CheckFailed, UserError
 from snpc.pipeline import completion_stages, verdict_json
 from snpc.runtime.calibration import MAX_HELD_OUT
 from snpc.runtime.execution import announce
@@ -62,6 +62,8 @@ def verify_command(
 
     Outputs are compared on the data of --calib, or on random inputs.
     """
+    if running.cluster is not None and arguments.plan_path is None:
+        raise UserError("--cluster spreads the refit of a plan: give --plan too, or leave it out")
     pruned, execution = arguments.pruned, running.load()
     with execution.progress.stage("analysis", 1):
         loaded = snpc.load(model.path)

@@ -5,6 +5,7 @@ Arrays keep their type, so that results are those of numpy but for rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from snpc.errors import UserError
 from snpc.types import FloatArray
 
-SMALL_SYSTEM = 512  # rows and columns below which a GPU takes longer to start than a CPU to finish
+SMALL_SYSTEM = 512  # rows and columns, in the geometric mean, below which a GPU's start takes longer than a CPU's work
 
 
 class TorchAlgebra:
@@ -74,7 +75,8 @@ class TorchAlgebra:
         return tensor
 
     def device_for(self, *sizes: int) -> torch.device:
-        return self.device if min(sizes) >= SMALL_SYSTEM else torch.device("cpu")
+        """Where an operation on arrays of these sizes runs."""
+        return self.device if math.prod(sizes) >= SMALL_SYSTEM ** len(sizes) else torch.device("cpu")
 
     @contextmanager
     def numpy_errors(self, matrix: FloatArray) -> Iterator[None]:

@@ -15,6 +15,7 @@ import torch
 from snpc.errors import UserError
 from snpc.runtime.closed_form import using_algebra
 from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA
+from snpc.runtime.closed_form.elimination import LeastSquaresSystem, eliminate
 from snpc.torch import TorchAlgebra
 from snpc.types import FloatArray
 from tests.command_line import CALIB, VIT, arrays, invoke, process_environment
@@ -161,3 +162,15 @@ def test_without_torch_the_option_is_refused_in_one_line(tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert "--algebra torch needs torch, which is not installed: pip install 'snpc[torch]'" in done.stderr
+
+
+def test_an_elimination_is_that_of_numpy() -> None:
+    """Of more units than are collected before the inverse is updated, down to none."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(900, 300)) @ rng.normal(size=(300, 300))
+    system = LeastSquaresSystem(rows.T @ rows, rng.normal(size=(300, 5)))
+    expected = eliminate([system], 300)
+    with using_algebra("torch"):
+        order = eliminate([system], 300)
+    assert np.array_equal(order.order, expected.order)
+    assert_same(order.loss, expected.loss)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import click
 
 import snpc
-from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option, subgroup
+from snpc.cli.arguments.group import ArgumentGroup, argument, option, subgroup
 from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.cli.progress import command_progress
 from snpc.errors import UserError
 from snpc.graph import PassObserver
+from snpc.remote import copied_from, is_url
 from snpc.runtime.execution import check_shape, parse_shapes
-from snpc.runtime.io import model_files
+from snpc.runtime.io import local_model, model_files
 from snpc.types import Shape, TensorSpec
 
 
@@ -49,11 +52,21 @@ class SizeArguments(ArgumentGroup):
         return parse_shapes(self.shapes)
 
 
+class ModelPath(click.Path):
+    """A path, or a URL whose file is copied."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, readable=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return local_model(value) if is_url(value) else super().convert(value, param, ctx)
+
+
 @dataclass(frozen=True)
 class ModelArguments(ArgumentGroup):
     """The model."""
 
-    path: Path = argument(metavar="MODEL", type=FILE_PATH)
+    path: Path = argument(metavar="MODEL", type=ModelPath())
     at: SizeArguments = subgroup()
 
     def files(self) -> set[Path]:
@@ -64,7 +77,10 @@ class ModelArguments(ArgumentGroup):
         return load_and_analyze(self.path, self.at)
 
     def sibling(self, ending: str) -> Path:
-        """A path beside the model: its name without the suffix, and ``ending``."""
+        """A path beside the model: its name without the suffix, and ``ending``. For one from a URL, in the current
+        folder."""
+        if copied_from(self.path) is not None:
+            return Path(f"{self.path.stem}{ending}")
         return self.path.with_name(f"{self.path.stem}{ending}")
 
 

@@ -164,11 +164,10 @@ def by_parity(found: Mapping[SumKey, FloatArray]) -> BatchSums:
 
 
 def split_into_blocks(calibration: Calibration, workers: int) -> list[Block]:
-    """Blocks of pairs of batches, so many that each worker has several. Their number changes no sum: the sizes are
+    """Blocks of neighboring batches, so many that each worker has several. Their number changes no sum: the sizes are
     powers of two, as the parts of a ``PairwiseSum``."""
     batches = len(calibration.batch_plan)
-    pairs = max(batches // (2 * BLOCKS_PER_WORKER * workers), 1)
-    size = 2 << int(math.log2(pairs))
+    size = 1 << int(math.log2(max(batches // (BLOCKS_PER_WORKER * workers), 1)))
     return [
         Block(index, first, calibration.slice(first, first + size))
         for index, first in enumerate(range(0, batches, size))

@@ -10,6 +10,7 @@
 | folder of pictures (also in sub-folders), for a model with one image input | a picture |
 | ``.json``: Polygraphy's ``List[Dict[str, ndarray]]``, or plain lists of numbers | a dict of the list |
 | ``test_data_set_*/input_N.pb``: the folder of them, or one | a ``test_data_set`` |
+| a URL (``s3://bucket/calib.npz``) of any of these, through fsspec | as there |
 | ``file.py:function``, which runs that code | a dict that it yields |
 | Python: dicts, a function giving them, an onnxruntime ``CalibrationDataReader``, or one dict of arrays | a dict |
 
@@ -37,9 +38,12 @@ Files
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from snpc.errors import UserError
+from snpc.remote import RemoteReader, is_url, local_copy
 from snpc.runtime.calibration.dataset import (
     Calibration,
     DataPart,
@@ -57,7 +61,7 @@ from snpc.runtime.calibration.python_sources import (
     script_source,
     value_source,
 )
-from snpc.runtime.calibration.sources import CalibrationSource, as_user_error, name_list
+from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource, as_user_error, name_list
 from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.types import TensorSpec
 
@@ -118,7 +122,21 @@ def _open_source(
 ) -> CalibrationSource:
     if not isinstance(source, str | Path):
         return value_source(source, inputs)
+    if is_url(source):
+        return url_source(str(source), inputs, images)
     script, colon, function = str(source).rpartition(":")
     if colon and script.endswith(".py"):
         return script_source(Path(script), function, inputs)
     return path_source(Path(source), inputs, images)
+
+
+def url_source(url: str, inputs: tuple[TensorSpec, ...], images: ImageOptions) -> CalibrationSource:
+    """The source at a URL. Each process that reads it makes its own copy."""
+    copy = local_copy(url)
+    source = path_source(copy, inputs, images)
+
+    def elsewhere(part: CalibrationPart) -> CalibrationPart:
+        read = RemoteReader(url, copy, part.read) if isinstance(part.read, partial) else part.read
+        return replace(part, label=part.label.replace(str(copy), url, 1), read=read)
+
+    return replace(source, label=url, parts=(elsewhere(part) for part in source.parts))

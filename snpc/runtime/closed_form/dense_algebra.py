@@ -74,9 +74,11 @@ class NumpyAlgebra:
         return np.asarray(cho_solve((check_factor(factor), lower), right, check_finite=False))
 
     def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
-        from scipy.linalg.lapack import dpotri
+        from scipy.linalg import get_lapack_funcs
 
-        inverse, _ = dpotri(self.cholesky(matrix).T, lower=0, overwrite_c=1)  # the transpose: Fortran's order, no copy
+        upper = self.cholesky(matrix).T  # in Fortran's order, so that nothing is copied
+        (potri,) = get_lapack_funcs(("potri",), (upper,))
+        inverse, _ = potri(upper, lower=0, overwrite_c=1)
         upper = np.triu(inverse)
         return np.asarray(upper + np.triu(upper, 1).T)
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, add_ridge, unit_columns
+from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA, current_algebra
 from snpc.runtime.closed_form.factorization import OrderedFactor, factorize, inverse_hessian
 from snpc.types import FloatArray, IntArray
 
@@ -53,11 +54,13 @@ class EliminationOrder:
 @dataclass(frozen=True)
 class LeastSquaresSystem:
     """What one consumer weight reads. ``moment`` [units * m, units * m]: second moment of the centered columns;
-    ``weight`` [units * m, D]. A unit has m adjacent columns (the width of a head, the offsets of a kernel)."""
+    ``weight`` [units * m, D]. A unit has m adjacent columns (the width of a head, the offsets of a kernel).
+    ``means``: [units * m] at each node that uses the weight."""
 
     moment: FloatArray
     weight: FloatArray
     ridge: float = DEFAULT_RIDGE
+    means: tuple[FloatArray, ...] = ()
 
 
 def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
@@ -118,7 +121,8 @@ def run_elimination(
 def factorize_in_order(system: LeastSquaresSystem, units: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
     """The factor of a system with its ``units`` in this order."""
     columns = unit_columns(units, len(system.moment) // len(units))
-    return factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
+    factor = factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
+    return replace(factor, means=system.means)
 
 
 class ObsState:
@@ -189,8 +193,11 @@ class InverseHessian:
         self.base = compact_rows(compact_rows(self.base, removed).T, removed).T
         self.update = np.concatenate([compact_rows(self.update, removed), factor], axis=1)
         if self.update.shape[1] >= BLOCK_ROWS:
-            for start in range(0, len(self.base), BLOCK_ROWS):  # a product that stays in the cache
-                self.base[start : start + BLOCK_ROWS] -= self.update[start : start + BLOCK_ROWS] @ self.update.T
+            algebra = current_algebra()
+            # on the CPU in blocks that stay in its cache
+            step = BLOCK_ROWS if algebra is NUMPY_ALGEBRA else max(len(self.base), 1)
+            for start in range(0, len(self.base), step):
+                self.base[start : start + step] -= algebra.product(self.update[start : start + step], self.update.T)
             self.update = self.update[:, :0]
         return factor, half
 

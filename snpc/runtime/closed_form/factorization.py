@@ -8,7 +8,7 @@ ridge shrinks the change of the rows, W_k = W_S + (C_SS + ridge)^-1 C_SP W_P.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from snpc.types import AnyArray, FloatArray, IntArray
 @dataclass(frozen=True)
 class OrderedFactor:
     """``columns`` [n]: the system's columns, the most important first. ``factor`` [n, n]: L, lower triangular.
-    ``projected`` [n, D]: V."""
+    ``projected`` [n, D]: V. ``means``: [n] of the columns, at each node that uses the weight."""
 
     columns: IntArray
     factor: FloatArray = field(repr=False)
     projected: FloatArray = field(repr=False)
+    means: tuple[FloatArray, ...] = field(default=(), repr=False)
 
     @property
     def losses(self) -> FloatArray:
@@ -34,15 +35,13 @@ class OrderedFactor:
 
     def refit(self, count: int) -> FloatArray:
         """[count, D]: the refitted rows of the first ``count`` columns, ascending by column."""
-        from scipy.linalg import solve_triangular
-
         kept = np.asarray(self.factor[:count, :count])
-        rows = solve_triangular(kept, self.projected[:count], trans=1, lower=True, check_finite=False)
+        rows = current_algebra().solve_triangular(kept, np.asarray(self.projected[:count]), transposed=True)
         return np.asarray(rows[np.argsort(self.columns[:count])])
 
     def stored(self, keep: Callable[[AnyArray], AnyArray]) -> OrderedFactor:
         """The same with its arrays where ``keep`` puts them."""
-        return OrderedFactor(self.columns, keep(self.factor), keep(self.projected))
+        return replace(self, factor=keep(self.factor), projected=keep(self.projected))
 
 
 def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
@@ -51,7 +50,8 @@ def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray, dtype:
     Raises LinAlgError where the Hessian is not positive definite.
     """
     factor = cholesky_factor(hessian[np.ix_(columns, columns)].astype(dtype, copy=False))
-    return OrderedFactor(columns, factor, factor.T @ weight[columns].astype(dtype, copy=False))
+    projected = current_algebra().product(factor.T, weight[columns].astype(dtype, copy=False))
+    return OrderedFactor(columns, factor, projected)
 
 
 def cholesky_factor(matrix: FloatArray) -> FloatArray:

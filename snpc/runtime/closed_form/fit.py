@@ -180,7 +180,10 @@ def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoment
     """One per consumer weight, and one per normalization inside the layer."""
     systems = [
         LeastSquaresSystem(
-            inputs.moment, consumer.matrix(analysis.traced_graph), relative_ridge(len(inputs.moment), inputs.count)
+            inputs.moment,
+            consumer.matrix(analysis.traced_graph),
+            relative_ridge(len(inputs.moment), inputs.count),
+            inputs.means,
         )
         for consumer, inputs in zip(analysis.weights[group.id].consumers, moments.consumers[0], strict=True)
     ]
@@ -313,18 +316,24 @@ def start_from(contents: AnyArray) -> Callable[[FloatArray], FloatArray]:
 
 
 def refit_consumers(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:
-    """Refit every consumer weight; what the removed units contribute on average is added to the bias behind it."""
+    """Refit every consumer weight; what the removed units contribute on average is added to the bias behind it.
+
+    A factor in the order of the units gives the weights of a trial; without one they are solved for, with a ridge that
+    is chosen for this width.
+    """
     analysis = closed_forms.analysis
     (order,) = closed_forms.elimination_orders.get(group.id, (None,))
     refits = order.refit_for(keep) if order is not None else None
-    inputs = closed_forms.moments[group.id].consumers[0]
-    for number, (consumer, moments) in enumerate(zip(analysis.weights[group.id].consumers, inputs, strict=True)):
+    for number, consumer in enumerate(analysis.weights[group.id].consumers):
         weight, columns = consumer.matrix(analysis.traced_graph, edits), unit_columns(keep, consumer.columns)
-        fitted = refits[number] if refits is not None else refit_kept_rows(moments, weight, columns)
+        if order is not None and refits is not None:
+            fitted, means = refits[number], order.factors[number].means
+        else:
+            moments = closed_forms.moments[group.id].consumers[0][number]
+            fitted, means = refit_kept_rows(moments, weight, columns), moments.means
         consumer.put(edits, keep, fitted)
-        lost = weight.copy()
-        lost[columns] -= fitted
-        compensate_means(edits, consumer, moments, lost)
+        weight[columns] -= fitted
+        compensate_means(edits, consumer, means, weight)
 
 
 def refit_kept_rows(moments: ConsumerMoments, weight: FloatArray, columns: IntArray) -> FloatArray:
@@ -377,9 +386,11 @@ def shifted_at(positions: IntArray, terms: FloatArray) -> Callable[[FloatArray],
     return change
 
 
-def compensate_means(edits: WeightEdits, consumer: ConsumerWeight, moments: ConsumerMoments, lost: FloatArray) -> None:
+def compensate_means(
+    edits: WeightEdits, consumer: ConsumerWeight, means: Sequence[FloatArray], lost: FloatArray
+) -> None:
     """Add the mean output of the ``lost`` [columns, D] part of a consumer weight to the bias behind each use."""
-    for node, mean in zip(consumer.nodes, moments.means, strict=True):
+    for node, mean in zip(consumer.nodes, means, strict=True):
         edits.add_bias(str(node.name), mean @ lost)
 
 
@@ -418,7 +429,7 @@ def refit_output_projection(
         for index, context, projection in zip(consumer.weight_slice.index, contexts, projections, strict=True):
             fitted = refit_decoder(context.moment, encode, projection, ridge)
             write_rows(edits, consumer, index[block], fitted)
-            compensate_means(edits, consumer, context, projection - encode @ fitted)
+            compensate_means(edits, consumer, context.means, projection - encode @ fitted)
 
 
 def write_rows(edits: WeightEdits, consumer: ConsumerWeight, positions: IntArray, rows: FloatArray) -> None:

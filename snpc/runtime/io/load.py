@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from snpc.errors import UserError
 from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
 from snpc.passes.canonicalization import canonicalize
+from snpc.remote import copy_beside, is_url, local_copy
 from snpc.runtime.io.duplicate_constants import merge_equal_constants
 from snpc.runtime.io.graph_checks import check_contractions, check_graph, check_producers
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
@@ -43,17 +44,28 @@ logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns 
 def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
     """Read an ONNX model and bring it into the canonical form (``passes.canonicalization``).
 
-    ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. A model in memory
-    is not changed; a copy of it lies in a temporary file for as long as the returned value lives. Weights of a
-    file stay there and are read when they are needed. ``observer`` is called after each graph pass. Raises UserError
-    for anything that is not a readable ONNX model.
+    ``model``: a path, a URL (through fsspec), an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of
+    onnx-graphsurgeon. A model in memory is not changed; a copy of it lies in a temporary file for as long as the
+    returned value lives. Weights of a file stay there and are read when they are needed. ``observer`` is called after
+    each graph pass. Raises UserError for anything that is not a readable ONNX model.
     """
+    if isinstance(model, str) and is_url(model):
+        return load_file(local_model(model), observer)
     if isinstance(model, (str, os.PathLike)):
         return load_file(Path(model), observer)
     kind, folder = kind_of(model), TemporaryFolder()
     path = folder.path / "model.onnx"
     write_in_memory(model, path)
     return replace(load_file(path, observer), kind=kind, folder=folder)
+
+
+def local_model(url: str) -> Path:
+    """A copy of the model at ``url`` with the files of its weights. UserError: they cannot be read."""
+    path = local_copy(url)
+    if path.is_file():
+        for location in external_data_files(read_without_weights(path)):
+            copy_beside(url, location)
+    return path
 
 
 def load_file(path: Path, observer: PassObserver | None) -> Model:

@@ -46,6 +46,9 @@ def test_positive_definite_systems(matrix: FloatArray, right: FloatArray) -> Non
     np.testing.assert_allclose(matrix @ inverse, np.eye(SIZE), atol=1e-10)
     assert np.array_equal(inverse, inverse.T)
     assert np.array_equal(matrix, before)
+    single = NUMPY_ALGEBRA.invert_positive_definite(matrix.astype(np.float32))
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, inverse, atol=1e-2 * np.abs(inverse).max())
 
 
 def test_decompositions(matrix: FloatArray, right: FloatArray) -> None:
