@@ -305,7 +305,8 @@ def choose_units(
     if scores.effort != "search" or calibration is None:
         return make_slice_plan(scores, budget)
     groups = groups_to_prune(scores.analysis, budget)
-    widths = search_widths(closed_forms, scores, calibration, groups, budget, execution=execution)
+    with using_algebra(execution.algebra):
+        widths = search_widths(closed_forms, scores, calibration, groups, budget, execution=execution)
     return select_units(scores, budget, widths)
 
 
