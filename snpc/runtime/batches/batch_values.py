@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from snpc.runtime.batches.distributed import DistributedBatchValues
 
 DENSE_ENTRY = "values of the dense model"
-HALF_LIMIT = 6e4  # float16 ends at 65504
 
 
 class BatchValues(Protocol):
@@ -39,18 +38,12 @@ class LocalBatchValues:
         self.batches = [{name: self.store.keep(array) for name, array in values.items()} for values in batches]
 
     def run(self, program: BatchProgram) -> BatchSums:
-        """See ``BatchValues``. Values in half precision are fed in float32. No program with ``observe`` runs here: it
-        names samples, which are not known."""
+        """See ``BatchValues``. No program with ``observe`` runs here: it names samples, which are not known."""
         assert program.observe is None
         sums = BatchSums()
-        widened = {
-            str(value.name)
-            for value in program.model.graph.inputs
-            if value.dtype is not None and value.dtype.numpy() == np.float32
-        }
         with temporary_session(program.model, execution=self.execution, memory="shared") as run:
             for number, values in enumerate(self.batches):
-                outputs = run({name: widen(array) if name in widened else array for name, array in values.items()})
+                outputs = run(values)
                 half = sums.odd if number % 2 else sums.even
                 for name in program.sums:
                     add_up(half, name, outputs[name])
@@ -61,10 +54,7 @@ class LocalBatchValues:
         self, values: Mapping[str, AnyArray], outputs: Mapping[str, AnyArray], program: BatchProgram
     ) -> dict[str, AnyArray]:
         """The values of a batch after the program."""
-        kept = {
-            name: self.store.keep(narrow(outputs[output]) if name in program.half else outputs[output])
-            for output, name in program.kept.items()
-        }
+        kept = {name: self.store.keep(outputs[output]) for output, name in program.kept.items()}
         if program.derive is not None:
             kept |= {name: self.store.keep(array) for name, array in program.derive(outputs).items()}
         after = {**values, **kept}
@@ -77,16 +67,6 @@ def add_up(sums: dict[str, FloatArray], name: str, array: AnyArray) -> None:
         np.add(sums[name], array, out=sums[name])
     else:
         sums[name] = array.astype(np.float64)
-
-
-def narrow(array: AnyArray) -> AnyArray:
-    """In half precision, where no entry is beyond its range."""
-    fits = array.dtype == np.float32 and bool((np.abs(array) < HALF_LIMIT).all())
-    return array.astype(np.float16) if fits else array
-
-
-def widen(array: AnyArray) -> AnyArray:
-    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 class DenseValues:

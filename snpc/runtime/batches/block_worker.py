@@ -18,7 +18,6 @@ from uuid import uuid4
 
 import numpy as np
 
-from snpc.runtime.batches.batch_values import narrow, widen
 from snpc.runtime.batches.pairwise_sum import PairwiseSum, SumNode
 from snpc.runtime.batches.program import Derivation, Observer
 from snpc.runtime.calibration import Calibration
@@ -69,9 +68,8 @@ class Block:
 class ProgramReference:
     """A ``BatchProgram`` whose model lies in ``folder`` of the driver; its other fields as they are.
 
-    ``before``: number of the program whose values it runs on, -1: those that the batches begin with. ``widened``:
-    inputs that take half precision in float32. ``outdated``: number of a program whose values nothing reads any more;
-    ``pinned``: those of programs that may be read later.
+    ``before``: number of the program whose values it runs on, -1: those that the batches begin with. ``outdated``:
+    number of a program whose values nothing reads any more; ``pinned``: those of programs that may be read later.
     """
 
     number: int
@@ -79,9 +77,7 @@ class ProgramReference:
     folder: str
     sums: tuple[str, ...]
     kept: Mapping[str, str]
-    half: frozenset[str]
     live: frozenset[str] | None
-    widened: frozenset[str]
     observe: Observer | None
     derive: Derivation | None
     outdated: int | None
@@ -191,7 +187,6 @@ class WorkerRun:
         session, sums, after = self.session_of(program, content), BlockSums(), []
         for number, values in enumerate(self.values(block, program.before)):
             feeds = {name: loaded(value) for name, value in values.items()}
-            feeds = {name: widen(array) if name in program.widened else array for name, array in feeds.items()}
             outputs = session(feeds)
             observed: Mapping[str, AnyArray] = {name: outputs[name] for name in program.sums}
             if program.observe is not None:
@@ -244,10 +239,7 @@ _RUNS: OrderedDict[str, WorkerRun] = OrderedDict()
 
 def advance(values: Values, outputs: Mapping[str, AnyArray], program: ProgramReference) -> Values:
     """The values of a batch after the program."""
-    kept = {
-        name: narrow(outputs[output]) if name in program.half else outputs[output]
-        for output, name in program.kept.items()
-    }
+    kept = {name: outputs[output] for output, name in program.kept.items()}
     if program.derive is not None:
         kept |= program.derive(outputs)
     after: Values = {**values, **kept}

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-
 from snpc.errors import UserError
 from snpc.runtime.batches.block_worker import (
     MODEL_FILE,
@@ -97,11 +95,6 @@ class DistributedBatchValues:
         number, before = next(self.numbers), self.programs[-1] if self.programs else None
         folder = self.folder.path / f"program-{number}"
         folder.mkdir()
-        widened = frozenset(
-            str(value.name)
-            for value in program.model.graph.inputs
-            if value.dtype is not None and value.dtype.numpy() == np.float32
-        )
         save_runnable(program.model, folder / MODEL_FILE)
         outdated = before.before if before is not None and before.before not in self.pinned else None
         return ProgramReference(
@@ -110,9 +103,7 @@ class DistributedBatchValues:
             str(folder),
             program.sums,
             program.kept,
-            program.half,
             program.live,
-            widened,
             program.observe,
             program.derive,
             outdated,

@@ -33,15 +33,13 @@ class BatchProgram:
     """One step over all batches. The inputs of ``model`` are named values of a batch.
 
     ``sums``: outputs that are added up over the batches. ``kept``: output -> the name under which it becomes a value of
-    its batch. ``half``: those of these names that may be held in half precision. ``live``: the values that the batch
-    keeps afterwards; None: all. ``observe``: makes of the outputs on a batch what is added up besides; ``derive``:
-    what the batch keeps besides. ``model`` must not be used again.
+    its batch. ``live``: the values that the batch keeps afterwards; None: all. ``observe``: makes of the outputs on a
+    batch what is added up besides; ``derive``: what the batch keeps besides. ``model`` must not be used again.
     """
 
     model: ir.Model
     sums: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
-    half: frozenset[str] = frozenset()
     live: frozenset[str] | None = None
     observe: Observer | None = None
     derive: Derivation | None = None

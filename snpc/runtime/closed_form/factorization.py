@@ -74,6 +74,7 @@ def inverse_hessian(hessian: FloatArray, dtype: np.dtype[Any]) -> FloatArray:
         return current_algebra().invert_positive_definite(hessian).astype(dtype, copy=False)
     from scipy.linalg import lapack
 
-    inverse, _ = lapack.spotri(cholesky_factor(hessian.astype(dtype)).T, lower=0, overwrite_c=1)
-    upper = np.triu(inverse)
-    return np.ascontiguousarray(upper + np.triu(upper, 1).T)
+    upper, _ = lapack.spotri(cholesky_factor(hessian.astype(dtype)).T, lower=0, overwrite_c=1)  # below it are zeros
+    inverse = upper + upper.T
+    inverse.flat[:: len(inverse) + 1] /= 2
+    return np.ascontiguousarray(inverse)

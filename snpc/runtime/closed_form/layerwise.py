@@ -11,7 +11,6 @@ change of its weight, which is added to the values at the border.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,6 +63,7 @@ from snpc.runtime.statistics import (
 from snpc.types import AnyArray, FloatArray, IntArray, Probe
 
 RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units, where there are no halves
+MAX_RESIDUAL_DAMPING = 3.0  # a small correction helps even where halves find none: docs/rows-and-ridge.md
 GRAM, CROSS, TOTAL, HIDDEN = "snpc_gram", "snpc_cross", "snpc_total", "snpc_hidden"  # values of an instrumented segment
 
 
@@ -247,7 +247,7 @@ def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchPr
     instrument.add_output(instrument.node(op.IDENTITY, [instrument.values[hidden]]), HIDDEN, types[hidden])
     kept = {name: name for name in segment.outputs} | {HIDDEN: HIDDEN}
     live = live_names(fit, stage) | {HIDDEN}
-    return BatchProgram(instrument.model, (GRAM, CROSS, TOTAL), kept, frozenset({HIDDEN}), live)
+    return BatchProgram(instrument.model, (GRAM, CROSS, TOTAL), kept, live)
 
 
 def live_names(fit: LayerwiseFit, stage: FitStage) -> frozenset[str]:
@@ -277,15 +277,16 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
 
 def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, FloatArray]:
     """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units, with the ridge
-    that carries over from one half of the batches to the other; of one batch, with ``RESIDUAL_DAMPING``."""
+    that carries over from one half of the batches to the other, up to ``MAX_RESIDUAL_DAMPING``; of one batch, with
+    ``RESIDUAL_DAMPING``."""
     moments = consumer_moments([unpack_symmetric(sums.total(GRAM))])
     (mean,), total = moments.means, sums.total(TOTAL).reshape(-1) / moments.count
     cross = sums.total(CROSS).reshape(width, -1) - moments.count * np.outer(mean, total)
     ridge = RESIDUAL_DAMPING
     if sums.odd:
         odd = odd_regression(sums, mean, total)
-        ridge = choose_ridge((Regression(moments.moment, cross) - odd, odd)).ridge
-    correction = np.zeros(cross.shape) if math.isinf(ridge) else solve_ridge(moments.moment, cross, ridge)
+        ridge = min(choose_ridge((Regression(moments.moment, cross) - odd, odd)).ridge, MAX_RESIDUAL_DAMPING)
+    correction = solve_ridge(moments.moment, cross, ridge)
     return correction, total - mean @ correction
 
 

@@ -43,8 +43,8 @@ SHARE_GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)
 CURVE_SHARES = (0.92, 0.75, 0.5, 0.25)  # those that give a curve over all widths
 FIRST_SHARES = (0.75, 0.42)  # those that the groups of a role take in turn, one each, before a first plan is made
 MIN_GROUPS_PER_ROLE = 8  # from which on one trial per group is enough, since groups of a role share their shape
-REFINEMENT_ROUNDS = 2  # further trials at the widths that the curves so far lead to
-SAMPLES_PER_WIDTH = 4
+REFINEMENT_ROUNDS = 1  # further trials at the widths that the curves so far lead to
+SAMPLES_PER_WIDTH = 2
 SAMPLE_POOLS = 2  # sets of so many samples, which the trials of a group take in turn
 
 
@@ -62,7 +62,7 @@ def measure_loss_curves(
 
     Every trial changes the weights of one group, in closed form where it has one, and runs the model from that group
     on. The closed-form loss gives the shape of the curve between the trials (``curve_fit``). With a ``budget`` the
-    trials are near its plan: one per group (four where groups are few, or where most units go), then two rounds at the
+    trials are near its plan: one per group (four where groups are few, or where most units go), then a round at the
     widths that the curves so far lead to. The trials of a group see different samples in turn, so that a curve through
     them averages over more samples.
 

@@ -39,6 +39,7 @@ from snpc.runtime.statistics.padding import find_padding, probe_row_counters
 from snpc.runtime.statistics.rows import SampledRows, choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group
 
+SUM_BYTES = 256 << 20  # of each half's sums that stay in memory after the pass
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
 
@@ -242,9 +243,9 @@ def run_measurement(
         spelled,
         samples,
         sources,
-        totals.sums,
+        moved_out(totals.sums),
         parts,
-        totals.odd,
+        moved_out(totals.odd),
         dict(seen_shares(requests)),
     )
 
@@ -296,6 +297,15 @@ def measure_passes_on_workers(
         dense.on_workers = values
     else:
         values.close()
+
+
+def moved_out(sums: dict[str, dict[str, FloatArray]]) -> dict[str, dict[str, FloatArray]]:
+    """The same with what is beyond ``SUM_BYTES`` in files: it is read once or twice more, group by group."""
+    store = SpillableStore(SUM_BYTES)
+    for arrays in sums.values():
+        for name in list(arrays):
+            arrays[name] = store.keep(arrays[name])
+    return sums
 
 
 class StatisticAccumulator:

@@ -8,7 +8,6 @@ import pytest
 
 from snpc.graph import make_node
 from snpc.runtime.batches import BatchProgram, LocalBatchValues
-from snpc.runtime.batches.batch_values import narrow
 from snpc.runtime.execution import Execution
 
 BATCHES = [np.random.default_rng(k).normal(size=(2, 3)).astype(np.float32) for k in range(5)]
@@ -40,16 +39,3 @@ def test_one_batch_has_no_odd_half() -> None:
     sums = LocalBatchValues([{"x": BATCHES[0]}]).run(BatchProgram(doubling(), ("y",)))
     assert not sums.odd
     np.testing.assert_array_equal(sums.total("y"), 2 * BATCHES[0].astype(np.float64))
-
-
-def test_values_in_half_precision_are_fed_as_float32() -> None:
-    values = LocalBatchValues({"x": x} for x in BATCHES)
-    values.run(BatchProgram(doubling(), kept={"y": "x"}, half=frozenset({"x"})))
-    assert values.batches[0]["x"].dtype == np.float16
-    sums = values.run(BatchProgram(doubling(), ("y",)))
-    np.testing.assert_allclose(sums.total("y"), 4 * np.sum(BATCHES, axis=0), rtol=1e-2, atol=1e-2)
-
-
-def test_what_half_precision_cannot_hold_stays() -> None:
-    assert narrow(np.float32([7e4])).dtype == np.float32
-    assert narrow(np.float32([6e3])).dtype == np.float16

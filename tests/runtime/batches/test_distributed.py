@@ -61,12 +61,11 @@ LAYERS = 4
 
 
 def program(number: int) -> BatchProgram:
-    """Layer ``number``; the values of the layer before go, those of the second lie in half precision."""
+    """Layer ``number``; the values of the layer before go."""
     name = f"h{number}"
     live = frozenset({"x", name})
-    half = frozenset({name} if number == 1 else ())
     source = "x" if number == 0 else f"h{number - 1}"
-    return BatchProgram(layer(source, name, number), ("gram", "total"), {name: name}, half, live)
+    return BatchProgram(layer(source, name, number), ("gram", "total"), {name: name}, live)
 
 
 @dataclass(frozen=True)
