@@ -222,18 +222,14 @@ def run_sweep(row: DataRow, folder: Path, calibration: Any, execution: Any) -> S
 
 
 def print_cost(cost: DataCost, samples: int) -> None:
-    """The row's stages, beside plain passes."""
+    """The row's stages, beside plain passes, as a table in Markdown."""
     plain, ratio = cost.passes, cost.ratio
-    print(
-        f"\n{cost.name}: plain passes over {samples} samples {plain.wall:.2f} s ({plain.cpu:.2f} s of processor time)"
-    )
-    print(f"{'stage':32s} {'seconds':>8s} {'x plain':>8s} {'cpu s':>8s} {'x plain':>8s} {'peak MB':>8s}")
+    print(f"\n{cost.name}: plain passes over {samples} samples {plain.wall:.1f} s ({plain.cpu:.1f} s of processors)\n")
+    print("| stage | s | x plain passes | processor s | x plain passes | peak, MB |\n|---|---:|---:|---:|---:|---:|")
     for name, seconds in (*sorted(cost.stages.items(), key=lambda item: -item[1].wall), ("all", cost.total)):
-        share = seconds.over(plain)
-        peak = cost.peaks.get(name, cost.peak) / 1e6
-        print(f"{name:32s} {seconds.wall:8.2f} {share.wall:8.2f} {seconds.cpu:8.2f} {share.cpu:8.2f} {peak:8.0f}")
+        share, peak = seconds.over(plain), cost.peaks.get(name, cost.peak) / 1e6
+        print(f"| {name} | {seconds.wall:.1f} | {share.wall:.2f} | {seconds.cpu:.1f} | {share.cpu:.2f} | {peak:.0f} |")
     macs, drift = (", ".join(f"{value:.3f}" for value in values) for values in (cost.macs, cost.drift))
-    print(f"{ratio.wall:.2f} x plain passes, {ratio.cpu:.2f} x in processor time; MACs {macs}; drift {drift}")
-    peak, before, passes = (size / 1e6 for size in (cost.peak, cost.before, cost.passes_peak))
-    print(f"peak anonymous memory {peak:.0f} MB, {before:.0f} MB of it before the first stage; "
-          f"of the plain passes {passes:.0f} MB", flush=True)  # fmt: skip
+    print(f"\n{ratio.wall:.2f} x plain passes, {ratio.cpu:.2f} x in processor time; MACs {macs}; drift {drift}")
+    before, passes = cost.before / 1e6, cost.passes_peak / 1e6
+    print(f"of the peak, {before:.0f} MB were there before; the plain passes had {passes:.0f} MB", flush=True)
