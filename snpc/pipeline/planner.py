@@ -237,7 +237,7 @@ def make_plan(
     criterion = default_criterion if request.criterion is None else request.criterion
     dense = None
     if statistics is None and calibration is not None:
-        dense = dense_values_for(analysis, groups, method, execution)
+        dense = dense_values_for(analysis, groups, method, calibration, execution)
         statistics = measure_statistics(
             analysis, calibration, groups, method=method, criterion=criterion, dense=dense, execution=execution
         )
@@ -284,14 +284,17 @@ def make_plan(
 
 
 def dense_values_for(
-    analysis: Analysis, groups: Sequence[Group], method: PruningMethod, execution: Execution
+    analysis: Analysis,
+    groups: Sequence[Group],
+    method: PruningMethod,
+    calibration: Calibration,
+    execution: Execution,
 ) -> DenseValues | None:
     """Where the values that the layer-wise fit reads are collected; None where there is no such fit."""
     if method != "auto" or analysis.traced_graph.kv_cache:
         return None
-    return DenseValues(
-        residual_error_values(analysis, groups), min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
-    )
+    limit = min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
+    return DenseValues(residual_error_values(analysis, groups), calibration, limit)
 
 
 def choose_units(

@@ -137,7 +137,7 @@ class TestReport:
         _, report = third
         verification = report["verify"]
         assert 0 <= verification["max_abs_diff"] < 1e-4
-        assert re.search(r"sliced against masked on 16 held-out samples of .*calib\.npz", verification["compared"])
+        assert re.search(r"sliced against masked on 8 held-out samples of .*calib\.npz", verification["compared"])
         (drift,) = verification["quality"]["differences"]
         assert drift["output"] == "logits"
         assert 0 < drift["relative"] < 1

@@ -17,6 +17,7 @@ from snpc.tokens import offer_tokens, reduction_obstacle
 from snpc.types import Role
 
 DESTRUCTIVE_SHARE = 0.15  # of the units: from here on selection by magnitude usually destroys a model
+LONG_RUN_SECONDS = 10.0  # from which on a run's cost is said before it begins
 
 
 def warn_without_data(plan: PruningPlan, typed: TypedCommand) -> None:
@@ -45,23 +46,21 @@ def announce_cost(
     execution: Execution,
     writes: bool,
 ) -> None:
-    """One line that says what each effort is to cost. Nothing without calibration data, where all is fast."""
+    """One line that says what each effort is to cost. Nothing where the run is short, as it is without calibration
+    data, and where the model cannot be timed: what runs it next says why."""
     if calibration is None or request is None or is_quiet():
         return
     costs = effort_costs(analysis, calibration, request, planning.reduction.tokens, writes=writes)
-    print_step(cost_text(costs, request.effort, calibration, plain_pass_seconds(analysis, calibration, execution)))
+    seconds = plain_pass_seconds(analysis, calibration, execution)
+    if seconds is not None and costs[request.effort] * seconds >= LONG_RUN_SECONDS:
+        print_step(cost_text(costs, request.effort, calibration, seconds))
 
 
-def cost_text(costs: Mapping[Effort, float], effort: Effort, calibration: Calibration, seconds: float | None) -> str:
-    """``seconds``: of a plain pass, where it is known."""
-
-    def amount(passes: float) -> str:
-        return f"{passes:.1f} passes" if seconds is None else seconds_text(passes * seconds)
-
+def cost_text(costs: Mapping[Effort, float], effort: Effort, calibration: Calibration, seconds: float) -> str:
+    """``seconds``: of a plain pass."""
     passes = f"about {costs[effort]:.1f} plain passes of {calibration.samples} samples"
-    others = ", ".join(f"{name} {amount(cost)}" for name, cost in costs.items() if name != effort)
-    time = "" if seconds is None else f", {amount(costs[effort])}"
-    return f"effort {effort}: {passes}{time}" + (f" ({others})" if others else "")
+    others = ", ".join(f"{name} {seconds_text(cost * seconds)}" for name, cost in costs.items() if name != effort)
+    return f"effort {effort}: {passes}, {seconds_text(costs[effort] * seconds)}" + (f" ({others})" if others else "")
 
 
 def seconds_text(seconds: float) -> str:

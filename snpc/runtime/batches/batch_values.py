@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from snpc.runtime.batches.program import BatchProgram, BatchSums
+from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget, temporary_session
 from snpc.runtime.io import StoredStage
 from snpc.types import AnyArray, FloatArray
@@ -71,10 +72,11 @@ def add_up(sums: dict[str, FloatArray], name: str, array: AnyArray) -> None:
 
 class DenseValues:
     """Values of the dense model at ``names``, for every batch of the pass that measured them: the layer-wise fit reads
-    them again. Beyond ``limit`` bytes they lie in files. Where workers measured them they stay: ``on_workers``."""
+    them again. ``calibration``: the data of that pass. Beyond ``limit`` bytes they lie in files. Where workers measured
+    them they stay: ``on_workers``."""
 
-    def __init__(self, names: tuple[str, ...], limit: int) -> None:
-        self.names = names
+    def __init__(self, names: tuple[str, ...], calibration: Calibration, limit: int) -> None:
+        self.names, self.calibration = names, calibration
         self.store = SpillableStore(limit)
         self.batches: list[dict[str, AnyArray]] = []
         self.on_workers: DistributedBatchValues | None = None

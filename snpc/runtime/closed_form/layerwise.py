@@ -159,19 +159,22 @@ def first_values(
 ) -> BatchValues:
     """The feeds of every batch, which tokens count, and the dense model's residual sums."""
     names = tuple(stage.error.value for stage in stages)
-    known = (
-        dense is not None and set(names) <= set(dense.names) and len(dense.batches) == len(calibration.batch_sizes())
-    )
+    if dense is not None and not (dense.calibration is calibration and set(names) <= set(dense.names)):
+        dense = None
 
     def batches() -> Iterator[dict[str, AnyArray]]:
         with token_mask_runner(fit.analysis.traced_graph, fit.padding, execution) as masks:
             for number, feeds in enumerate(calibration.batches()):
-                yield {**feeds, **masks(feeds), **(dense.batches[number] if known and dense is not None else {})}
+                yield {
+                    **feeds,
+                    **masks(feeds),
+                    **(dense.batches[number] if dense is not None and dense.batches else {}),
+                }
 
     if execution.executor is not None:
         return values_on_workers(fit, names, calibration, execution, dense)
     values = LocalBatchValues(batches(), execution)
-    if not known:
+    if dense is None or not dense.batches:
         model = model_with_outputs(fit.analysis.traced_graph, names)
         kept = {name: dense_name(name) for name in names}
         values.run(BatchProgram(model, kept=kept))
@@ -187,7 +190,7 @@ def values_on_workers(
 ) -> BatchValues:
     """``first_values`` on the workers of ``execution.executor``."""
     assert execution.executor is not None
-    if dense is not None and dense.on_workers is not None and set(names) <= set(dense.names):
+    if dense is not None and dense.on_workers is not None:
         values, known = dense.on_workers.branch(), True
     else:
         values, known = DistributedBatchValues(calibration, execution.executor, execution), False
