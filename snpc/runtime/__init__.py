@@ -1,6 +1,7 @@
 """What runs models or reads and writes files: calibration, statistics, closed forms, sensitivity, evaluation.
 
 Files
+  batches/      Passes over calibration data: models that run on every batch, and what is added up and kept.
   calibration/  Calibration data: from the forms that users have it in to batches that fit the model.
   closed_form/  Closed-form compression: rotations and least-squares refits, and the weights they give.
   evaluation/   Measuring written models: latency, equality of outputs, accuracy.
