@@ -41,6 +41,11 @@ class ShapeFacts:
     problems: dict[ir.Node, str] = field(default_factory=dict)
     measured: dict[ir.Value, MeasuredValue] = field(default_factory=dict)
 
+    @property
+    def types_by_name(self) -> dict[str, ir.DataType]:
+        """Name of a value -> its type, where that is known."""
+        return {str(value.name): dtype for value, dtype in self.dtype.items() if dtype is not None}
+
     def call(self, node: ir.Node, version: int) -> OpCall:
         shapes = tuple(None if v is None else self.shape.get(v) for v in node.inputs)
         values = tuple(None if v is None else self.value.get(v) for v in node.inputs)

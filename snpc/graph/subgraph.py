@@ -59,7 +59,7 @@ def split_into_segments(model: ir.Model, ends: Sequence[int]) -> list[Segment]:
 def extract_segment(model: ir.Model, segment: Segment, facts: ShapeFacts) -> ir.Model:
     """A model of copies of these nodes alone. ``facts`` of ``model`` must know the types of the segment's inputs and
     outputs."""
-    types = {str(v.name): dtype for v, dtype in facts.dtype.items() if dtype is not None}
+    types = facts.types_by_name
     inside = list(model.graph)[segment.first : segment.last]
     used = {value: None for node in inside for value in used_values(node)}
     known = {str(v.name): v for v in (*used, *(out for node in inside for out in node.outputs))}

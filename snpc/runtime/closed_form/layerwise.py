@@ -175,9 +175,7 @@ def first_values(
         return values_on_workers(fit, names, calibration, execution, dense)
     values = LocalBatchValues(batches(), execution)
     if dense is None or not dense.batches:
-        model = model_with_outputs(fit.analysis.traced_graph, names)
-        kept = {name: dense_name(name) for name in names}
-        values.run(BatchProgram(model, kept=kept))
+        values.run(dense_program(fit.analysis.traced_graph, names))
     return values
 
 
@@ -196,18 +194,15 @@ def values_on_workers(
         values, known = DistributedBatchValues(calibration, execution.executor, execution), False
     keep_token_masks(values, fit.analysis.traced_graph, fit.padding)
     if not known:
-        model = model_with_outputs(fit.analysis.traced_graph, names)
-        values.run(BatchProgram(model, kept={name: dense_name(name) for name in names}))
+        values.run(dense_program(fit.analysis.traced_graph, names))
     return values
 
 
-def model_with_outputs(graph: TracedGraph, names: tuple[str, ...]) -> ir.Model:
-    """A copy of the model whose outputs are these values."""
+def dense_program(graph: TracedGraph, names: tuple[str, ...]) -> BatchProgram:
+    """The dense model, which keeps its values of these names."""
     instrument = Instrument(graph.model)
-    types = {str(value.name): dtype for value, dtype in graph.facts.dtype.items() if dtype is not None}
-    for name in names:
-        instrument.add_output(instrument.values[name], name, types[name])
-    return instrument.model
+    instrument.add_values(names, graph.facts.types_by_name)
+    return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
 
 
 def fit_stage(
@@ -234,7 +229,7 @@ def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchPr
     """The cut segment: moments of its ``width`` kept hidden units, their products with the error at its end, and the
     values that later segments read."""
     segment, error = stage.segment, stage.error
-    types = {str(value.name): dtype for value, dtype in fit.facts.dtype.items() if dtype is not None}
+    types = fit.facts.types_by_name
     instrument = Instrument(extract_segment(fit.cut, segment, fit.facts), fit.padding.row_masks)
     hidden = error.probe.tensor
     if hidden not in instrument.values:
@@ -245,8 +240,7 @@ def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchPr
     sums = instrument.residual_error_sums(probe, width, stage.summed, dense_name(error.value), types[stage.summed])
     for value, name in zip(sums, (CROSS, TOTAL), strict=True):
         instrument.add_output(value, name)
-    for name in segment.outputs:
-        instrument.add_output(instrument.values[name], name, types[name])
+    instrument.add_values(segment.outputs, types)
     instrument.add_output(instrument.node(op.IDENTITY, [instrument.values[hidden]]), HIDDEN, types[hidden])
     kept = {name: name for name in segment.outputs} | {HIDDEN: HIDDEN}
     live = live_names(fit, stage) | {HIDDEN}
@@ -262,9 +256,9 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
     """Adds to the residual sum what the change of the weight in front of it adds: its hidden units times
     ``correction``, and ``bias``."""
     name = stage.summed
-    types = {str(value.name): dtype for value, dtype in fit.facts.dtype.items()}
+    types = fit.facts.types_by_name
     hidden, summed = (
-        ir.Value(name=of, type=ir.TensorType(types[kind] or ir.DataType.FLOAT))
+        ir.Value(name=of, type=ir.TensorType(types[kind]))
         for of, kind in ((HIDDEN, stage.error.probe.tensor), (name, name))
     )
     graph = ir.Graph([hidden, summed], [], nodes=[], opset_imports=dict(fit.cut.graph.opset_imports), name="correction")
@@ -273,7 +267,7 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
     change = instrument.node(op.MATMUL, [operands[0], instrument.constant(correction.astype(np.float32))])
     change = instrument.node(op.ADD, [change, instrument.constant(bias.astype(np.float32))])
     total = instrument.node(op.ADD, [operands[1], change])
-    dtype = types[name] or ir.DataType.FLOAT
+    dtype = types[name]
     instrument.add_output(instrument.node(op.CAST, [total], to=int(dtype)), "corrected", dtype)
     return BatchProgram(instrument.model, kept={"corrected": name}, live=live_names(fit, stage))
 

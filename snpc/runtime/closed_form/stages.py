@@ -128,9 +128,9 @@ def schedule_stages(
 
 def check_boundary_types(facts: ShapeFacts, segments: Sequence[Segment]) -> None:
     """Raise NotSegmentable where the type of a value that crosses a border is unknown."""
-    types = {str(value.name): dtype for value, dtype in facts.dtype.items()}
+    types = facts.types_by_name
     for name in (name for segment in segments for name in (*segment.inputs, *segment.outputs)):
-        if types.get(name) is None:
+        if name not in types:
             raise NotSegmentable(f"the type of {name} is not known")
 
 

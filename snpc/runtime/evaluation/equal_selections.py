@@ -107,8 +107,7 @@ def compare_on_equal_selections(
     source, cut = rewritten.source, rewritten.sliced_interface()
     if cut:  # caches are compared in the narrower shapes, which differ in front of selections too
         return None
-    types = {str(v.name): dtype for v, dtype in source.facts.dtype.items() if dtype is not None}
-    comparison = Comparison(selectors, types, execution)
+    comparison = Comparison(selectors, source.facts.types_by_name, execution)
     masked = mask_model(source.model, source.trace, rewritten.removed)
     feeds = [own for own, _ in batches]
     try:

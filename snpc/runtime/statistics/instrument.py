@@ -88,6 +88,11 @@ class Instrument:
         value.type = ir.TensorType(dtype)
         self.model.graph.outputs.append(value)
 
+    def add_values(self, names: Iterable[str], types: Mapping[str, ir.DataType]) -> None:
+        """Values of the model as outputs under their own names."""
+        for name in names:
+            self.add_output(self.values[name], name, types[name])
+
     def activation(self, name: str) -> ir.Value:
         """A value of the model, or the query, key or value inside a fused attention node ("node.q")."""
         if name not in self.values:

@@ -167,9 +167,7 @@ def measuring_model(
     instrument = Instrument(source.model, padding.row_masks)
     for request in requests:
         request.add_to(instrument)
-    types = {str(value.name): dtype for value, dtype in source.facts.dtype.items() if dtype is not None}
-    for name in kept:
-        instrument.add_output(instrument.values[name], name, types[name])
+    instrument.add_values(kept, source.facts.types_by_name)
     return instrument.model, padding
 
 

@@ -46,7 +46,7 @@ def teacher_function(teacher: Analysis, names: Sequence[str], device: torch.devi
 def onnxruntime_teacher(teacher: Analysis, names: Sequence[str]) -> TeacherFunction:
     """The same, of a session whose model has these values as outputs."""
     traced_graph = teacher.traced_graph
-    dtypes = {str(v.name): dtype for v, dtype in traced_graph.facts.dtype.items() if dtype is not None}
+    dtypes = traced_graph.facts.types_by_name
     model = traced_graph.model.clone()
     output_names = {value.name for value in model.graph.outputs}
     values = {str(v.name): v for node in model.graph for v in node.outputs}
