@@ -211,6 +211,14 @@ class TestCost:
         words = ("prune", vit, *FEW, "--target", "macs=0.7", "--tokens", "none", "--dry-run")
         assert "effort" not in invoke(*words).stderr
 
+    @pytest.mark.parametrize(
+        "flags", [("--ratio", 0.5, "--effort", "search"), ("--max-drift", 0.1, "--effort", "quick")]
+    )
+    def test_an_effort_that_is_not_at_hand_is_refused_in_a_line(self, vit: Path, flags: tuple[object, ...]) -> None:
+        result = invoke("prune", vit, *FEW, *flags, "--tokens", "none", "--dry-run", code=2)
+        (line,) = result.stderr.splitlines()
+        assert "--effort" in line
+
     def test_it_is_in_passes_and_in_time(self) -> None:
         data = snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32, batch=8)
         costs: dict[Effort, float] = {"quick": 3.0, "normal": 4.5}

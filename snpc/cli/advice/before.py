@@ -51,6 +51,8 @@ def announce_cost(
     if calibration is None or request is None or is_quiet():
         return
     costs = effort_costs(analysis, calibration, request, planning.reduction.tokens, writes=writes)
+    if request.effort not in costs:  # the planner says why it is not at hand
+        return
     seconds = plain_pass_seconds(analysis, calibration, execution)
     if seconds is not None and costs[request.effort] * seconds >= LONG_RUN_SECONDS:
         print_step(cost_text(costs, request.effort, calibration, seconds))
