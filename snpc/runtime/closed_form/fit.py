@@ -156,12 +156,28 @@ def solve_closed_forms(
     """
     moment_set = moments_from_statistics(analysis, statistics, groups)
     orders: dict[str, tuple[EliminationOrder, ...]] = {}
+    bases: dict[str, tuple[LowRankBasis, ...]] = {}
     for group in track(progress, "order", groups, len(groups)):
-        if moment_set.kinds.get(group.id) in ("refit", "score_selection"):
-            with solving(group.id):
-                solved = elimination_orders(analysis, group, moment_set.moments[group.id])
-            orders[group.id] = tuple(store_factors(order, store) for order in solved)
-    return replace(solve_bases(analysis, moment_set, groups), elimination_orders=orders)
+        kind = moment_set.kinds.get(group.id)
+        if kind is None:
+            continue
+        moments = moment_set.moments[group.id]
+        with solving(group.id):
+            if kind in ROTATED:
+                bases[group.id] = low_rank_bases(analysis.traced_graph, analysis.weights[group.id], moments)
+            else:
+                solved = elimination_orders(analysis, group, moments)
+                orders[group.id] = tuple(store_factors(order, store) for order in solved)
+    return ClosedForms(
+        analysis,
+        moment_set.kinds,
+        moment_set.moments,
+        bases,
+        orders,
+        moment_set.skipped,
+        moment_set.samples,
+        moment_set.source,
+    )
 
 
 def elimination_orders(analysis: Analysis, group: Group, moments: GroupMoments) -> tuple[EliminationOrder, ...]:
@@ -211,26 +227,6 @@ def gain_and_bias(analysis: Analysis, norm: HiddenNormalization) -> tuple[FloatA
 def unit_positions_of(norm: HiddenNormalization) -> IntArray:
     """[units]: the position of each in gain and bias."""
     return np.argsort(norm.probes[0].units.reshape(-1))
-
-
-def solve_bases(analysis: Analysis, moment_set: MomentSet, groups: Sequence[Group]) -> ClosedForms:
-    """The closed forms without elimination orders, which only the choice of units needs."""
-    bases = {}
-    for group in (g for g in groups if moment_set.kinds.get(g.id) in ROTATED):
-        with solving(group.id):
-            bases[group.id] = low_rank_bases(
-                analysis.traced_graph, analysis.weights[group.id], moment_set.moments[group.id]
-            )
-    return ClosedForms(
-        analysis,
-        moment_set.kinds,
-        moment_set.moments,
-        bases,
-        {},
-        moment_set.skipped,
-        moment_set.samples,
-        moment_set.source,
-    )
 
 
 def low_rank_bases(
