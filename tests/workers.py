@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from snpc.runtime.execution.cluster import start_workers
+
 PRELOADED = ["snpc.runtime.batches.block_worker"]  # imported once, by the server that forks the workers
 
 
@@ -30,9 +32,7 @@ def local_client(workers: int) -> Iterator[Any]:
 
     with (
         dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
-        distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=50
-        ) as cluster,
+        start_workers(distributed, workers) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         yield client

@@ -21,7 +21,7 @@ from snpc.planning import Effort, PruningMethod, SlicePlan, groups_to_prune
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost, file_session
-from snpc.runtime.sensitivity import CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH, search_samples
+from snpc.runtime.sensitivity import CURVE_SAMPLES, CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH, search_samples
 from snpc.tokens import TOKEN_METHODS
 from snpc.types import Group
 
@@ -118,8 +118,11 @@ def planning_stages(
     if request.budget.is_latency:
         stages.append(("latency table", 1.0))
     if needs_loss_curves(request.budget, method, request.effort):
-        widths = len(CURVE_SHARES) if full_curves or request.full_curves else 1 + REFINEMENT_ROUNDS
-        trials = widths * len(groups) * SAMPLES_PER_WIDTH * TRIAL_SHARE
+        if full_curves or request.full_curves:
+            samples = len(CURVE_SHARES) * CURVE_SAMPLES
+        else:
+            samples = (1 + REFINEMENT_ROUNDS) * SAMPLES_PER_WIDTH
+        trials = samples * len(groups) * TRIAL_SHARE
         stages.append(("trials", trials / max(calibration.samples, 1)))
     if request.effort == "search":
         stages.append(("joint search", search_samples(len(groups)) / max(calibration.samples, 1)))

@@ -60,7 +60,7 @@ class NumpyAlgebra:
         return np.asarray(left @ right)
 
     def cholesky(self, matrix: FloatArray) -> FloatArray:
-        return check_factor(np.asarray(np.linalg.cholesky(matrix)))
+        return upper_factor(matrix).T
 
     def solve_triangular(self, factor: FloatArray, right: FloatArray, transposed: bool = False) -> FloatArray:
         from scipy.linalg import solve_triangular
@@ -68,19 +68,19 @@ class NumpyAlgebra:
         return np.asarray(solve_triangular(factor, right, trans=int(transposed), lower=True, check_finite=False))
 
     def solve_positive_definite(self, matrix: FloatArray, right: FloatArray) -> FloatArray:
-        from scipy.linalg import cho_factor, cho_solve
+        from scipy.linalg import cho_solve
 
-        factor, lower = cho_factor(matrix, lower=True, check_finite=False)
-        return np.asarray(cho_solve((check_factor(factor), lower), right, check_finite=False))
+        return np.asarray(cho_solve((upper_factor(matrix), False), right, check_finite=False))
 
     def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
         from scipy.linalg import get_lapack_funcs
 
-        upper = self.cholesky(matrix).T  # in Fortran's order, so that nothing is copied
+        upper = upper_factor(matrix)
         (potri,) = get_lapack_funcs(("potri",), (upper,))
-        inverse, _ = potri(upper, lower=0, overwrite_c=1)
-        upper = np.triu(inverse)
-        return np.asarray(upper + np.triu(upper, 1).T)
+        upper, _ = potri(upper, lower=0, overwrite_c=1)  # below its diagonal are zeros
+        inverse = upper + upper.T
+        inverse.flat[:: len(inverse) + 1] /= 2
+        return np.asarray(inverse)
 
     def eigh(self, matrix: FloatArray) -> tuple[FloatArray, FloatArray]:
         values, vectors = np.linalg.eigh(matrix)
@@ -91,11 +91,17 @@ class NumpyAlgebra:
         return np.asarray(left), np.asarray(values), np.asarray(right)
 
 
-def check_factor(factor: FloatArray) -> FloatArray:
-    """The same. Raises LinAlgError where NaN was carried through, as some LAPACKs do."""
-    if not np.isfinite(np.trace(factor)):
-        raise np.linalg.LinAlgError("the matrix holds NaN or infinity")
-    return factor
+def upper_factor(matrix: FloatArray) -> FloatArray:
+    """U, upper triangular and in Fortran's order, with U' U = ``matrix``. Raises LinAlgError where the matrix is not
+    positive definite, also where NaN was carried through, as some LAPACKs do."""
+    from scipy.linalg import get_lapack_funcs
+
+    # the matrix is symmetric: transposed it is in the order that LAPACK takes, and copied as it lies
+    (potrf,) = get_lapack_funcs(("potrf",), (matrix,))
+    upper, failed = potrf(matrix.T, lower=0, clean=1)
+    if failed or not np.isfinite(np.trace(upper)):
+        raise np.linalg.LinAlgError("the matrix is not positive definite, or not finite")
+    return np.asarray(upper)
 
 
 NUMPY_ALGEBRA = NumpyAlgebra()

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, add_ridge, unit_columns
+from snpc.runtime.closed_form.algebra import DEFAULT_RIDGE, absolute_ridge, unit_columns
 from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA, current_algebra
-from snpc.runtime.closed_form.factorization import OrderedFactor, factorize, inverse_hessian
+from snpc.runtime.closed_form.factorization import OrderedFactor, factorize
 from snpc.types import FloatArray, IntArray
 
 Entries = TypeVar("Entries", FloatArray, IntArray)
@@ -61,6 +61,12 @@ class LeastSquaresSystem:
     weight: FloatArray
     ridge: float = DEFAULT_RIDGE
     means: tuple[FloatArray, ...] = ()
+
+    def hessian(self, dtype: np.dtype[Any]) -> FloatArray:
+        """The moment with its ridge, a copy."""
+        matrix = self.moment.astype(dtype)
+        matrix.flat[:: len(matrix) + 1] += absolute_ridge(self.moment, self.ridge)
+        return matrix
 
 
 def elimination_widths(size: int, steps: int = ELIMINATION_STEPS) -> list[int]:
@@ -121,7 +127,7 @@ def run_elimination(
 def factorize_in_order(system: LeastSquaresSystem, units: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
     """The factor of a system with its ``units`` in this order."""
     columns = unit_columns(units, len(system.moment) // len(units))
-    factor = factorize(add_ridge(system.moment, system.ridge), system.weight, columns, dtype)
+    factor = factorize(system.hessian(dtype), system.weight.astype(dtype, copy=False), columns)
     return replace(factor, means=system.means)
 
 
@@ -132,7 +138,7 @@ class ObsState:
     def __init__(self, system: LeastSquaresSystem, size: int, dtype: np.dtype[Any] = DOUBLE) -> None:
         self.columns = len(system.moment) // size
         self.ridge = absolute_ridge(system.moment, system.ridge)
-        self.inverse = InverseHessian(inverse_hessian(add_ridge(system.moment, system.ridge), dtype))
+        self.inverse = InverseHessian(current_algebra().invert_positive_definite(system.hessian(dtype)))
         self.current: FloatArray = system.weight.astype(dtype)
         self.weight = self.current.copy()
         self.removed_norm = 0.0

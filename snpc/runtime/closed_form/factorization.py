@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from snpc.runtime.closed_form.algebra import squared_tail_sums
-from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA, current_algebra
+from snpc.runtime.closed_form.dense_algebra import current_algebra
 from snpc.types import AnyArray, FloatArray, IntArray
 
 
@@ -44,37 +43,11 @@ class OrderedFactor:
         return replace(self, factor=keep(self.factor), projected=keep(self.projected))
 
 
-def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
-    """The factor of ``hessian`` = C + ridge [n, n] and ``weight`` [n, D] with the columns in this order, in ``dtype``.
+def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray) -> OrderedFactor:
+    """The factor of ``hessian`` = C + ridge [n, n] and ``weight`` [n, D], of one type, with the columns in this order.
 
     Raises LinAlgError where the Hessian is not positive definite.
     """
-    factor = cholesky_factor(hessian[np.ix_(columns, columns)].astype(dtype, copy=False))
-    projected = current_algebra().product(factor.T, weight[columns].astype(dtype, copy=False))
+    factor = current_algebra().cholesky(hessian[np.ix_(columns, columns)])
+    projected = current_algebra().product(factor.T, weight[columns])
     return OrderedFactor(columns, factor, projected)
-
-
-def cholesky_factor(matrix: FloatArray) -> FloatArray:
-    """L, lower triangular, in the type of ``matrix``, which may be overwritten."""
-    if matrix.dtype == np.float64 or current_algebra() is not NUMPY_ALGEBRA:
-        return current_algebra().cholesky(matrix).astype(matrix.dtype, copy=False)
-    from scipy.linalg import lapack
-
-    # upper in Fortran's order, which is lower in numpy's
-    factor, failed = lapack.spotrf(matrix.T, lower=0, clean=1, overwrite_a=1)
-    if failed or not np.isfinite(np.trace(factor)):
-        raise np.linalg.LinAlgError("Matrix is not positive definite")
-    return np.asarray(factor.T)
-
-
-def inverse_hessian(hessian: FloatArray, dtype: np.dtype[Any]) -> FloatArray:
-    """The inverse of a symmetric positive definite matrix, in ``dtype``: float32 takes half the time, and its error is
-    far below the ridge where that is large. Raises LinAlgError where the matrix is not positive definite."""
-    if dtype == np.float64 or current_algebra() is not NUMPY_ALGEBRA:
-        return current_algebra().invert_positive_definite(hessian).astype(dtype, copy=False)
-    from scipy.linalg import lapack
-
-    upper, _ = lapack.spotri(cholesky_factor(hessian.astype(dtype)).T, lower=0, overwrite_c=1)  # below it are zeros
-    inverse = upper + upper.T
-    inverse.flat[:: len(inverse) + 1] /= 2
-    return np.ascontiguousarray(inverse)

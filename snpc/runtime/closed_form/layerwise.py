@@ -37,7 +37,7 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
 from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
 from snpc.runtime.closed_form.masked_weights import edited_constants
-from snpc.runtime.closed_form.ridge import Regression, choose_ridge
+from snpc.runtime.closed_form.ridge import RIDGES, Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
     FitStage,
     NotSegmentable,
@@ -63,6 +63,7 @@ from snpc.runtime.statistics import (
 from snpc.types import AnyArray, FloatArray, IntArray, Probe
 
 RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units, where there are no halves
+RESIDUAL_RIDGES = RIDGES[:-1]  # that are tried; where the last of them is best, the limit below is taken
 MAX_RESIDUAL_DAMPING = 3.0  # a small correction helps even where halves find none: docs/rows-and-ridge.md
 GRAM, CROSS, TOTAL, HIDDEN = "snpc_gram", "snpc_cross", "snpc_total", "snpc_hidden"  # values of an instrumented segment
 
@@ -282,7 +283,8 @@ def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, Float
     ridge = RESIDUAL_DAMPING
     if sums.odd:
         odd = odd_regression(sums, mean, total)
-        ridge = min(choose_ridge((Regression(moments.moment, cross) - odd, odd)).ridge, MAX_RESIDUAL_DAMPING)
+        halves = Regression(moments.moment, cross) - odd, odd
+        ridge = min(choose_ridge(halves, RESIDUAL_RIDGES, RESIDUAL_DAMPING).ridge, MAX_RESIDUAL_DAMPING)
     correction = solve_ridge(moments.moment, cross, ridge)
     return correction, total - mean @ correction
 

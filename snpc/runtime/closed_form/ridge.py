@@ -23,7 +23,7 @@ RIDGES = tuple(10.0**power for power in range(-4, 3))
 """Shares of the mean diagonal that are tried; between the best and its neighbors a parabola is followed. Where the last
 is best, what it leaves of the coefficients is noise: mean fill."""
 
-START = RIDGES.index(0.1)  # where the search begins
+START = 0.1  # where the search begins
 HALF_TO_WHOLE = 0.4  # twice the rows ask for half the ridge, and a little less: measured, docs/rows-and-ridge.md
 BOTH_WAYS = 1024  # regressors up to which either half judges the other: beyond, one way costs enough and says the same
 REFIT_SHARE = 1 / 3  # of the ridge with the least squared error: see ``choose_refit_ridge``
@@ -102,13 +102,13 @@ def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, 
     return replace(choice, ridge=choice.ridge * REFIT_SHARE)
 
 
-def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES) -> RidgeChoice:
+def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES, start: float = START) -> RidgeChoice:
     """The ridge whose fit on either half has the least error on the other.
 
-    The search walks down the error from the middle of the ascending ``ridges``, a decade apart. It takes one Cholesky
-    factor in float32 per ridge and half, three or four ridges in all; an eigendecomposition takes as long as forty. Up
-    to ``PROBES`` random combinations of the targets stand for all of them, the same for every ridge. With more than
-    ``BOTH_WAYS`` regressors, only the first half is fitted, and the second judges.
+    The search walks down the error from ``start``, one of the ascending ``ridges``, which are a decade apart. It takes
+    one Cholesky factor in float32 per ridge and half, three or four ridges in all; an eigendecomposition takes as long
+    as forty. Up to ``PROBES`` random combinations of the targets stand for all of them, the same for every ridge. With
+    more than ``BOTH_WAYS`` regressors, only the first half is fitted, and the second judges.
     """
     first, second = (
         Regression(half.moment.astype(np.float32), combine_targets(half.cross).astype(np.float32)) for half in halves
@@ -124,10 +124,10 @@ def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES)
         except np.linalg.LinAlgError:
             return math.inf  # fewer rows than regressors, and a ridge below rounding
 
-    best = walk_downhill(excess, len(ridges), min(START, len(ridges) - 1))
-    tried = {ridges[k]: excess(k) for k in range(max(best - 1, 0), min(best + 2, len(ridges)))}
+    best = walk_downhill(excess, len(ridges), ridges.index(start))
     if excess(best) >= 0 or best == len(ridges) - 1:
-        return RidgeChoice(math.inf, tried)
+        return RidgeChoice(math.inf, {ridges[best]: excess(best)})
+    tried = {ridges[k]: excess(k) for k in range(max(best - 1, 0), min(best + 2, len(ridges)))}
     return RidgeChoice(snap(parabola_minimum(tried, ridges[best]) * HALF_TO_WHOLE), tried)
 
 

@@ -36,13 +36,7 @@ def open_cluster(text: str) -> Iterator[Executor]:
     place, distributed = parse_cluster(text), import_distributed()
     if isinstance(place, int):
         with (
-            distributed.LocalCluster(
-                n_workers=place,
-                threads_per_worker=1,
-                memory_limit=0,  # --memory-limit bounds what snpc holds
-                dashboard_address=None,
-                silence_logs=logging.CRITICAL,
-            ) as cluster,
+            start_workers(distributed, place) as cluster,
             distributed.Client(cluster) as client,
         ):
             yield client.get_executor()
@@ -50,6 +44,18 @@ def open_cluster(text: str) -> Iterator[Executor]:
     with connected(place, distributed) as client:
         check_workers(client)
         yield client.get_executor()
+
+
+def start_workers(distributed: Any, count: int) -> Any:
+    """A cluster of so many worker processes on this machine, of one thread each. Several clusters can run at once."""
+    return distributed.LocalCluster(
+        n_workers=count,
+        threads_per_worker=1,
+        memory_limit=0,  # --memory-limit bounds what snpc holds
+        dashboard_address="127.0.0.1:0",  # any free port: the scheduler serves its state over HTTP in any case
+        scheduler_kwargs={"dashboard": False},
+        silence_logs=logging.CRITICAL,
+    )
 
 
 def import_distributed() -> Any:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
 from snpc.runtime.sensitivity.joint_search import search_samples, search_widths
 from snpc.runtime.sensitivity.loss_curves import (
+    CURVE_SAMPLES,
     CURVE_SHARES,
     REFINEMENT_ROUNDS,
     SAMPLES_PER_WIDTH,
@@ -26,6 +27,7 @@ from snpc.runtime.sensitivity.loss_curves import (
 from snpc.runtime.sensitivity.predicted_curves import predicted_curves
 
 __all__ = [
+    "CURVE_SAMPLES",
     "CURVE_SHARES",
     "REFINEMENT_ROUNDS",
     "SAMPLES_PER_WIDTH",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,19 +32,20 @@ from snpc.runtime.execution import (
 )
 from snpc.runtime.io import NOT_STORED, StoredStage
 from snpc.runtime.sensitivity.curve_fit import OutputChange, fit_curves
+from snpc.runtime.sensitivity.predicted_curves import predicted_curves
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, SegmentStates, open_segmented_model
 from snpc.runtime.sensitivity.trial_workers import Trial, TrialSamples, TrialWorkers, can_be_sent
 from snpc.runtime.statistics import PaddingMasks, TokenMask, TokenMasks, find_padding, token_mask_runner
 from snpc.temporary import temporary_folder
-from snpc.types import AnyArray, Feeds, FloatArray, Group, Role
+from snpc.types import AnyArray, Feeds, FloatArray, Group
 
 # shares of a group's units that are kept in trials
 SHARE_GRID = (0.92, 0.83, 0.75, 0.58, 0.5, 0.42, 0.25)
 CURVE_SHARES = (0.92, 0.75, 0.5, 0.25)  # those that give a curve over all widths
-FIRST_SHARES = (0.75, 0.42)  # those that the groups of a role take in turn, one each, before a first plan is made
 MIN_GROUPS_PER_ROLE = 8  # from which on one trial per group is enough, since groups of a role share their shape
 REFINEMENT_ROUNDS = 1  # further trials at the widths that the curves so far lead to
-SAMPLES_PER_WIDTH = 2
+SAMPLES_PER_WIDTH = 2  # of a trial near a plan
+CURVE_SAMPLES = 4  # of a trial that gives a curve over all widths, which no later trial corrects
 SAMPLE_POOLS = 2  # sets of so many samples, which the trials of a group take in turn
 
 
@@ -62,9 +63,9 @@ def measure_loss_curves(
 
     Every trial changes the weights of one group, in closed form where it has one, and runs the model from that group
     on. The closed-form loss gives the shape of the curve between the trials (``curve_fit``). With a ``budget`` the
-    trials are near its plan: one per group (four where groups are few, or where most units go), then a round at the
-    widths that the curves so far lead to. The trials of a group see different samples in turn, so that a curve through
-    them averages over more samples.
+    trials are near its plan: one per group at the width that closed-form losses lead to (four where groups are few, or
+    where most units go), then a round at the widths that the curves so far lead to. The trials of a group see different
+    samples in turn, so that a curve through them averages over more samples.
 
     ``scores`` order the units. Padded tokens of an output [batch, tokens, ..] do not count. Values of the dense model
     lie in memory up to ``execution.memory_limit`` bytes, the others in temporary files. A trial that makes an output
@@ -73,8 +74,9 @@ def measure_loss_curves(
     """
     analysis = closed_forms.analysis
     source = analysis.traced_graph
-    if budget is not None and keeps_most_units(groups, scores, budget):
-        trials = list(initial_widths(closed_forms, groups))
+    near_plan = budget is not None and keeps_most_units(groups, scores, budget)
+    if budget is not None and near_plan:
+        trials = list(planned_widths(closed_forms, scores, groups, budget))
     else:
         trials = [(group, nearest_widths(group, CURVE_SHARES)) for group in groups]
     changed = {
@@ -92,7 +94,7 @@ def measure_loss_curves(
     ):
         store = SpillableStore(memory_budget(execution.memory_limit))
         pools: list[list[TrialBatch]] = []
-        samples = sample_pools(calibration)
+        samples = sample_pools(calibration, SAMPLES_PER_WIDTH if near_plan else CURVE_SAMPLES)
         for pool in samples:
             pools.append([])
             for feeds in pool:
@@ -121,14 +123,17 @@ def keeps_most_units(groups: Sequence[Group], scores: UnitScores, budget: Budget
     return float(np.mean([widths[group.id] / group.size for group in groups])) >= 0.5
 
 
-def initial_widths(closed_forms: ClosedForms, groups: Sequence[Group]) -> Iterator[tuple[Group, list[int]]]:
-    """``FIRST_SHARES`` in turn for the groups of a role; ``CURVE_SHARES`` where they are few, or where no closed form
-    gives the shape."""
+def planned_widths(
+    closed_forms: ClosedForms, scores: UnitScores, groups: Sequence[Group], budget: Budget
+) -> Iterator[tuple[Group, list[int]]]:
+    """Of each group the width that the predicted curves lead to; ``CURVE_SHARES`` where the groups of a role are few,
+    or where no closed form gives the shape."""
     counts = Counter(group.role for group in groups)
-    shares: dict[Role, Iterator[float]] = defaultdict(lambda: itertools.cycle(FIRST_SHARES))
+    predicted = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
+    planned = allocate_widths(groups, predicted, budget)
     for group in groups:
         one_is_enough = counts[group.role] >= MIN_GROUPS_PER_ROLE and closed_forms.loss_curve(group) is not None
-        yield group, nearest_widths(group, [next(shares[group.role])] if one_is_enough else CURVE_SHARES)
+        yield group, nearest_widths(group, [planned[group.id] / group.size] if one_is_enough else CURVE_SHARES)
 
 
 @dataclass(frozen=True)
@@ -266,10 +271,10 @@ def trial_workers(
     return TrialWorkers(execution.executor, model, folder, sent, execution)
 
 
-def sample_pools(calibration: Calibration) -> list[list[Feeds]]:
-    """``SAMPLE_POOLS`` sets of ``SAMPLES_PER_WIDTH`` samples, from the first batches."""
-    count = -(-SAMPLES_PER_WIDTH // calibration.batch)
-    batches: list[Feeds] = list(itertools.islice(calibration.first_rows(SAMPLES_PER_WIDTH), count * SAMPLE_POOLS))
+def sample_pools(calibration: Calibration, size: int) -> list[list[Feeds]]:
+    """``SAMPLE_POOLS`` sets of ``size`` samples, from the first batches."""
+    count = -(-size // calibration.batch)
+    batches: list[Feeds] = list(itertools.islice(calibration.first_rows(size), count * SAMPLE_POOLS))
     return [batches[k : k + count] for k in range(0, len(batches), count)]
 
 

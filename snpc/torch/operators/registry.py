@@ -79,7 +79,9 @@ def axis_list(call: OperatorCall, axes_input: Integers | None, rank: int) -> lis
 
 
 def to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A torch tensor with memory of its own. bfloat16, which torch does not take from numpy, is passed as its bits."""
+    """A torch tensor with memory of its own, which torch aligns: where memory is not aligned as in another run, matrix
+    products may round otherwise. bfloat16, which torch does not take from numpy, is passed as its bits."""
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array, order="C"))
+        return torch.tensor(contiguous.view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(contiguous)

@@ -206,7 +206,10 @@ def test_a_killed_dask_worker_changes_no_bit(killed: int, dask_client: Any, one_
 
     assert_equal(run_all(values, kill), one_thread)
     assert victim not in worker_pids(dask_client).values()
-    assert values.traffic.replays == 1
+    if killed:
+        assert values.traffic.replays == 1
+    else:  # nothing lies on a worker yet: tasks that are not sent when it dies go to another one
+        assert values.traffic.replays <= 1
 
 
 def test_a_dask_worker_that_dies_in_the_middle_of_a_layer(dask_client: Any, one_thread: list[BatchSums]) -> None:

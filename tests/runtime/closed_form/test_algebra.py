@@ -23,6 +23,7 @@ from snpc.runtime.closed_form.algebra import (
     solve_symmetric,
     unit_columns,
 )
+from snpc.runtime.closed_form.dense_algebra import NUMPY_ALGEBRA
 from snpc.runtime.closed_form.elimination import (
     EliminationOrder,
     LeastSquaresSystem,
@@ -30,7 +31,6 @@ from snpc.runtime.closed_form.elimination import (
     cheapest_units,
 )
 from snpc.runtime.closed_form.elimination import eliminate as eliminate_all
-from snpc.runtime.closed_form.factorization import inverse_hessian
 from snpc.runtime.statistics.moments import consumer_moments
 from snpc.types import FloatArray, IntArray
 
@@ -404,7 +404,7 @@ def test_what_is_put_off_is_not_lost(much: int, columns: int, monkeypatch: pytes
     np.testing.assert_array_equal(found.order, whole.order)
     np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-9, atol=1e-12 * whole.loss[0])
     np.testing.assert_allclose(
-        inverse_hessian(add_ridge(systems[0].moment), np.dtype(np.float64)) @ add_ridge(systems[0].moment),
+        NUMPY_ALGEBRA.invert_positive_definite(add_ridge(systems[0].moment)) @ add_ridge(systems[0].moment),
         np.eye(size * columns),
         atol=1e-8,
     )

@@ -22,6 +22,7 @@ from snpc.runtime.closed_form.layerwise import (
     GRAM,
     MAX_RESIDUAL_DAMPING,
     RESIDUAL_DAMPING,
+    RESIDUAL_RIDGES,
     TOTAL,
     fit_layerwise,
     solve_residual_error,
@@ -257,7 +258,7 @@ def test_the_error_is_regressed_on_hidden_units_about_the_means(noise: float) ->
     x, y = units - units.mean(axis=0), error - error.mean(axis=0)
     odd = np.concatenate([np.full(12, number % 2) for number in range(5)]) == 1
     halves = [Regression(x[rows].T @ x[rows], x[rows].T @ y[rows]) for rows in (~odd, odd)]
-    chosen = choose_ridge(halves).ridge
+    chosen = choose_ridge(halves, RESIDUAL_RIDGES, RESIDUAL_DAMPING).ridge
     assert chosen < 1e-3 if noise == 0 else 1e-2 < chosen < 1
     np.testing.assert_allclose(correction, (halves[0] + halves[1]).solve(chosen), rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(bias, error.mean(axis=0) - units.mean(axis=0) @ correction, rtol=1e-9)

@@ -10,6 +10,7 @@ import pytest
 
 from snpc.errors import UserError
 from snpc.runtime.execution import open_cluster, parse_cluster
+from snpc.runtime.execution.cluster import start_workers
 from tests.command_line import CALIB, VIT, arrays, invoke
 
 PRUNE = ("prune", VIT, "--calib", CALIB, "--calib-samples", 24, "--calib-batch", 4, "--ratio", 0.5, "--uniform")
@@ -47,11 +48,18 @@ def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_scheduler_without_workers() -> None:
     distributed = pytest.importorskip("distributed")
     with (
-        distributed.LocalCluster(n_workers=0, dashboard_address=None, silence_logs=50) as cluster,
+        start_workers(distributed, 0) as cluster,
         pytest.raises(UserError, match="has no workers"),
         open_cluster(cluster.scheduler_address),
     ):
         pass
+
+
+def test_two_clusters_at_once() -> None:
+    """Each of several runs on a machine has a cluster of its own: their ports must not meet."""
+    distributed = pytest.importorskip("distributed")
+    with start_workers(distributed, 0) as one, start_workers(distributed, 0) as other:
+        assert one.scheduler_address != other.scheduler_address
 
 
 @pytest.mark.slow
@@ -60,9 +68,7 @@ def test_a_prune_on_a_scheduler_gives_the_same_weights(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     here, there = tmp_path / "here.onnx", tmp_path / "there.onnx"
     invoke(*PRUNE, "-o", here)
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=50
-    ) as cluster:
+    with start_workers(distributed, 2) as cluster:
         invoke(*PRUNE, "-o", there, "--cluster", cluster.scheduler_address)
     expected, found = arrays(here), arrays(there)
     assert expected.keys() == found.keys()

@@ -83,7 +83,7 @@ def test_curves_are_measured_near_the_plan_that_they_make(
     planned = allocate_widths(groups, replace(scores, curves=curves), budget)
     near = {(g.id, nearest_widths(g, [planned[g.id] / g.size])[0]) for g in groups}
     assert len(near & set(spy.tried)) >= 0.75 * len(groups)
-    assert len({width for _, width in spy.tried}) > 2
+    assert len({width for _, width in spy.tried}) > 1
 
 
 def test_a_target_out_of_reach_is_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
