@@ -127,7 +127,9 @@ COSTS: Mapping[tuple[str, str], QuantizedCost] = {
     ("", "QLinearConv"): convolution(0, 3, bias=8),
     (MICROSOFT, "DequantizeLinear"): _like_first(dtype_input=1),
     (MICROSOFT, "QuantizeLinear"): _like_first(dtype_input=2),
-    (MICROSOFT, "GatherBlockQuantized"): QuantizedCost(_nothing, (0,), None, _values_per_entry, _gathered_rows_shape, 2),
+    (MICROSOFT, "GatherBlockQuantized"): QuantizedCost(
+        _nothing, (0,), count=_values_per_entry, out_shapes=_gathered_rows_shape, dtype_input=2
+    ),
     (MICROSOFT, "QLinearConv"): convolution(0, 3, bias=8),
     (MICROSOFT, "MatMulInteger16"): matmul(0, 1),
     (MICROSOFT, "MatMulIntegerToFloat"): matmul(0, 1, bias=6, dtype_input=2),
