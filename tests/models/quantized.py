@@ -52,7 +52,10 @@ def by_blocks(source: Path, target: Path, feeds: Feeds, **options: Any) -> None:
     onnx.save(quantizer.model.model, target)
 
 
-WITH_GATHER: dict[str, Any] = {"op_types_to_quantize": ("MatMul", "Gather"), "quant_axes": (("MatMul", 0), ("Gather", 1))}
+WITH_GATHER: dict[str, Any] = {
+    "op_types_to_quantize": ("MatMul", "Gather"),
+    "quant_axes": (("MatMul", 0), ("Gather", 1)),
+}
 
 FORMS: dict[str, Writer] = {
     "dynamic": dynamically,
