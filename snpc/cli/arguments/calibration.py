@@ -122,7 +122,8 @@ class CalibrationArguments(ArgumentGroup):
         )
         self.images.print_format(calibration)
         if calibration.filled:
-            print_note(f"{source} lacks inputs that follow from its ids; filled in: {describe_filled(calibration.filled)}")
+            filled = describe_filled(calibration.filled)
+            print_note(f"{source} lacks inputs that follow from its ids; filled in: {filled}")
         return calibration
 
     def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:

@@ -5,7 +5,7 @@
 | ``attention_mask``, ``input_mask``, ``mask`` | integer or bool [batch, tokens] | ones |
 | ``position_ids`` | integer [batch, tokens] | 0, 1, 2, ... over the tokens that the mask shows |
 | ``token_type_ids``, ``segment_ids`` | integer [batch, tokens] | zeros |
-| ``past_key_values.*`` and other names with ``past`` | float, four axes, one of them dynamic beside the batch | nothing: length 0 |
+| names with ``past`` | float, four axes, one of them dynamic beside the batch | nothing: length 0 |
 | ``use_cache_branch`` | bool [1] | false |
 
 Data that has such an input is fed as it is. Any other input must be given.
