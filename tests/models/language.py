@@ -64,8 +64,6 @@ CAUSAL = """
         allowed = And(seen, earlier)"""
 
 
-
-
 def rename_caches(graph: onnx.GraphProto) -> None:
     """As exporters call them; the parser takes no dots."""
     new = {"past_0_": "past_key_values.0.", "present_0_": "present.0."}

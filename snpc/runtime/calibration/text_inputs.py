@@ -127,9 +127,7 @@ def filled_part(part: CalibrationPart, inputs: Sequence[TensorSpec]) -> Calibrat
     return CalibrationPart(part.label, {**part.headers, **headers}, read, kinds)
 
 
-def filled_shape(
-    spec: TensorSpec, kind: FilledKind, samples: int, tokens: int, sampled: Collection[str]
-) -> Shape:
+def filled_shape(spec: TensorSpec, kind: FilledKind, samples: int, tokens: int, sampled: Collection[str]) -> Shape:
     """The shape that an input has beside ids [samples, tokens]."""
     lead = samples if spec.name in sampled else spec.shape[0]
     assert isinstance(lead, int)  # a dynamic leading axis is that of the samples

@@ -180,9 +180,7 @@ def test_a_decoder_with_caches_is_pruned_on_ids_alone(tmp_path: Path) -> None:
     pruned = snpc.prune(tmp_path / "decoder.onnx", tmp_path / "half.onnx", ratio=0.5, calibration=tmp_path / "ids.npz")
     assert pruned.quality.held_out
     assert pruned.after.params < pruned.before.params
-    run = invoke(
-        "verify", tmp_path / "decoder.onnx", tmp_path / "half.onnx", "--calib", tmp_path / "ids.npz"
-    )
+    run = invoke("verify", tmp_path / "decoder.onnx", tmp_path / "half.onnx", "--calib", tmp_path / "ids.npz")
     assert (
         "lacks inputs that follow from its ids; filled in: attention_mask (ones), position_ids (counted), "
         "past_key_values.0.key and 1 more (empty)"
