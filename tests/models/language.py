@@ -149,4 +149,4 @@ def negative_log_likelihoods(logits: Array, ids: Array) -> Array:
     """[samples, tokens - 1]: of each token but the first, from the logits in front of it."""
     scores = logits[:, :-1].astype(np.float64)
     normalizer = np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1)) + scores.max(-1)
-    return normalizer - np.take_along_axis(scores, ids[:, 1:, None], -1)[..., 0]
+    return np.asarray(normalizer - np.take_along_axis(scores, ids[:, 1:, None], -1)[..., 0])

@@ -155,7 +155,7 @@ class FilledArray:
 
 def count_positions(mask: AnyArray) -> AnyArray:
     """[..., tokens], 0 at padding -> the number of visible tokens in front of each; 0 in front of the first."""
-    return np.maximum(np.cumsum(mask != 0, axis=-1) - 1, 0)
+    return np.asarray(np.maximum(np.cumsum(mask != 0, axis=-1) - 1, 0))
 
 
 @dataclass(frozen=True)
