@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph.shapes import ShapeFacts, opset_version, weight_bytes
+from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version, static_shape, weight_bytes
 from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letter_sizes, letters_of, lookup
 from snpc.types import Cost
 
@@ -36,23 +36,35 @@ def cost_of(model: ir.Model, facts: ShapeFacts) -> Cost:
 
 
 def parameter_count(value: ir.Value) -> int:
-    """How many weights a constant holds. Integers of up to 8 bits are weights where they have two axes or more: with
-    fewer they are zero points. Wider ones are indices and shapes."""
+    """How many weights a constant holds. Scales, zero points, indices and shapes are none."""
     tensor = value.const_value
     assert tensor is not None
-    if tensor.dtype.is_floating_point():
-        return int(tensor.size)
-    if not is_quantized(tensor):
+    return max((held_weights(use.node, use.idx, tensor) for use in value.uses()), default=0)
+
+
+def held_weights(node: ir.Node, index: int, tensor: ir.TensorProtocol) -> int:
+    """How many weights a constant is to the node that reads it as input ``index``."""
+    spec = lookup(node.domain, node.op_type)
+    if spec.weights:
+        if index in spec.weights and spec.weight_count is not None:
+            return spec.weight_count(attribute_values(node), static_shape(tensor), tensor.dtype.bitwidth)
+        return int(tensor.size) if index in (*spec.weights, spec.bias) else 0
+    if multiplies_scale(node):
         return 0
-    for use in value.uses():
-        spec = lookup(use.node.domain, use.node.op_type)
-        if spec.weights:
-            bits = use.node.attributes.get_int("bits", tensor.dtype.bitwidth)
-            return int(tensor.size) * tensor.dtype.bitwidth // bits if use.idx in spec.weights else 0
-    return int(tensor.size)
+    return int(tensor.size) if tensor.dtype.is_floating_point() or is_quantized(tensor) else 0
+
+
+def multiplies_scale(node: ir.Node) -> bool:
+    """Whether a product has the scale of quantized activations as a factor: the other one is the scale of a weight."""
+    if lookup(node.domain, node.op_type).effect != "scale":
+        return False
+    sources = [(v.index(), v.producer()) for v in node.inputs if v is not None]
+    return any(n is not None and lookup(n.domain, n.op_type).scale_output == index for index, n in sources)
 
 
 def is_quantized(tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant that no node on quantized values reads holds weights of few bits: small integers along two
+    axes or more. Wider ones are indices and shapes."""
     return tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 8 and len(tensor.shape) >= 2
 
 

@@ -51,7 +51,13 @@ class ShapeFacts:
         values = tuple(None if v is None else self.value.get(v) for v in node.inputs)
         outs = tuple(self.shape.get(v) or () for v in node.outputs)
         stored = tuple(v is not None and v.producer() is None for v in node.inputs)
-        return OpCall(node.op_type, version, attribute_values(node), shapes, values, outs, stored)
+        bits = tuple(0 if v is None else entry_bits(self.dtype.get(v)) for v in node.inputs)
+        return OpCall(node.op_type, version, attribute_values(node), shapes, values, outs, stored, bits)
+
+
+def entry_bits(dtype: ir.DataType | None) -> int:
+    """Bits of an entry; 0 for an unknown type and for strings, which have no size."""
+    return 0 if dtype in (None, ir.DataType.UNDEFINED, ir.DataType.STRING) else dtype.bitwidth
 
 
 def attribute_values(node: ir.Node) -> dict[str, Any]:

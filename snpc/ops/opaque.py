@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from snpc.ops.quantized import COSTS, NCHWC
+from snpc.ops.quantization import COSTS, NCHWC
 from snpc.ops.spec import MICROSOFT, OpSpec
 
 SUBGRAPH = "control flow: its body is not analyzed"
@@ -87,4 +87,13 @@ def _opaque_entry(name: str, reason: str, domain: str) -> OpSpec:
     cost = COSTS.get((domain, name))
     if cost is None:
         return spec
-    return replace(spec, macs=cost.macs, weights=cost.weights, out_shapes=cost.out_shapes, dtype_input=cost.dtype_input)
+    return replace(
+        spec,
+        macs=cost.macs,
+        weights=cost.weights,
+        bias=cost.bias,
+        weight_count=cost.count,
+        scale_output=1 if name == "DynamicQuantizeLinear" else None,
+        out_shapes=cost.out_shapes,
+        dtype_input=cost.dtype_input,
+    )

@@ -60,6 +60,8 @@ class OpCall:
     out_shapes: tuple[Shape, ...]
     stored: tuple[bool, ...] = ()
     """Which inputs are stored in the file. One that is computed may depend on a dynamic axis, although it is known."""
+    bits: tuple[int, ...] = ()
+    """Bits of an entry of each input; 0 where its type is not known, or has no size."""
 
     def value(self, index: int) -> AnyArray | None:
         return self.values[index] if index < len(self.values) else None
@@ -157,7 +159,12 @@ class OpSpec:
     windowed: bool = False  # a convolution: its outputs lie along axis 1
     dtype_input: int = 0
     macs: Callable[[OpCall], int] | None = None  # of an opaque node that multiplies by weights
-    weights: tuple[int, ...] = ()  # its inputs that are weights, of whatever type
+    weights: tuple[int, ...] = ()
+    """Of a node on quantized values: its inputs that hold weights. Beside them and ``bias`` stand scales, zero points
+    and indices."""
+    weight_count: Callable[[Mapping[str, Any], Shape, int], int] | None = None
+    """(attributes, stored shape, bits of an entry) -> how many weights a packed constant of ``weights`` holds."""
+    scale_output: int | None = None  # the output that is the scale of the first one
     int32_outputs: tuple[int, ...] = ()  # outputs that are int32, whatever the type of the input
     divides: bool = False
     subtracts: bool = False

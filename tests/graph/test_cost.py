@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,81 +12,59 @@ from onnx import TensorProto, helper, numpy_helper
 
 import snpc
 from tests.command_line import invoke
+from tests.models.exports import export, load_feeds
+from tests.models.quantized import FORMS
 
-quantization = pytest.importorskip("onnxruntime.quantization")
 WIDTHS = (64, 128, 32)
 LENGTH = 5
 MACS = LENGTH * (64 * 128 + 128 * 32)
 
 
-def two_layers(path: Path) -> Path:
+def two_layers(path: Path, widths: tuple[int, ...] = WIDTHS) -> Path:
     rng = np.random.default_rng(0)
     weights = [
         numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), f"w{k}")
-        for k, shape in enumerate(itertools.pairwise(WIDTHS))
+        for k, shape in enumerate(itertools.pairwise(widths))
     ]
     nodes = [
         helper.make_node("MatMul", ["x", "w0"], ["a"], "first"),
         helper.make_node("Relu", ["a"], ["b"], "act"),
         helper.make_node("MatMul", ["b", "w1"], ["y"], "second"),
     ]
-    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, LENGTH, 64])]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, LENGTH, 32])]
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, LENGTH, widths[0]])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, LENGTH, widths[-1]])]
     graph = helper.make_graph(nodes, "layers", ends, outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
 
 
-class OneBatch(quantization.CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self) -> None:
-        self.batches = iter([{"x": np.random.default_rng(1).standard_normal((1, LENGTH, 64)).astype(np.float32)}])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.batches, None)
+EXACT = sorted(set(FORMS) - {"dynamic_optimized", "qdq_optimized"})
 
 
-def dynamically(source: Path, target: Path) -> None:
-    quantization.quantize_dynamic(source, target)
-
-
-def with_pairs(source: Path, target: Path) -> None:
-    quantization.quantize_static(source, target, OneBatch(), per_channel=True)
-
-
-def with_operators(source: Path, target: Path) -> None:
-    quantization.quantize_static(source, target, OneBatch(), quant_format=quantization.QuantFormat.QOperator)
-
-
-def optimized(source: Path, target: Path) -> None:
-    """As onnxruntime saves the graph that it runs: integer products fused with their scales."""
-    import onnxruntime as ort
-
-    with_pairs(source, target)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(target)
-    ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
-
-
-def to_four_bits(source: Path, target: Path) -> None:
-    module = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
-    quantizer = module.MatMulNBitsQuantizer(onnx.load(source), block_size=32, is_symmetric=False)
-    quantizer.process()
-    onnx.save(quantizer.model.model, target)
-
-
-FORMS = (dynamically, with_pairs, with_operators, optimized, to_four_bits)
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_quantized_weights_and_products_count(form: Callable[[Path, Path], None], tmp_path: Path) -> None:
-    source, target = two_layers(tmp_path / "float.onnx"), tmp_path / "quantized.onnx"
-    form(source, target)
-    assert {t.data_type for t in onnx.load(target).graph.initializer} & {TensorProto.INT8, TensorProto.UINT8}
+@pytest.mark.parametrize("form", EXACT)
+def test_quantized_files_hold_the_parameters_and_macs_of_their_float_model(form: str, tmp_path: Path) -> None:
+    """Scales and zero points are no parameters, and packed weights count one by one."""
+    source, target = export("llama__dyn20"), tmp_path / "quantized.onnx"
+    FORMS[form](source, target, load_feeds("llama__dyn20"))
     before, after = (snpc.analyze(snpc.load(path)).cost for path in (source, target))
-    assert before.macs == after.macs == MACS
-    assert before.params == 64 * 128 + 128 * 32
-    assert before.params <= after.params < 1.1 * before.params  # scales and zero points of floats count
-    assert after.not_counted == ()
+    assert (after.params, after.macs, after.not_counted) == (before.params, before.macs, ())
+    assert after.bytes < 0.45 * before.bytes
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_quantized_weights_and_products_count(form: str, tmp_path: Path) -> None:
+    """Also in what onnxruntime saves of the graph that it runs: integer products fused with their scales."""
+    source, target = two_layers(tmp_path / "float.onnx"), tmp_path / "quantized.onnx"
+    FORMS[form](source, target, {"x": np.random.default_rng(1).standard_normal((1, LENGTH, 64)).astype(np.float32)})
+    cost = snpc.analyze(snpc.load(target)).cost
+    assert (cost.params, cost.macs, cost.not_counted) == (64 * 128 + 128 * 32, MACS, ())
+
+
+def test_padding_of_the_last_block_is_no_parameter(tmp_path: Path) -> None:
+    source, target = two_layers(tmp_path / "float.onnx", (40, 72, 8)), tmp_path / "quantized.onnx"
+    FORMS["int4_blocks"](source, target, {})
+    assert [n.op_type for n in onnx.load(target).graph.node] == ["MatMulNBits", "Relu", "MatMulNBits"]
+    assert snpc.analyze(snpc.load(target)).cost.params == 40 * 72 + 72 * 8
 
 
 def test_products_that_are_not_counted_are_named(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
 from snpc.passes.weights.normalizations import HiddenNormalization, hidden_normalizations
 from snpc.types import ClosedFormKind, Group, IntArray, Probe, Role
 
-MAX_REFIT_COLUMNS = 6144  # columns of one consumer weight that a refit solves for: the time grows with their cube
+MAX_REFIT_COLUMNS = 16384  # of one consumer weight that a refit solves for: time grows with their cube, docs/cost.md
 REFIT_ROLES: tuple[Role, ...] = ("ffn", "conv", "other", "head", "residual")
 
 
