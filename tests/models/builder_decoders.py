@@ -1,4 +1,4 @@
-"""Decoders in the form of onnxruntime-genai's model builder: GroupQueryAttention with caches of a width that has a name.
+"""Decoders in the form of onnxruntime-genai's builder: GroupQueryAttention, with caches of a width that has a name.
 
 ``input_ids`` and ``attention_mask`` beside ``past_key_values.N.key`` and ``.value``, ``logits`` beside ``present.N.*``;
 one product for query, key and value; rotary tables that all layers share; SwiGLU.
@@ -62,12 +62,11 @@ class BuilderDecoder:
         return {"cosine": np.cos(angles), "sine": np.sin(angles)}
 
     def text(self) -> str:
-        cache = f"[batch_size, {self.kv_heads}, {{length}}, kv_cache_dim]"
-        parts = [(n, part) for n in range(self.layers) for part in ("key", "value")]
-        past = "".join(f', float{cache.format(length="past_sequence_length")} "past_key_values.{n}.{part}"' for n, part in parts)
-        present = "".join(f', float{cache.format(length="total_sequence_length")} "present.{n}.{part}"' for n, part in parts)
+        past = self.caches("past_key_values", "past_sequence_length")
+        present = self.caches("present", "total_sequence_length")
         return f"""<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>
-        decoder (int64[batch_size, sequence_length] input_ids, int64[batch_size, total_sequence_length] attention_mask{past})
+        decoder (int64[batch_size, sequence_length] input_ids,
+                 int64[batch_size, total_sequence_length] attention_mask{past})
             => (float[batch_size, sequence_length, {VOCABULARY}] logits{present})
         <int64[1] last = {{1}}, int64[1] one = {{1}}, int64 second = {{1}}> {{
             counted = ReduceSum (attention_mask, last)  less = Sub (counted, one)  lens = Cast <to = 6> (less)
@@ -76,6 +75,12 @@ class BuilderDecoder:
             {"".join(self.layer(n) for n in range(self.layers))}
             logits = MatMul (x{self.layers}, head)
         }}"""
+
+    def caches(self, name: str, length: str) -> str:
+        """Declarations of the caches of all layers."""
+        kind = f"float[batch_size, {self.kv_heads}, {length}, kv_cache_dim]"
+        names = [f"{name}.{n}.{part}" for n in range(self.layers) for part in ("key", "value")]
+        return "".join(f', {kind} "{cache}"' for cache in names)
 
     def layer(self, n: int) -> str:
         w = f"l{n}."

@@ -1,4 +1,5 @@
-"""Static widths of KV caches: exporters declare the width of a cache as dynamic, though the node that reads it takes one.
+"""Static widths of KV caches: exporters declare the width of a cache as dynamic, though the node that reads it takes
+one.
 
 onnxruntime-genai's builder names it ``kv_cache_dim``, whatever the layer. A fused attention node knows it: its packed
 columns divided by the heads, or the width of its keys and values. So it is written into the declared shapes of the past
@@ -33,8 +34,8 @@ class DeclareCacheWidths(ir.passes.InPlacePass):
 
 
 def caches_of(node: ir.Node) -> list[tuple[ir.Value, int]]:
-    """Past inputs and present outputs of the graph that a fused node reads and writes, with 0 for keys and 1 for values;
-    0 where both lie in one tensor."""
+    """Past inputs and present outputs of the graph that a fused node reads and writes: 0 for keys, 1 for values, 0 where
+    both lie in one tensor."""
     form = ATTENTION_FORMS.get((node.domain, node.op_type))
     if form is None:
         return []
