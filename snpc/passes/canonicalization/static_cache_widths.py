@@ -34,8 +34,8 @@ class DeclareCacheWidths(ir.passes.InPlacePass):
 
 
 def caches_of(node: ir.Node) -> list[tuple[ir.Value, int]]:
-    """Past inputs and present outputs of the graph that a fused node reads and writes: 0 for keys, 1 for values, 0 where
-    both lie in one tensor."""
+    """Past inputs and present outputs of the graph that a fused node reads and writes: 0 for keys, 1 for values, 0
+    where both lie in one tensor."""
     form = ATTENTION_FORMS.get((node.domain, node.op_type))
     if form is None:
         return []
