@@ -86,7 +86,7 @@ class BuilderDecoder:
         w = f"l{n}."
         rotary, tables = ("do_rotary = 1, ", ", cosine, sine") if self.rotary else ("", "")
         products = (
-            f"p{n} = MatMul (n{n}, \"{w}qkv\")"
+            f'p{n} = MatMul (n{n}, "{w}qkv")'
             if self.packed
             else "  ".join(f'{part}{n} = MatMul (n{n}, "{w}{part}")' for part in "qkv")
         )
