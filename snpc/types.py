@@ -134,6 +134,10 @@ class Group:
     half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
     over the units, so removing some changes the statistics of the others. The residual stream (role "residual") is cut
     only on request; a hidden layer that is normalized inside is cut as others are.
+
+    ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
+    so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
+    of a fused node whose kernel takes one width. Each has its own units.
     """
 
     id: str
@@ -149,6 +153,9 @@ class Group:
     params: int
     pins: tuple[Pin, ...] = ()
     approximate: bool = False
+    channels: int = 1
+    step: int = 1
+    tie: str = ""
 
     @property
     def prunable(self) -> bool:
