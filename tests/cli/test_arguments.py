@@ -19,9 +19,9 @@ import snpc
 import snpc.cli
 from snpc.cli import main
 from snpc.cli.arguments.calibration import CalibrationArguments, ImageArguments
-from snpc.cli.arguments.text import TextArguments
 from snpc.cli.arguments.group import ArgumentGroup, SectionedCommand, SectionOption, argument, command, option, subgroup
 from snpc.cli.arguments.planning import PlanningArguments
+from snpc.cli.arguments.text import TextArguments
 from snpc.errors import UserError
 from snpc.passes.pass_list import PASS_NAMES
 

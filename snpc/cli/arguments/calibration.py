@@ -81,8 +81,8 @@ class CalibrationArguments(ArgumentGroup):
         "--data",
         metavar="DATA",
         help="Unlabeled inputs: .npz keyed by input name, .npy, a folder of these, a folder of images, text (.txt, or "
-        ".jsonl with a text per line), Polygraphy JSON, test_data_set_*/input_N.pb, or file.py:function (runs that code). random: noise, where there is no "
-        "data.",
+        ".jsonl with a text per line), Polygraphy JSON, test_data_set_*/input_N.pb, or file.py:function (runs that "
+        "code). random: noise, where there is no data.",
     )
     calib_samples: int = option(
         "--calib-samples", default=128, show_default=True, type=int, help="Number of samples to use."

@@ -1,7 +1,7 @@
 """Text as calibration data: a .txt in windows of tokens, a .jsonl with one sample per line.
 
-A .txt is one long text. Its tokens are cut into windows of equal length, without padding; what does not fill the last one
-is left out. Samples of a .jsonl are cut at the length and padded on the right, where the model takes a mask; a model
+A .txt is one long text. Its tokens are cut into windows of equal length, without padding; what does not fill the last
+one is left out. Samples of a .jsonl are cut at the length and padded on the right, where the model takes a mask; a model
 without a mask gets windows of the samples one after another. Tokens that the tokenizer puts around a text (``[CLS]``,
 ``<s>``) are around every window.
 """
@@ -70,8 +70,8 @@ def text_source(path: Path, inputs: tuple[TensorSpec, ...], options: TextOptions
     ids = find_ids(inputs)
     if ids is None:
         raise UserError(
-            f"{path}: it holds text, and none of the model's inputs ({name_list(spec.name for spec in inputs)}) is known "
-            "to take token ids: an integer input [batch, tokens], called input_ids where there are several"
+            f"{path}: it holds text, and none of the model's inputs ({name_list(spec.name for spec in inputs)}) is "
+            "known to take token ids: an integer input [batch, tokens], called input_ids where there are several"
         )
     length = sequence_length(ids, options)
     tokenizer, file = open_tokenizer(path, options, length)
@@ -79,7 +79,8 @@ def text_source(path: Path, inputs: tuple[TensorSpec, ...], options: TextOptions
     lines = path.suffix.lower() == ".jsonl"
     if lines and mask is not None:
         static = ids.shape[1] if isinstance(ids.shape[1], int) else None
-        rows = [encoding.ids for encoding in map(tokenizer.encode, read_samples(path, options.field)) if has_text(encoding)]
+        encodings = map(tokenizer.encode, read_samples(path, options.field))
+        rows = [encoding.ids for encoding in encodings if has_text(encoding)]
         arrays = dict(zip((ids.name, mask.name), padded(rows, static, pad_id(tokenizer)), strict=True))
         words = f"texts of up to {length} tokens, padded"
     else:

@@ -1,4 +1,4 @@
-"""Text as calibration data: tokens of windows and lines are those of the tokenizer, and each refusal says what to do."""
+"""Text as calibration data: windows and lines hold the tokenizer's tokens, and each refusal says what to do."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def test_described(tmp_path: Path) -> None:
         write_text(tmp_path), DECODER, samples=10, text=snpc.TextOptions(file, seq_len=7)
     )
     assert calibration.describe() == (
-        f"10 of 20 samples from {tmp_path / 'book.txt'}, 8 per batch, 10 others held out, windows of 7 tokens, by {file}, "
+        f"10 of 20 samples from {tmp_path / 'book.txt'}, 8 per batch, 10 others held out, windows of 7 tokens, by {file}"
+        ", "
         "filled in: attention_mask (ones), position_ids (counted)"
     )
 
@@ -146,7 +147,7 @@ def test_described(tmp_path: Path) -> None:
     [
         ("a.jsonl", "w5 w6", r"a\.jsonl, line 1: JSONDecodeError: .*: every line is an object such as"),
         ("a.jsonl", '{"text": "w5"}\n["w5"]', r"a\.jsonl, line 2: it is a list: every line is an object"),
-        ("a.jsonl", '{"body": "w5", "id": 3}', r"line 1: it has no field 'text', but body, id: name one \(--text-field\)"),
+        ("a.jsonl", '{"body": "w5", "id": 3}', r"line 1: it has no field 'text', but body, id: name one \(--text"),
         ("a.jsonl", '{"text": 5}', r"line 1: field 'text' holds a int, not a text"),
         ("a.jsonl", "", r"a\.jsonl: it holds no text"),
         ("a.jsonl", '{"text": ""}', r"a\.jsonl: it holds no text"),
@@ -188,7 +189,7 @@ def test_a_tokenizer_is_needed_and_must_be_one(tmp_path: Path, monkeypatch: pyte
 def test_a_model_that_takes_no_ids_gets_no_text(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     image = TensorSpec("image", np.dtype(np.float32), ("batch", 3, 8, 8))
-    with pytest.raises(UserError, match=r"it holds text, and none of the model's inputs \(image\) is known to take token"):
+    with pytest.raises(UserError, match=r"it holds text, and none of the model's inputs \(image\) is known to take"):
         joined(write_text(tmp_path), (image,))
 
 
