@@ -121,8 +121,8 @@ class Language:
             "embedding": draw(self.vocabulary, width, np.sqrt(self.vocabulary)),
             "positions": draw(128, width, 8.0),
             **{name: draw(width, width) for name in ("wq", "wk", "wv", "wo")},
-            "up": draw(width, 32),
-            "down": draw(32, width, 2.0),
+            "up": draw(width, 128),
+            "down": draw(128, width, 2.0),
             "head": draw(width, self.vocabulary, self.sharpness),
         }
 
