@@ -136,8 +136,8 @@ def test_described(tmp_path: Path) -> None:
         write_text(tmp_path), DECODER, samples=10, text=snpc.TextOptions(file, seq_len=7)
     )
     assert calibration.describe() == (
-        f"10 of 20 samples from {tmp_path / 'book.txt'}, 8 per batch, 10 others held out, windows of 7 tokens, by {file}"
-        ", "
+        f"10 of 20 samples from {tmp_path / 'book.txt'}, 8 per batch, 10 others held out, windows of 7 tokens, "
+        f"by {file}, "
         "filled in: attention_mask (ones), position_ids (counted)"
     )
 
