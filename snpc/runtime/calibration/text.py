@@ -2,8 +2,8 @@
 
 A .txt is one long text. Its tokens are cut into windows of equal length, without padding; what does not fill the last
 one is left out. Samples of a .jsonl are cut at the length and padded on the right, where the model takes a mask; a
-model without a mask gets windows of the samples one after another. Tokens that the tokenizer puts around a text (``[CLS]``,
-``<s>``) are around every window.
+model without a mask gets windows of the samples one after another. Tokens that the tokenizer puts around a text
+(``[CLS]``, ``<s>``) are around every window.
 """
 
 from __future__ import annotations
