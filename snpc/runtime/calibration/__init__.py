@@ -149,9 +149,7 @@ def _open_source(
     return path_source(Path(source), inputs, images, text)
 
 
-def url_source(
-    url: str, inputs: tuple[TensorSpec, ...], images: ImageOptions, text: TextOptions
-) -> CalibrationSource:
+def url_source(url: str, inputs: tuple[TensorSpec, ...], images: ImageOptions, text: TextOptions) -> CalibrationSource:
     """The source at a URL. Each process that reads it makes its own copy."""
     copy = local_copy(url)
     source = path_source(copy, inputs, images, text)

@@ -95,9 +95,7 @@ def text_source(path: Path, inputs: tuple[TensorSpec, ...], options: TextOptions
     if not rows:
         raise UserError(f"{path}: it holds no text: at least one sample is needed")
     part = part_in_memory(str(path), arrays)
-    return CalibrationSource(
-        str(path), [part], inputs, allow_single_sample=False, token_format=f"{words}, by {file}"
-    )
+    return CalibrationSource(str(path), [part], inputs, allow_single_sample=False, token_format=f"{words}, by {file}")
 
 
 def sequence_length(ids: TensorSpec, options: TextOptions) -> int:
