@@ -214,6 +214,7 @@ def sample_text(label: str, line: str, field: str) -> str:
         raise UserError(f'{label}: it is a {type(sample).__name__}: every line is an object such as {{"text": "..."}}')
     if field not in sample:
         raise UserError(f"{label}: it has no field '{field}', but {name_list(sample)}: name one (--text-field)")
-    if not isinstance(sample[field], str):
-        raise UserError(f"{label}: field '{field}' holds a {type(sample[field]).__name__}, not a text (--text-field)")
-    return sample[field]
+    text = sample[field]
+    if not isinstance(text, str):
+        raise UserError(f"{label}: field '{field}' holds a {type(text).__name__}, not a text (--text-field)")
+    return text
