@@ -47,7 +47,7 @@ from snpc.runtime.execution import (
     too_large_reason,
 )
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
+from snpc.types import AnyArray, Difference, Feeds, Quality, TensorSpec, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
 RANDOM, RANDOM_SAMPLES = "random inputs", 2
@@ -272,7 +272,7 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
     The message of CheckFailed says that nothing is written, and what to try.
     """
     analysis = plan.analysis
-    structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
+    structure = check_structure(analysis.model.path, path, rewritten.sliced_interface(), declared_interface(analysis))
     if reference.not_run:
         return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
     try:
@@ -280,6 +280,11 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
     except CheckFailed as error:
         advice = selection_advice(rewritten) if reference.data.random_inputs else ""
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
+
+
+def declared_interface(analysis: Analysis) -> tuple[TensorSpec, ...]:
+    """Inputs and outputs as the canonical graph declares them."""
+    return (*analysis.model.inputs, *analysis.model.outputs)
 
 
 def selection_advice(rewritten: RewrittenModel) -> str:
@@ -324,7 +329,8 @@ def verify(
         calibration = calibration or plan.calibration
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
-    structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
+    narrowed = rewritten.sliced_interface() if rewritten is not None else None
+    structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
     data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
     reference = run_original(analysis, original, data, execution)
     return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)

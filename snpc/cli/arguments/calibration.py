@@ -15,7 +15,7 @@ from snpc.cli.arguments.parsers import parse_numbers, parse_shard
 from snpc.cli.tables import print_line, print_note
 from snpc.errors import UserError
 from snpc.pipeline import PlanRequest, measure_request
-from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
+from snpc.runtime.calibration import MAX_HELD_OUT, Calibration, describe_filled
 from snpc.runtime.evaluation import EvaluationData
 from snpc.runtime.execution import Execution
 
@@ -121,6 +121,9 @@ class CalibrationArguments(ArgumentGroup):
             held_out=held_out,
         )
         self.images.print_format(calibration)
+        if calibration.filled:
+            filled = describe_filled(calibration.filled)
+            print_note(f"{source} lacks inputs that follow from its ids; filled in: {filled}")
         return calibration
 
     def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:

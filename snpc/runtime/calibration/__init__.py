@@ -17,7 +17,8 @@
 Of files, ``samples`` are drawn at random by ``seed`` and fed in the order they are stored: folders are often sorted by
 class. Of code, the first ``samples`` are kept in memory: it runs once, may be endless, and every pass sees the same.
 Other samples are held out (``Calibration.held_out``): nothing is fitted to them, and quality is measured on them.
-Nothing is ever unpickled.
+Of a text model's inputs, token ids are enough: what follows from them is filled in (``text_inputs``). Nothing is ever
+unpickled.
 
 Files
   dataset         Calibration data as batches: samples are chosen, batches planned from rows of parts, and read when
@@ -31,6 +32,8 @@ Files
                   CalibrationDataReader.
   sources         The form of every source of calibration data: parts, whose shapes are known before their values are
                   read.
+  text_inputs     Inputs of a text model that follow from its token ids: filled in where the data has none of their
+                  own.
   validation      Checks that arrays fit the model's inputs: names, types, ranks and sizes when opened, values when they
                   are read.
 """
@@ -62,6 +65,7 @@ from snpc.runtime.calibration.python_sources import (
     value_source,
 )
 from snpc.runtime.calibration.sources import CalibrationPart, CalibrationSource, as_user_error, name_list
+from snpc.runtime.calibration.text_inputs import describe_filled, find_ids, find_mask, with_filled_inputs
 from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.types import TensorSpec
 
@@ -74,6 +78,9 @@ __all__ = [
     "RowSelection",
     "as_user_error",
     "count_held_out",
+    "describe_filled",
+    "find_ids",
+    "find_mask",
     "find_sample_axes",
     "load_calibration",
     "load_script_function",
@@ -100,7 +107,8 @@ def load_calibration(
     ``held_out`` other samples are kept apart to measure quality on (0: none): those that are left over, else a tenth.
 
     Raises UserError when the data cannot be fed to the model: it says which file, input and sample, and what to do.
-    What needs the values (NaN, overflow, an attention mask of zeros) is checked for the first batch here and for the
+    An attention mask, positions, token types and empty caches are filled in where the data has token ids alone. What
+    needs the values (NaN, overflow, an attention mask of zeros) is checked for the first batch here and for the
     others as they stream.
     """
     if samples < 1:
@@ -110,7 +118,8 @@ def load_calibration(
     if not inputs:
         raise UserError("the model has no inputs: calibration data has nowhere to go")
     request = SampleRequest(samples, batch, seed, held_out)
-    calibration = calibration_from_source(_open_source(source, tuple(inputs), images), tuple(inputs), request)
+    opened = with_filled_inputs(_open_source(source, tuple(inputs), images))
+    calibration = calibration_from_source(opened, tuple(inputs), request)
     next(calibration.batches())
     if calibration.held_out is not None:
         next(calibration.held_out.batches())

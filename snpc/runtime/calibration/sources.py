@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -13,15 +13,19 @@ from snpc.errors import UserError
 from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
+FilledKind = Literal["ones", "counted", "zeros", "empty", "false"]
+"""What an input is filled with that data lacks."""
+
 
 @dataclass(frozen=True)
 class CalibrationPart:
     """A file, picture or dict. ``label`` names it in messages; ``read(names)`` gives these arrays as stored, and can be
-    sent to another process."""
+    sent to another process. ``filled``: what was added to it, and how (``text_inputs``)."""
 
     label: str
     headers: Mapping[str, ArrayHeader]
     read: Callable[[Sequence[str]], Mapping[str, AnyArray]]
+    filled: Mapping[str, FilledKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
