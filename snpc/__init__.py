@@ -16,6 +16,7 @@ In steps, each of which takes what the one before returned:
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.folders import PrunedFolder, prune_folder
 from snpc.passes import Analysis, analyze
 from snpc.pipeline import (
     PrunedModel,
@@ -73,6 +74,7 @@ __all__ = [
     "Pin",
     "PreferredWidths",
     "Probe",
+    "PrunedFolder",
     "PrunedModel",
     "PruningPlan",
     "Quality",
@@ -107,6 +109,7 @@ __all__ = [
     "plan_from_json",
     "plan_to_json",
     "prune",
+    "prune_folder",
     "random_calibration",
     "reduce_tokens",
     "save",

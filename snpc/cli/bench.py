@@ -10,11 +10,11 @@ import snpc
 from snpc.cli import tables
 from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
-    FILE_PATH,
     ArgumentGroup,
     ExecutionArguments,
     ImageArguments,
     JsonArguments,
+    ModelPath,
     SizeArguments,
     TextArguments,
     TypedCommand,
@@ -33,7 +33,7 @@ from snpc.runtime.execution import RandomInputs, open_runner
 class BenchModels(ArgumentGroup):
     """The models to time, in any mix of formats."""
 
-    models: tuple[Path, ...] = argument(nargs=-1, required=True, type=FILE_PATH)
+    models: tuple[Path, ...] = argument(nargs=-1, required=True, type=ModelPath())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from snpc.cli.arguments import (
     CheckpointArguments,
     JsonArguments,
     ModelArguments,
+    ModelPath,
     QuietArguments,
     ScheduleArguments,
     SizeArguments,
@@ -47,7 +48,7 @@ MAX_TRAINING_HELD_OUT = 1024  # samples: weights are judged on them many times
 class FinetuneModels(ArgumentGroup):
     """The model to train, and its teacher."""
 
-    pruned: Path = argument(type=FILE_PATH)
+    pruned: Path = argument(type=ModelPath())
     teacher: Path = option(
         "--teacher", type=FILE_PATH, required=True, section="Inputs", help="The dense model that PRUNED was made from."
     )

@@ -87,8 +87,10 @@ def test_files_that_are_no_models(kind: str, tmp_path: Path, nothing_changes: Ca
 
 
 def test_paths_that_are_no_files(tmp_path: Path, tiny: Path) -> None:
-    refused("not a file", "inspect", tmp_path)
-    refused("not a file", "prune", tmp_path, *RATIO)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("holds no .onnx file", "inspect", empty)
+    refused("holds no .onnx file", "prune", empty, *RATIO)
     refused("no such file", "prune", tmp_path / "none.onnx", *RATIO)
     refused("no such file", "verify", tiny, tmp_path / "none.onnx")
     refused("no such file", "bench", tmp_path / "none.onnx")

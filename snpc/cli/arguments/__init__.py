@@ -28,7 +28,9 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command
 from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
 from snpc.cli.arguments.model import (
     ModelArguments,
+    ModelPath,
     PrunableModelArguments,
+    PrunedModelArguments,
     SizeArguments,
     WatchedModelArguments,
     load_and_analyze,
@@ -61,9 +63,11 @@ __all__ = [
     "LimitedExecutionArguments",
     "MetricArguments",
     "ModelArguments",
+    "ModelPath",
     "PlanningArguments",
     "PrunableModelArguments",
     "PruneBuildArguments",
+    "PrunedModelArguments",
     "QuietArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
