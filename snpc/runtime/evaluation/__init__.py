@@ -3,6 +3,7 @@
 Files
   accuracy          Accuracy of a model file on labeled inputs.
   bench             Latency of models, measured side by side.
+  cached_decoding   Decoding through caches: token by token it must give what all tokens at once give.
   compare           Checks of a written model: its structure, sliced against masked outputs, and drift from the
                     original.
   distances         Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
+from snpc.runtime.evaluation.cached_decoding import cache_interface, cached_decoding_error
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
@@ -61,6 +63,8 @@ __all__ = [
     "Workload",
     "batch_differences",
     "bench",
+    "cache_interface",
+    "cached_decoding_error",
     "check_structure",
     "collect_outputs",
     "compare_models",
