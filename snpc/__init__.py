@@ -42,7 +42,7 @@ from snpc.planning import (
     plan_to_json,
 )
 from snpc.report import write_report
-from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
+from snpc.runtime.calibration import Calibration, ImageOptions, TextOptions, load_calibration
 from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
 from snpc.runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
 from snpc.runtime.execution import Execution, RandomInputs, random_calibration
@@ -84,6 +84,7 @@ __all__ = [
     "SlicePlan",
     "SnpcError",
     "Statistics",
+    "TextOptions",
     "TimingProtocol",
     "UnitScores",
     "UserError",

@@ -110,6 +110,7 @@ def finetune_command(
         pruning.held_out,
     )
     analysis = load_and_analyze(models.teacher, models.at)
+    inputs.text.check(inputs.calib, pruning.held_out)
     calibration = inputs.as_calibration(training.batch)
     run = FinetuneRun(
         models, calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT), training, saved, target

@@ -23,8 +23,8 @@ NAMES = {
     # values
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
     *("Difference", "Execution", "Group", "ImageOptions", "Model", "Pin", "PreferredWidths", "Probe", "PrunedModel"),
-    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
-    *("UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
+    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TextOptions"),
+    *("TimingProtocol", "UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors
     *("CheckFailed", "SnpcError", "UserError"),
 }
