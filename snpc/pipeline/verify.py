@@ -23,6 +23,8 @@ from snpc.runtime.evaluation import (
     MetricRequest,
     OutputMetrics,
     Surprise,
+    cache_interface,
+    cached_decoding_error,
     check_structure,
     compare_models,
     compare_on_equal_selections,
@@ -294,6 +296,7 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
     structure = check_structure(analysis.model.path, path, rewritten.sliced_interface(), declared_interface(analysis))
     if reference.not_run:
         return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
+    structure = (*structure, *check_cached_decoding(analysis, path, plan.execution))
     try:
         return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
     except CheckFailed as error:
@@ -304,6 +307,27 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
 def declared_interface(analysis: Analysis) -> tuple[TensorSpec, ...]:
     """Inputs and outputs as the canonical graph declares them."""
     return (*analysis.model.inputs, *analysis.model.outputs)
+
+
+def check_cached_decoding(analysis: Analysis, pruned: Path, execution: Execution) -> tuple[str, ...]:
+    """The check that decoding through caches gives what all tokens at once give, in words; none where ``pruned`` has no
+    caches, or the original does not do so either. Raises CheckFailed where only the pruned model does not."""
+    interface, tolerance = cache_interface(load(pruned)), rounding_tolerance(analysis.model)
+    if interface is None:
+        return ()
+    with file_session(pruned, execution) as run:
+        error = cached_decoding_error(interface, run)
+    if error is not None and error <= tolerance:
+        return (f"decoding step by step through the caches equals decoding at once to {error:.1e}",)
+    dense = cache_interface(analysis.model)
+    if dense is None:
+        return ()
+    with file_session(analysis.model.path, execution) as run:
+        original = cached_decoding_error(dense, run)
+    if original is None or original > tolerance:
+        return ()
+    found = f"differs from decoding at once by {error:.1e}" if error is not None else "does not run"
+    raise CheckFailed(f"{pruned}: decoding step by step through the caches {found}; the original's is the same")
 
 
 def selection_advice(rewritten: RewrittenModel) -> str:
@@ -350,6 +374,7 @@ def verify(
         rewritten = rewrite_model(source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
     structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
+    structure = (*structure, *check_cached_decoding(analysis, pruned, execution))
     data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
     reference = run_original(analysis, original, data, execution)
     return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)

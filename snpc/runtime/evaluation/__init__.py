@@ -4,6 +4,7 @@ Files
   accuracy          Evaluation of a model file on data of its own: accuracy where there are labels, perplexity of a
                     language model.
   bench             Latency of models, measured side by side.
+  cached_decoding   Decoding through caches: token by token it must give what all tokens at once give.
   compare           Checks of a written model: its structure, sliced against masked outputs, and drift from the
                     original.
   distances         Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
+from snpc.runtime.evaluation.cached_decoding import cache_interface, cached_decoding_error
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
@@ -66,6 +68,8 @@ __all__ = [
     "Workload",
     "batch_differences",
     "bench",
+    "cache_interface",
+    "cached_decoding_error",
     "check_structure",
     "compare_models",
     "compare_on_equal_selections",
