@@ -41,10 +41,10 @@ class SweepPoint:
     """One model. ``macs`` and ``params`` are of the ONNX file, the rest of what was built of it, if anything.
 
     ``drift``: relative RMS change of the outputs. ``agreement``: share of rows with the same top entry. ``accuracy``:
-    share of labels that are the top entry; None without labels. ``perplexity``: of a language model. ``speedup``: over the original, the median over rounds
-    of the ratio of their times, with its 95 % interval from ``low`` to ``high``. ``latency``: ms, the original's median
-    divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``: the token reduction, "" for none.
-    ``front``: is it on the Pareto front?
+    share of labels that are the top entry; None without labels. ``perplexity``: of a language model. ``speedup``: over
+    the original, the median over rounds of the ratio of their times, with its 95 % interval from ``low`` to ``high``.
+    ``latency``: ms, the original's median divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``:
+    the token reduction, "" for none. ``front``: is it on the Pareto front?
     """
 
     name: str

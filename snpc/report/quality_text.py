@@ -88,9 +88,8 @@ def drift_text(d: Difference) -> str:
 
 def perplexity_text(found: Perplexity) -> str:
     """``perplexity: 3.58 before, 4.15 after (x 1.16), of 2032 tokens``"""
-    return (
-        f"perplexity: {found.before:.4g} before, {found.after:.4g} after (x {found.factor:.3g}), of {found.tokens} tokens"
-    )
+    change = f"{found.before:.4g} before, {found.after:.4g} after (x {found.factor:.3g})"
+    return f"perplexity: {change}, of {found.tokens} tokens"
 
 
 def agreement_text(d: Difference) -> str:

@@ -27,8 +27,8 @@ class EvaluationData:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a model or artifact makes of evaluation data. ``outputs``: by name, of the first batches. ``accuracy``: share
-    of the labels that are the largest entry of the first output; None without labels. ``surprise``: of a language
+    """What a model or artifact makes of evaluation data. ``outputs``: by name, of the first batches. ``accuracy``:
+    share of the labels that are the largest entry of the first output; None without labels. ``surprise``: of a language
     model."""
 
     outputs: Sequence[dict[str, AnyArray]]
