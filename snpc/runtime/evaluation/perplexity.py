@@ -74,9 +74,7 @@ class LanguageHead:
         return np.asarray(feeds[self.mask][:, -ids.shape[1] :] != 0)
 
 
-def sum_surprise(
-    head: LanguageHead, feeds: Sequence[Feeds], outputs: Sequence[Mapping[str, AnyArray]]
-) -> Surprise:
+def sum_surprise(head: LanguageHead, feeds: Sequence[Feeds], outputs: Sequence[Mapping[str, AnyArray]]) -> Surprise:
     """Of several batches."""
     return sum((head.surprise(fed, made) for fed, made in zip(feeds, outputs, strict=True)), Surprise())
 

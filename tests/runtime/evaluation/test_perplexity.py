@@ -93,7 +93,7 @@ def test_a_decoder_is_known_by_its_causality(mask: str | None) -> None:
     """Also where the last tokens are padding, which changes nothing in an encoder either."""
     shown = np.ones_like(IDS)
     if mask is not None:
-        shown[:, :4 if mask == "left" else None] = mask == "right"
+        shown[:, : 4 if mask == "left" else None] = mask == "right"
         shown[:, 5:] = mask == "left"
     assert head_of(SHARP.model(), mask=shown) == LanguageHead("logits", "input_ids", "attention_mask")
     assert head_of(Language(causal=False).model(), mask=shown) is None
