@@ -210,6 +210,20 @@ class ChosenMetric:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """Of the next token, by the original (``before``) and the written file (``after``), over so many ``tokens``."""
+
+    before: float
+    after: float
+    tokens: int
+
+    @property
+    def factor(self) -> float:
+        """How many times as large it is."""
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
 class Difference:
     """Two outputs of the same name compared: largest difference, and root mean square relative to the reference."""
 
@@ -232,6 +246,8 @@ class Difference:
     """95 % interval of the agreement, over samples."""
     rows: int = 1
     """Rows of one sample, as the tokens of a text."""
+    perplexity: Perplexity | None = None
+    """Of a language model's logits; None for any other output."""
 
     @property
     def grade(self) -> Grade:
@@ -273,6 +289,11 @@ class Quality:
     def drift(self) -> float:
         """The largest ``Difference.drift`` of an output: what ``--max-drift`` limits."""
         return max((d.drift for d in self.differences), default=0.0)
+
+    @property
+    def perplexity(self) -> Perplexity | None:
+        """Of a language model; None for any other."""
+        return next((d.perplexity for d in self.differences if d.perplexity is not None), None)
 
     @property
     def grade(self) -> Grade:

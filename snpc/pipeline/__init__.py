@@ -38,7 +38,7 @@ from snpc.pipeline.planner import (
     plan,
     save_plan,
 )
-from snpc.pipeline.prune import prune
+from snpc.pipeline.prune import PruneOptions, prune
 from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
 from snpc.pipeline.score import score
 from snpc.pipeline.stage_costs import (
@@ -62,6 +62,7 @@ __all__ = [
     "ALL_TOKENS",
     "AUTO_TOKENS",
     "PlanRequest",
+    "PruneOptions",
     "PrunedModel",
     "PruningPlan",
     "SearchResult",

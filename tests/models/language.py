@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -118,10 +119,10 @@ class Language:
         width = 16
         return {
             "embedding": draw(self.vocabulary, width, np.sqrt(self.vocabulary)),
-            "positions": draw(64, width, 2.0),
+            "positions": draw(128, width, 8.0),
             **{name: draw(width, width) for name in ("wq", "wk", "wv", "wo")},
-            "up": draw(width, 32),
-            "down": draw(32, width, 2.0),
+            "up": draw(width, 128),
+            "down": draw(128, width, 2.0),
             "head": draw(width, self.vocabulary, self.sharpness),
         }
 
@@ -143,6 +144,35 @@ class Language:
             gumbel = rng.gumbel(size=logits.shape)  # the largest of logits and this is drawn by their softmax
             ids = np.concatenate([ids, (logits + gumbel).argmax(-1)[:, None]], 1)
         return ids
+
+
+def write_tokenizer(folder: Path, vocabulary: int = 24, around: Literal["", "both"] = "") -> Path:
+    """``tokenizer.json`` of the words ``w0``, ``w1``, ... in ``folder``. ``around`` "both": the first two words become
+    tokens that begin and end every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {f"w{number}": number for number in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if around:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="w0 $A w1", special_tokens=[("w0", 0), ("w1", 1)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def write_language_folder(folder: Path, language: Language | None = None) -> Path:
+    """``model.onnx`` and ``tokenizer.json`` in a new ``folder``. None: a sharp decoder with caches."""
+    folder.mkdir(parents=True)
+    onnx.save((language or Language(cached=True, sharpness=3)).model(), folder / "model.onnx")
+    write_tokenizer(folder)
+    return folder / "model.onnx"
+
+
+def as_text(ids: Array) -> str:
+    """The words of [samples, tokens], one sample per line."""
+    return "\n".join(" ".join(f"w{number}" for number in row) for row in ids) + "\n"
 
 
 def negative_log_likelihoods(logits: Array, ids: Array) -> Array:

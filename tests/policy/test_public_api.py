@@ -11,6 +11,8 @@ VERBS = ("load", "analyze", "load_calibration", "plan", "apply", "verify", "buil
 NAMES = {
     # the verbs, in pipeline order, and the one call
     *VERBS,
+    # and for a folder
+    *("prune_folder", "PrunedFolder"),
     # before planning: inputs, tokens, statistics, scores
     *("random_calibration", "reduce_tokens", "score", "measure_statistics", "load_statistics", "save_statistics"),
     *("solve_closed_forms", "make_slice_plan", "parse_target", "widths_for_target", "timed_artifact"),
@@ -21,8 +23,8 @@ NAMES = {
     # values
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
     *("Difference", "Execution", "Group", "ImageOptions", "Model", "Pin", "PreferredWidths", "Probe", "PrunedModel"),
-    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
-    *("UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
+    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TextOptions"),
+    *("TimingProtocol", "UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors
     *("CheckFailed", "SnpcError", "UserError"),
 }

@@ -79,7 +79,8 @@ class Calibration:
     which ``batches`` does not give, so that nothing is fitted to them; None where samples are too few. ``random``: they
     are noise. ``seed``: what drew them. ``images``: how pictures were prepared, where they are pictures. ``part``:
     which part of larger data this is, if it is one. ``filled``: inputs that the data lacks and that follow from its
-    token ids, with what they are filled with (``text_inputs``).
+    token ids, with what they are filled with (``text_inputs``). ``token_format``: how text became tokens, where it is
+    text.
 
     How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
     source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
@@ -103,6 +104,7 @@ class Calibration:
     images: ImageFormat | None = None
     part: DataPart | None = None
     filled: Mapping[str, FilledKind] = field(default_factory=dict, compare=False)
+    token_format: str = ""
     batches_of_whole: float | None = field(default=None, repr=False, compare=False)
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
@@ -223,6 +225,8 @@ class Calibration:
             text += f", {self.held_out.samples} others held out"
         if self.images is not None:
             text += f", pictures {self.images.describe()}"
+        if self.token_format:
+            text += f", {self.token_format}"
         if self.filled:
             text += f", filled in: {describe_filled(self.filled)}"
         return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
@@ -313,6 +317,7 @@ def calibration_from_source(
         seed=request.seed,
         images=source.images,
         filled={name: kind for rows in parts for name, kind in rows.part.filled.items()},
+        token_format=source.token_format,
     )
     if not count:
         return calibration

@@ -1,4 +1,4 @@
-"""Calibration data in files: .npz, .npy, folders of them, Polygraphy's JSON, and test_data_set_*/input_N.pb."""
+"""Calibration data in files: by the suffix or the contents; .npz, .npy, Polygraphy's JSON and test_data_set_*."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from snpc.runtime.calibration.sources import (
     part_in_memory,
     require_inputs,
 )
+from snpc.runtime.calibration.text import TextOptions, is_text, text_source
 from snpc.runtime.calibration.text_inputs import inputs_to_give, sole_input
 from snpc.runtime.io import ArrayHeader, map_npz, read_array_header
 from snpc.types import AnyArray, TensorSpec
@@ -44,12 +45,12 @@ READ_ADVICE = "it is broken or not what its name says; write it again with numpy
 MAX_FILES = 2_000_000
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 ACCEPTED_SOURCES = (
-    "calibration data is an .npz, .npy or .json file, a folder of .npz, .npy or pictures, a folder with "
-    "test_data_set_*/input_N.pb, or file.py:function"
+    "calibration data is an .npz, .npy or .json file, text (.txt or .jsonl), a folder of .npz, .npy or pictures, a "
+    "folder with test_data_set_*/input_N.pb, or file.py:function"
 )
 
 
-def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
+def path_source(path: Path, inputs: ModelInputs, images: ImageOptions, text: TextOptions) -> CalibrationSource:
     """The source at ``path``: a folder by its contents, a file by its suffix."""
     with as_user_error(str(path), "it cannot be opened; check its permissions", OSError):
         if not path.exists():
@@ -58,6 +59,8 @@ def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> Calibr
             return _folder_source(path, inputs, images)
         if not path.is_file():  # reading a pipe would wait for a writer, and a second pass would find nothing
             raise UserError(f"{path}: it is not a regular file: {ACCEPTED_SOURCES}")
+    if is_text(path):
+        return text_source(path, inputs, text)
     opener = SOURCE_OPENERS.get(path.suffix.lower())
     if opener is not None:
         return opener(path, inputs)

@@ -58,7 +58,7 @@ class CalibrationSource:
     ``inputs``: the model's inputs as the parts hold them. ``allow_single_sample``: an array may be one sample without a
     leading axis. ``length_unknown``: the first samples are taken and iteration stops there. ``unbatched``: the model
     has no sample axis; ``inputs`` have an extra leading 1, which is removed again when a batch is fed. ``images``: how
-    pictures are prepared, where the parts are pictures.
+    pictures are prepared, where the parts are pictures. ``token_format``: how text became tokens, where it is text.
     """
 
     label: str
@@ -68,6 +68,7 @@ class CalibrationSource:
     length_unknown: bool = False
     unbatched: bool = False
     images: ImageFormat | None = None
+    token_format: str = ""
 
 
 def part_in_memory(label: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:
