@@ -19,18 +19,22 @@ from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
+    LanguageHead,
     MetricRequest,
     OutputMetrics,
+    Surprise,
     cache_interface,
     cached_decoding_error,
     check_structure,
     compare_models,
     compare_on_equal_selections,
+    find_language_head,
     find_selectors,
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
     run_until,
+    sum_surprise,
     with_metrics,
 )
 from snpc.runtime.execution import (
@@ -42,6 +46,7 @@ from snpc.runtime.execution import (
     feed_sizes,
     file_session,
     find_running_sizes,
+    id_limits,
     memory_budget,
     probe_batch,
     random_batch,
@@ -164,7 +169,21 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
             data = random_data(analysis, sizes)
             outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
         probe = run_probe(analysis, sizes, run) if analysis.reduction is None else None
-    return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs, probe=probe)
+        data, metrics = data.first(len(outputs)), OutputMetrics.of(analysis)
+        if not data.random_inputs:
+            metrics = replace(metrics, language=find_language(analysis, run, data.batches, outputs))
+    return Reference(data, metrics, outputs, probe=probe)
+
+
+def find_language(
+    analysis: Analysis, run: RunFunction, batches: Sequence[Feeds], outputs: Sequence[Mapping[str, AnyArray]]
+) -> tuple[LanguageHead, Surprise] | None:
+    """The head of a causal language model, and the original's surprise; None for any other model."""
+    try:
+        head = find_language_head(analysis.model, id_limits(analysis), run, batches[0], outputs[0])
+    except UserError:  # it does not run on other ids
+        return None
+    return (head, sum_surprise(head, batches, outputs)) if head is not None else None
 
 
 def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:

@@ -17,6 +17,7 @@ from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
 from snpc.runtime.evaluation.distances import OutputMetric, same_finiteness
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
+from snpc.runtime.evaluation.perplexity import sum_surprise
 from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -25,7 +26,7 @@ from snpc.runtime.execution import (
 )
 from snpc.runtime.io import read_without_weights, save
 from snpc.temporary import temporary_folder
-from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, TensorSpec, Verdict
+from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
@@ -233,6 +234,22 @@ def judge_outputs(
     )
 
 
+def with_perplexity(
+    differences: Sequence[Difference],
+    metrics: OutputMetrics,
+    batches: Sequence[Feeds],
+    outputs: Sequence[Mapping[str, AnyArray]],
+) -> tuple[Difference, ...]:
+    """The differences with the perplexity of a language model before and after. ``outputs``: the file's, of the
+    ``batches`` that the original was run on."""
+    if metrics.language is None:
+        return tuple(differences)
+    head, before = metrics.language
+    after = sum_surprise(head, batches, outputs)
+    found = Perplexity(before.perplexity, after.perplexity, after.tokens)
+    return tuple(replace(d, perplexity=found) if d.output == head.logits else d for d in differences)
+
+
 def max_relative(differences: Sequence[Difference]) -> float:
     """The largest relative difference of any output."""
     return max((d.relative for d in differences), default=0.0)
@@ -290,6 +307,7 @@ def compare_models(
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense[probes:]], narrow[probes:], metrics)
+    drift = with_perplexity(drift, metrics, batches[probes:], narrow[probes:])
     if rewritten is None:
         return (), drift
     with temporary_folder() as folder:
