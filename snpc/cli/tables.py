@@ -306,6 +306,7 @@ def print_result(result: PrunedModel) -> None:
             ("MACs", before.macs, after.macs),
             ("bytes on disk", before.bytes, after.bytes),
             ("nodes", before.nodes, after.nodes),
+            *([("cache, bytes per token", *result.cache_bytes)] if result.cache_bytes[0] else []),
         )
     ]
     print_table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))

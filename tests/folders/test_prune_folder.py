@@ -55,6 +55,8 @@ def test_caches_get_the_width_that_the_configuration_says(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "half" / "genai_config.json").read_text())
     assert config["model"]["decoder"]["head_size"] == width < 12
     assert config["search"] == GENAI_CONFIG["search"]
+    # two layers, keys and values, two heads, float32
+    assert report["cache_bytes_per_token"] == {"before": 2 * 2 * 2 * 12 * 4, "after": 2 * 2 * 2 * width * 4}
 
 
 def test_the_default_name_and_folders_for_other_commands(tmp_path: Path) -> None:
@@ -62,6 +64,7 @@ def test_the_default_name_and_folders_for_other_commands(tmp_path: Path) -> None
     result = invoke("prune", source, "--ratio", 0.3, "--method", "select", "--criterion", "magnitude")
     assert (tmp_path / "llama-pruned" / "model.onnx").is_file()
     assert f"folder: {tmp_path / 'llama-pruned'}: " in result.stdout
+    assert "cache, bytes per token" in result.stdout
     assert "snpc-" not in result.stdout, "no name of a temporary folder"
     invoke("inspect", tmp_path / "llama-pruned")
     invoke("verify", source, tmp_path / "llama-pruned")
