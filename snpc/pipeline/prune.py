@@ -17,6 +17,7 @@ from snpc.runtime.calibration import Calibration, load_calibration
 from snpc.runtime.evaluation import MetricRequest, with_metrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, announce
 from snpc.runtime.io import load
+from snpc.targets import dequantize as dequantized
 from snpc.types import Role
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def prune(
     *,
     calibration: Calibration | Any = None,
     tokens: str | None = None,
+    dequantize: bool = False,
     execution: Execution = DEFAULT_EXECUTION,
     **options: Unpack[PruneOptions],
 ) -> PrunedModel:
@@ -66,7 +68,8 @@ def prune(
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
     many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
-    and calibration data and the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one
+    and calibration data and the model's tokens can get fewer, else "none". ``dequantize``: the float model of a
+    quantized one is pruned, see ``snpc.dequantize``. ``options``: the fields of ``Budget``, one
     of ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
     ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``.
 
@@ -78,7 +81,7 @@ def prune(
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)
-    loaded = load(model)
+    loaded = dequantized(model, execution=execution) if dequantize else load(model)
     analysis = with_metrics(analyze(loaded), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs)

@@ -12,7 +12,15 @@ NAMES = {
     # the verbs, in pipeline order, and the one call
     *VERBS,
     # before planning: inputs, tokens, statistics, scores
-    *("random_calibration", "reduce_tokens", "score", "measure_statistics", "load_statistics", "save_statistics"),
+    *(
+        "dequantize",
+        "random_calibration",
+        "reduce_tokens",
+        "score",
+        "measure_statistics",
+        "load_statistics",
+        "save_statistics",
+    ),
     *("solve_closed_forms", "make_slice_plan", "parse_target", "widths_for_target", "timed_artifact"),
     # plans as files
     *("complete_plan", "load_plan", "save_plan", "plan_from_json", "plan_to_json"),
@@ -20,7 +28,18 @@ NAMES = {
     *("save", "json_report", "write_report", "write_example"),
     # values
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
-    *("Difference", "Execution", "Group", "ImageOptions", "Model", "Pin", "PreferredWidths", "Probe", "PrunedModel"),
+    *(
+        "Dequantization",
+        "Difference",
+        "Execution",
+        "Group",
+        "ImageOptions",
+        "Model",
+        "Pin",
+        "PreferredWidths",
+        "Probe",
+        "PrunedModel",
+    ),
     *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
     *("UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors

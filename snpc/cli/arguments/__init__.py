@@ -28,6 +28,7 @@ from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
 from snpc.cli.arguments.model import (
     ModelArguments,
     PrunableModelArguments,
+    QuantizedModelArguments,
     SizeArguments,
     WatchedModelArguments,
     load_and_analyze,
@@ -62,6 +63,7 @@ __all__ = [
     "PlanningArguments",
     "PrunableModelArguments",
     "PruneBuildArguments",
+    "QuantizedModelArguments",
     "QuietArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
