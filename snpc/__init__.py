@@ -16,6 +16,7 @@ In steps, each of which takes what the one before returned:
 from __future__ import annotations
 
 from snpc.errors import CheckFailed, SnpcError, UserError
+from snpc.folders import PrunedFolder, prune_folder
 from snpc.passes import Analysis, analyze
 from snpc.pipeline import (
     PrunedModel,
@@ -41,7 +42,7 @@ from snpc.planning import (
     plan_to_json,
 )
 from snpc.report import write_report
-from snpc.runtime.calibration import Calibration, ImageOptions, load_calibration
+from snpc.runtime.calibration import Calibration, ImageOptions, TextOptions, load_calibration
 from snpc.runtime.closed_form import ClosedForms, solve_closed_forms
 from snpc.runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
 from snpc.runtime.execution import Execution, RandomInputs, random_calibration
@@ -74,6 +75,7 @@ __all__ = [
     "Pin",
     "PreferredWidths",
     "Probe",
+    "PrunedFolder",
     "PrunedModel",
     "PruningPlan",
     "Quality",
@@ -83,6 +85,7 @@ __all__ = [
     "SlicePlan",
     "SnpcError",
     "Statistics",
+    "TextOptions",
     "TimingProtocol",
     "UnitScores",
     "UserError",
@@ -108,6 +111,7 @@ __all__ = [
     "plan_from_json",
     "plan_to_json",
     "prune",
+    "prune_folder",
     "random_calibration",
     "reduce_tokens",
     "save",

@@ -157,6 +157,10 @@ class Group:
     half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
     over the units, so removing some changes the statistics of the others. The residual stream (role "residual") is cut
     only on request; a hidden layer that is normalized inside is cut as others are.
+
+    ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
+    so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
+    of a fused node whose kernel takes one width. Each has its own units.
     """
 
     id: str
@@ -172,6 +176,9 @@ class Group:
     params: int
     pins: tuple[Pin, ...] = ()
     approximate: bool = False
+    channels: int = 1
+    step: int = 1
+    tie: str = ""
 
     @property
     def prunable(self) -> bool:
@@ -239,6 +246,20 @@ class ChosenMetric:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """Of the next token, by the original (``before``) and the written file (``after``), over so many ``tokens``."""
+
+    before: float
+    after: float
+    tokens: int
+
+    @property
+    def factor(self) -> float:
+        """How many times as large it is."""
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
 class Difference:
     """Two outputs of the same name compared: largest difference, and root mean square relative to the reference."""
 
@@ -261,6 +282,8 @@ class Difference:
     """95 % interval of the agreement, over samples."""
     rows: int = 1
     """Rows of one sample, as the tokens of a text."""
+    perplexity: Perplexity | None = None
+    """Of a language model's logits; None for any other output."""
 
     @property
     def grade(self) -> Grade:
@@ -302,6 +325,11 @@ class Quality:
     def drift(self) -> float:
         """The largest ``Difference.drift`` of an output: what ``--max-drift`` limits."""
         return max((d.drift for d in self.differences), default=0.0)
+
+    @property
+    def perplexity(self) -> Perplexity | None:
+        """Of a language model; None for any other."""
+        return next((d.perplexity for d in self.differences if d.perplexity is not None), None)
 
     @property
     def grade(self) -> Grade:

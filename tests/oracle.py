@@ -71,8 +71,11 @@ def analysis_at(path: Path, proto: onnx.ModelProto) -> Analysis:
 
 
 def random_removal(group: Group, rng: np.random.Generator, ratio: float = 0.5) -> Mask:
-    """[blocks, size], true where a unit goes: the same number in every block, but other ones; at least one stays."""
+    """[blocks, size], true where a unit goes: the same number in every block, but other ones; one step stays."""
     going = min(max(1, round(group.size * ratio)), group.size - 1)
+    if group.tie:  # as many channels in every group of the tie
+        kept = round(group.size * group.channels * (1 - ratio)) // group.channels
+        going = group.size - max(kept // group.step, 1) * group.step
     removed = np.zeros((group.blocks, group.size), bool)
     for row in removed:
         row[rng.permutation(group.size)[:going]] = True

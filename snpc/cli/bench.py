@@ -10,12 +10,13 @@ import snpc
 from snpc.cli import tables
 from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
-    FILE_PATH,
     ArgumentGroup,
     ExecutionArguments,
     ImageArguments,
     JsonArguments,
+    ModelPath,
     SizeArguments,
+    TextArguments,
     TypedCommand,
     argument,
     check_output_paths,
@@ -32,7 +33,7 @@ from snpc.runtime.execution import RandomInputs, open_runner
 class BenchModels(ArgumentGroup):
     """The models to time, in any mix of formats."""
 
-    models: tuple[Path, ...] = argument(nargs=-1, required=True, type=FILE_PATH)
+    models: tuple[Path, ...] = argument(nargs=-1, required=True, type=ModelPath())
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class BenchInputs(ArgumentGroup):
         help="Run on these inputs (forms as --calib of prune).  [default: random inputs]",
     )
     images: ImageArguments = subgroup(section="Inputs")
+    text: TextArguments = subgroup(section="Inputs")
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,13 @@ def bench_command(
     paths, source, batch = list(models.models), inputs.data, inputs.batch
     check_output_paths([json.json_path], *paths, source)
     data = None
+    inputs.text.check(source)
     if source is not None:
         specs = open_runner(paths[0]).inputs
-        images = inputs.images.load()
-        calibration = snpc.load_calibration(source, specs, samples=batch * 16, batch=batch, images=images)
+        images, text = inputs.images.load(), inputs.text.load(paths[0])
+        calibration = snpc.load_calibration(source, specs, samples=batch * 16, batch=batch, images=images, text=text)
         inputs.images.print_format(calibration)
+        inputs.text.print_format(calibration)
         data = calibration.batches()
     if source is not None and (inputs.at.shapes or inputs.at.dims):
         raise UserError("--calib brings its own shapes: leave out --input-shapes and --dim-param")

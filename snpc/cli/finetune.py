@@ -15,6 +15,7 @@ from snpc.cli.arguments import (
     CheckpointArguments,
     JsonArguments,
     ModelArguments,
+    ModelPath,
     QuietArguments,
     ScheduleArguments,
     SizeArguments,
@@ -47,7 +48,7 @@ MAX_TRAINING_HELD_OUT = 1024  # samples: weights are judged on them many times
 class FinetuneModels(ArgumentGroup):
     """The model to train, and its teacher."""
 
-    pruned: Path = argument(type=FILE_PATH)
+    pruned: Path = argument(type=ModelPath())
     teacher: Path = option(
         "--teacher", type=FILE_PATH, required=True, section="Inputs", help="The dense model that PRUNED was made from."
     )
@@ -109,6 +110,7 @@ def finetune_command(
         pruning.held_out,
     )
     analysis = load_and_analyze(models.teacher, models.at)
+    inputs.text.check(inputs.calib, pruning.held_out)
     calibration = inputs.as_calibration(training.batch)
     run = FinetuneRun(
         models, calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT), training, saved, target

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,9 +19,9 @@ from snpc.cli.arguments import (
     LimitedExecutionArguments,
     PlanningArguments,
     PruneBuildArguments,
+    PrunedModelArguments,
     SavedStatisticsArguments,
     TypedCommand,
-    WatchedModelArguments,
     WorkloadArguments,
     check_output_paths,
     command,
@@ -29,6 +31,7 @@ from snpc.cli.arguments import (
 from snpc.cli.build import build_json
 from snpc.cli.plan import measured_shard, plan_from_arguments
 from snpc.errors import UserError
+from snpc.folders import OutputFolder, PrunedFolder, open_output_folder
 from snpc.pipeline import PruningPlan, Stopwatch, groups_json, run_stages
 from snpc.runtime.execution import announce
 
@@ -40,7 +43,10 @@ class PruneOutput(ArgumentGroup):
     section: ClassVar[str] = "Output"
 
     output: Path | None = option(
-        "-o", "--output", type=FILE_PATH, help="The pruned model to write.  [default: MODEL-pruned.onnx]"
+        "-o",
+        "--output",
+        type=FILE_PATH,
+        help="The pruned model, or folder, to write.  [default: MODEL-pruned.onnx, FOLDER-pruned]",
     )
     plan_path: Path | None = option("--plan", type=FILE_PATH, help="Also write the plan.")
     json: JsonArguments = subgroup()
@@ -57,9 +63,38 @@ class PruneOutput(ArgumentGroup):
         return [*written, self.plan_path, self.json.json_path, self.page]
 
 
+@dataclass(frozen=True)
+class OutputPlace:
+    """Where the pruned model is written: a file, or a file of a new ``folder``."""
+
+    path: Path
+    folder: OutputFolder | None = None
+
+    def publish(self, result: snpc.PrunedModel) -> tuple[snpc.PrunedModel, PrunedFolder | None]:
+        """The result where it is for good."""
+        if self.folder is None:
+            return result, None
+        published = self.folder.publish(result)
+        return published.model, published
+
+
+@contextmanager
+def output_place(
+    model: PrunedModelArguments, output: Path | None
+) -> Iterator[tuple[PrunedModelArguments, OutputPlace]]:
+    """The model, of a folder its file, and where the pruned one goes."""
+    source = model.folder()
+    if source is None:
+        yield model, OutputPlace(output or model.sibling("-pruned.onnx"))
+        return
+    target = output or source.path.resolve().with_name(f"{source.path.resolve().name}-pruned")
+    with open_output_folder(source, target) as folder:
+        yield replace(model, path=source.model_path), OutputPlace(folder.model_path, folder)
+
+
 @command("prune")
 def prune_command(
-    model: WatchedModelArguments,
+    model: PrunedModelArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
     statistics: SavedStatisticsArguments,
@@ -68,53 +103,73 @@ def prune_command(
     workload: WorkloadArguments,
     running: LimitedExecutionArguments,
 ) -> None:
-    """Prune MODEL, write the result, verify what was written, and show before and after."""
+    """Prune MODEL, write the result, verify what was written, and show before and after.
+
+    MODEL may be a folder, as onnxruntime-genai, optimum and transformers.js load it: then a folder is written.
+    """
     observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
     stopwatch = Stopwatch(execution.progress)
-    path = output.output or model.sibling("-pruned.onnx")
-    with stopwatch.stage("analyze"):
-        analysis = planning.judging.apply(model.load(observer))
-    artifacts = build.check(path, execution, calibration.calib is not None)
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
-    inputs = [*model.files(), calibration.calib, *statistics.load_stats]
-    check_output_paths([*output.paths(path, artifacts), statistics.save_stats], *inputs)
-    with stopwatch.stage("calibration"):
-        data = calibration.load(analysis)
-    planning = planning.with_width_multiple(build.build, execution)
-    artifact, shapes = None, None
-    if planning.amount.wants_latency:
-        artifact, shapes = build.timed_artifact(execution, data, workload.batch), model.at.input_shapes()
-    timed = workload.load(artifact, shapes)
-    stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=not output.dry_run)
-    announce(execution.progress, stages)
-    announce_cost(analysis, data, planning, planning.request(timed), execution, writes=not output.dry_run)
-    with stopwatch.stage("tokens"):
-        analysis = planning.reduce_tokens(analysis, data, timed, execution)
-    if measured_shard(analysis, data, planning, statistics, execution):
-        return
-    plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
-    if output.plan_path is not None:
-        snpc.save_plan(plan, output.plan_path)
-    announce_plan(plan, typed)
-    if output.dry_run:
-        show_plan(plan, output.json)
-        return
-    result = snpc.apply(plan, path, stopwatch=stopwatch)
+    with output_place(model, output.output) as (model, place):
+        with stopwatch.stage("analyze"):
+            analysis = planning.judging.apply(model.load(observer))
+        artifacts = build.check(place.path, execution, calibration.calib is not None)
+        inputs = [*model.files(), calibration.calib, *statistics.load_stats]
+        check_output_paths([*output.paths(place.path, artifacts), statistics.save_stats], *inputs)
+        with stopwatch.stage("calibration"):
+            data = calibration.load(analysis)
+        planning = planning.with_width_multiple(build.build, execution)
+        artifact, shapes = None, None
+        if planning.amount.wants_latency:
+            artifact, shapes = build.timed_artifact(execution, data, workload.batch), model.at.input_shapes()
+        timed = workload.load(artifact, shapes)
+        request, writes = planning.request(timed), not output.dry_run
+        announce(execution.progress, run_stages(analysis, data, request, planning.reduction.tokens, writes=writes))
+        announce_cost(analysis, data, planning, request, execution, writes=writes)
+        with stopwatch.stage("tokens"):
+            analysis = planning.reduce_tokens(analysis, data, timed, execution)
+        if measured_shard(analysis, data, planning, statistics, execution):
+            return
+        plan = plan_from_arguments(analysis, data, planning, statistics, timed, execution, stopwatch)
+        if output.plan_path is not None:
+            snpc.save_plan(plan, output.plan_path)
+        announce_plan(plan, typed)
+        if output.dry_run:
+            show_plan(plan, output.json)
+            return
+        result, folder = place.publish(snpc.apply(plan, place.path, stopwatch=stopwatch))
     if output.plan_path is not None and result.search is not None:
         snpc.save_plan(result.plan, output.plan_path)
     if output.page is not None:
         snpc.write_report(result, output.page, plan=plan)
-    built = build.load(path, execution, data, workload.batch)
-    output.json.write({**snpc.json_report(result), **({"build": build_json(built)} if built else {})})
+    built = build.load(result.path, execution, data, workload.batch)
+    extra = {**({"build": build_json(built)} if built else {}), **({"folder": folder.to_json()} if folder else {})}
+    output.json.write({**snpc.json_report(result), **extra})
     if not output.json.replaces_tables:
         print_loss_first(result, plan, typed)
         tables.print_result(result)
+        if folder:
+            print_folder(folder)
         if built:
             tables.print_build(built)
     print_better_command(result, typed)
-    print_next(TypedCommand("bench", (str(model.path), str(path)), ()))
+    print_next(TypedCommand("bench", (str(model.path), str(result.path)), ()))
+
+
+def print_folder(folder: PrunedFolder) -> None:
+    """What went with the model, and what the configurations say now."""
+    tables.print_line(f"folder: {folder.path}: {len(folder.copied)} other files copied")
+    for file, changes in folder.changed.items():
+        tables.print_line(f"  {file}: {', '.join(changes)}")
+    for file, reasons in folder.unsaid.items():
+        tables.print_warning(f"{file}: {'; '.join(reasons)}")
+    if folder.left_out:
+        names = ", ".join(map(str, folder.left_out))
+        tables.print_note(
+            f"left out, since they hold the dense model: {names}; quantize or convert the pruned one again"
+        )
 
 
 def show_plan(plan: PruningPlan, json: JsonArguments) -> None:

@@ -111,7 +111,7 @@ def sweep_command(
     targets = [parse_target(text) for text in parse_target_list(arguments.targets)]
     folder = arguments.output or model.sibling("-sweep")
     analysis = planning.judging.apply(model.load())
-    data = calibration.load(analysis)
+    data = calibration.load(analysis, others=[arguments.held_out])
     assert data is not None  # --calib is required
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"

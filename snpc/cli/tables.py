@@ -424,9 +424,11 @@ def print_sweep(result: SweepResult) -> None:
     """A row for each size, the original first."""
     dense = result.points[0]
     has_accuracy = dense.accuracy is not None
+    has_perplexity = dense.perplexity is not None
     has_tokens = any(p.tokens for p in result.points)
     first = ("target", *(("tokens",) if has_tokens else ()))
-    last = ("MACs", "params", "ms", "speed-up", *(("accuracy",) if has_accuracy else ()), "drift", "same top", "")
+    judged = [name for name, known in (("accuracy", has_accuracy), ("perplexity", has_perplexity)) if known]
+    last = ("MACs", "params", "ms", "speed-up", *judged, "drift", "same top", "")
     rows = [
         (
             p.name,
@@ -436,6 +438,7 @@ def print_sweep(result: SweepResult) -> None:
             f"{p.latency:.3g}",
             f"{p.speedup:.2f}x ({p.low:.2f}..{p.high:.2f})" if p is not dense else "1.00x",
             *((f"{100 * (p.accuracy or 0):.1f} %",) if has_accuracy else ()),
+            *((f"{p.perplexity:.4g}" if p.perplexity is not None else "-",) if has_perplexity else ()),
             f"{p.drift:.3g}",
             f"{100 * p.agreement:.1f} %" if p.agreement is not None else "-",
             "front" if p.front else "",

@@ -18,6 +18,7 @@ from snpc.cli.arguments import (
     JsonArguments,
     MetricArguments,
     ModelArguments,
+    ModelPath,
     SpreadExecutionArguments,
     TypedCommand,
     argument,
@@ -38,7 +39,7 @@ class VerifyArguments(ArgumentGroup):
 
     section: ClassVar[str] = "Checks"
 
-    pruned: Path = argument(type=FILE_PATH)
+    pruned: Path = argument(type=ModelPath())
     plan_path: Path | None = option(
         "--plan", type=FILE_PATH, help="The plan that PRUNED was made by: also check that slicing equals masking."
     )

@@ -19,7 +19,14 @@ Files
 
 from __future__ import annotations
 
-from snpc.graph.binding import DimSizes, alternative_dim_sizes, coprime_dim_sizes, dynamic_axes, leading_dims
+from snpc.graph.binding import (
+    DimSizes,
+    alternative_dim_sizes,
+    base_dim_sizes,
+    coprime_dim_sizes,
+    dynamic_axes,
+    leading_dims,
+)
 from snpc.graph.builder import (
     Attribute,
     add_constant,
@@ -93,6 +100,7 @@ __all__ = [
     "alternative_dim_sizes",
     "ancestor_nodes",
     "attribute_values",
+    "base_dim_sizes",
     "choose_dim_sizes",
     "common_module_path",
     "connected_components",

@@ -196,7 +196,7 @@ def _resize_attention_attributes(
 
 def attention_entries() -> list[OpSpec]:
     says = "Q and K join per head and width; V passes per head; the scale is an attribute that is always written"
-    grouped = "as Attention; keys and values keep the same positions, eight neighbors together"
+    grouped = "as Attention; keys and values are equally wide, in multiples of 8 channels, or 16 with rotary positions"
     names = {
         "MultiHeadAttention": says,
         "DecoderMaskedMultiHeadAttention": says,

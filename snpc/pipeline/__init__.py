@@ -38,7 +38,7 @@ from snpc.pipeline.planner import (
     plan,
     save_plan,
 )
-from snpc.pipeline.prune import prune
+from snpc.pipeline.prune import PruneOptions, prune
 from snpc.pipeline.report_json import (
     analysis_json,
     dequantization_json,
@@ -70,6 +70,7 @@ __all__ = [
     "ALL_TOKENS",
     "AUTO_TOKENS",
     "PlanRequest",
+    "PruneOptions",
     "PrunedModel",
     "PruningPlan",
     "SearchResult",

@@ -291,7 +291,7 @@ def dense_values_for(
     execution: Execution,
 ) -> DenseValues | None:
     """Where the values that the layer-wise fit reads are collected; None where there is no such fit."""
-    if method != "auto" or analysis.traced_graph.kv_cache:
+    if method != "auto":
         return None
     limit = min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
     return DenseValues(residual_error_values(analysis, groups), calibration, limit)

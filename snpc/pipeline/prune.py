@@ -13,7 +13,7 @@ from snpc.pipeline.planner import PlanRequest, plan
 from snpc.pipeline.stage_costs import run_stages
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
 from snpc.planning import Allocator, Budget, Effort, PruningMethod, ResourceTarget
-from snpc.runtime.calibration import Calibration, load_calibration
+from snpc.runtime.calibration import Calibration, TextOptions, find_tokenizer, load_calibration
 from snpc.runtime.evaluation import MetricRequest, with_metrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, announce
 from snpc.runtime.io import load
@@ -49,6 +49,7 @@ class PruneOptions(BudgetOptions, total=False):
     criterion: str | None
     metric: MetricRequest | None
     effort: Effort
+    dequantize: bool
 
 
 def prune(
@@ -57,7 +58,6 @@ def prune(
     *,
     calibration: Calibration | Any = None,
     tokens: str | None = None,
-    dequantize: bool = False,
     execution: Execution = DEFAULT_EXECUTION,
     **options: Unpack[PruneOptions],
 ) -> PrunedModel:
@@ -66,25 +66,27 @@ def prune(
         snpc.prune("model.onnx", "half.onnx", target="macs=0.5", calibration="calib.npz")
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
-    ``Calibration``, or what ``load_calibration`` reads. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
+    ``Calibration``, or what ``load_calibration`` reads; of text, the tokenizer is the ``tokenizer.json`` beside the
+    model. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
     many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
-    and calibration data and the model's tokens can get fewer, else "none". ``dequantize``: the float model of a
-    quantized one is pruned, see ``snpc.dequantize``. ``options``: the fields of ``Budget``, one
+    and calibration data and the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one
     of ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
-    ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``.
+    ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a
+    quantized one is pruned, see ``snpc.dequantize``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
     effort = options.pop("effort", "normal")
+    of_quantized = options.pop("dequantize", False)
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)
-    loaded = dequantized(model, execution=execution) if dequantize else load(model)
+    loaded = dequantized(model, execution=execution) if of_quantized else load(model)
     analysis = with_metrics(analyze(loaded), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = load_calibration(calibration, loaded.inputs)
+        calibration = load_calibration(calibration, loaded.inputs, text=TextOptions(find_tokenizer(loaded.source)))
     widths = PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None
     announce(execution.progress, run_stages(analysis, calibration, widths, tokens))
     analysis = apply_token_request(

@@ -45,7 +45,7 @@ def with_refitted_weights(plan: PruningPlan) -> tuple[SlicePlan, TracedGraph]:
 
 
 def refit_weights(plan: PruningPlan, closed_forms: ClosedForms, slices: SlicePlan) -> TracedGraph:
-    if slices.method == "auto" and plan.calibration is not None and not plan.analysis.traced_graph.kv_cache:
+    if slices.method == "auto" and plan.calibration is not None:
         try:
             return fit_layerwise(closed_forms, slices, plan.calibration, plan.execution, plan.dense_values)
         except NotSegmentable:

@@ -153,7 +153,8 @@ def compared_text(verdict: Verdict) -> str:
 
 
 def quality_json(quality: Quality) -> dict[str, Any]:
-    return {"grade": quality.grade, **asdict(quality)}
+    perplexity = asdict(quality.perplexity) if quality.perplexity is not None else None
+    return {"grade": quality.grade, "perplexity": perplexity, **asdict(quality)}
 
 
 def write_json(data: Any, path: Path) -> None:

@@ -26,9 +26,8 @@ from snpc.runtime.evaluation import (
     Workload,
     batch_differences,
     bench,
-    collect_outputs,
+    evaluate,
     max_drift,
-    top1_accuracy,
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs, announce
 from snpc.runtime.io import check_target, file_bytes, publish_files, staging_folder
@@ -42,10 +41,10 @@ class SweepPoint:
     """One model. ``macs`` and ``params`` are of the ONNX file, the rest of what was built of it, if anything.
 
     ``drift``: relative RMS change of the outputs. ``agreement``: share of rows with the same top entry. ``accuracy``:
-    share of labels that are the top entry; None without labels. ``speedup``: over the original, the median over rounds
-    of the ratio of their times, with its 95 % interval from ``low`` to ``high``. ``latency``: ms, the original's median
-    divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``: the token reduction, "" for none.
-    ``front``: is it on the Pareto front?
+    share of labels that are the top entry; None without labels. ``perplexity``: of a language model. ``speedup``: over
+    the original, the median over rounds of the ratio of their times, with its 95 % interval from ``low`` to ``high``.
+    ``latency``: ms, the original's median divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``:
+    the token reduction, "" for none. ``front``: is it on the Pareto front?
     """
 
     name: str
@@ -62,16 +61,20 @@ class SweepPoint:
     low: float = 1.0
     high: float = 1.0
     front: bool = False
+    perplexity: float | None = None
 
     def judged_by(self, differences: Sequence[Difference]) -> SweepPoint:
         """The point with its quality, from what its outputs are beside the original's."""
         agreement = differences[0].agreement if differences else None
-        return replace(self, drift=max_drift(differences), agreement=agreement)
+        found = next((d.perplexity.after for d in differences if d.perplexity is not None), None)
+        return replace(self, drift=max_drift(differences), agreement=agreement, perplexity=found)
 
     @property
     def quality(self) -> float:
-        """Higher is better: accuracy where it is known, else the closer to the original the better."""
-        return self.accuracy if self.accuracy is not None else -self.drift
+        """Higher is better: accuracy where it is known, else perplexity, else the closer to the original the better."""
+        if self.accuracy is not None:
+            return self.accuracy
+        return -self.perplexity if self.perplexity is not None else -self.drift
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,11 @@ def sweep(
             points.append(point(str(target), path, pruned.after, pruned.quality, tokens))
         if builder is not None or request.evaluation is not None or reference.not_run:
             evaluation = request.evaluation or EvaluationData(calibration.held_out or calibration)
-            points = with_quality(points, analysis, evaluation, execution)
+            points = with_quality(points, analysis, evaluation, reference.metrics, execution)
         elif points[-1].agreement is not None:
-            points[0] = replace(points[0], agreement=1.0)
+            language = reference.metrics.language
+            perplexity = language[1].perplexity if language is not None else None
+            points[0] = replace(points[0], agreement=1.0, perplexity=perplexity)
         points = with_timings(points, request, analysis.given_sizes, execution)
         points = mark_pareto_front(points)
         return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
@@ -277,15 +282,24 @@ def reference_for(plan: PruningPlan, reference: Reference) -> Reference:
 
 
 def with_quality(
-    points: Sequence[SweepPoint], analysis: Analysis, evaluation: EvaluationData, execution: Execution
+    points: Sequence[SweepPoint],
+    analysis: Analysis,
+    evaluation: EvaluationData,
+    metrics: OutputMetrics,
+    execution: Execution,
 ) -> list[SweepPoint]:
-    source, metrics = analysis.model.path, OutputMetrics.of(analysis)
-    dense = collect_outputs(source, evaluation, execution)
+    """The points as ``evaluation`` judges them. ``metrics``: how the original's outputs were judged before, if they
+    were."""
+    source, head = analysis.model.path, metrics.language[0] if metrics.language is not None else None
+    dense = evaluate(source, evaluation, execution, head)
     judged = []
     for point in points:
-        outputs = dense if point.files[0] == source else collect_outputs(point.files[0], evaluation, execution)
-        found = point.judged_by(batch_differences(dense, outputs, metrics))
-        judged.append(replace(found, accuracy=top1_accuracy(outputs, evaluation.labels)))
+        found = dense
+        if point.files[0] != source:
+            found = evaluate(point.files[0], evaluation, execution, head, len(dense.outputs))
+        point = point.judged_by(batch_differences(dense.outputs, found.outputs, OutputMetrics.of(analysis)))
+        perplexity = found.surprise.perplexity if head is not None else None
+        judged.append(replace(point, accuracy=found.accuracy, perplexity=perplexity))
     return judged
 
 

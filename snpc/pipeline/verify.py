@@ -19,16 +19,22 @@ from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
+    LanguageHead,
     MetricRequest,
     OutputMetrics,
+    Surprise,
+    cache_interface,
+    cached_decoding_error,
     check_structure,
     compare_models,
     compare_on_equal_selections,
+    find_language_head,
     find_selectors,
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
     run_until,
+    sum_surprise,
     with_metrics,
 )
 from snpc.runtime.execution import (
@@ -40,6 +46,7 @@ from snpc.runtime.execution import (
     feed_sizes,
     file_session,
     find_running_sizes,
+    id_limits,
     memory_budget,
     probe_batch,
     random_batch,
@@ -47,7 +54,7 @@ from snpc.runtime.execution import (
     too_large_reason,
 )
 from snpc.runtime.io import load
-from snpc.types import AnyArray, Difference, Feeds, Quality, Verdict
+from snpc.types import AnyArray, Difference, Feeds, Quality, TensorSpec, Verdict
 
 NOT_COMPARED = Quality((), 0, False, "nothing", False)
 RANDOM, RANDOM_SAMPLES = "random inputs", 2
@@ -162,7 +169,21 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
             data = random_data(analysis, sizes)
             outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
         probe = run_probe(analysis, sizes, run) if analysis.reduction is None else None
-    return Reference(data.first(len(outputs)), OutputMetrics.of(analysis), outputs, probe=probe)
+        data, metrics = data.first(len(outputs)), OutputMetrics.of(analysis)
+        if not data.random_inputs:
+            metrics = replace(metrics, language=find_language(analysis, run, data.batches, outputs))
+    return Reference(data, metrics, outputs, probe=probe)
+
+
+def find_language(
+    analysis: Analysis, run: RunFunction, batches: Sequence[Feeds], outputs: Sequence[Mapping[str, AnyArray]]
+) -> tuple[LanguageHead, Surprise] | None:
+    """The head of a causal language model, and the original's surprise; None for any other model."""
+    try:
+        head = find_language_head(analysis.model, id_limits(analysis), run, batches[0], outputs[0])
+    except UserError:  # it does not run on other ids
+        return None
+    return (head, sum_surprise(head, batches, outputs)) if head is not None else None
 
 
 def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:
@@ -272,14 +293,41 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
     The message of CheckFailed says that nothing is written, and what to try.
     """
     analysis = plan.analysis
-    structure = check_structure(analysis.model.path, path, rewritten.sliced_interface())
+    structure = check_structure(analysis.model.path, path, rewritten.sliced_interface(), declared_interface(analysis))
     if reference.not_run:
         return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
+    structure = (*structure, *check_cached_decoding(analysis, path, plan.execution))
     try:
         return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
     except CheckFailed as error:
         advice = selection_advice(rewritten) if reference.data.random_inputs else ""
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
+
+
+def declared_interface(analysis: Analysis) -> tuple[TensorSpec, ...]:
+    """Inputs and outputs as the canonical graph declares them."""
+    return (*analysis.model.inputs, *analysis.model.outputs)
+
+
+def check_cached_decoding(analysis: Analysis, pruned: Path, execution: Execution) -> tuple[str, ...]:
+    """The check that decoding through caches gives what all tokens at once give, in words; none where ``pruned`` has no
+    caches, or the original does not do so either. Raises CheckFailed where only the pruned model does not."""
+    interface, tolerance = cache_interface(load(pruned)), rounding_tolerance(analysis.model)
+    if interface is None:
+        return ()
+    with file_session(pruned, execution) as run:
+        error = cached_decoding_error(interface, run)
+    if error is not None and error <= tolerance:
+        return (f"decoding step by step through the caches equals decoding at once to {error:.1e}",)
+    dense = cache_interface(analysis.model)
+    if dense is None:
+        return ()
+    with file_session(analysis.model.path, execution) as run:
+        original = cached_decoding_error(dense, run)
+    if original is None or original > tolerance:
+        return ()
+    found = f"differs from decoding at once by {error:.1e}" if error is not None else "does not run"
+    raise CheckFailed(f"{pruned}: decoding step by step through the caches {found}; the original's is the same")
 
 
 def selection_advice(rewritten: RewrittenModel) -> str:
@@ -324,7 +372,9 @@ def verify(
         calibration = calibration or plan.calibration
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
-    structure = check_structure(original, pruned, rewritten.sliced_interface() if rewritten is not None else None)
+    narrowed = rewritten.sliced_interface() if rewritten is not None else None
+    structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
+    structure = (*structure, *check_cached_decoding(analysis, pruned, execution))
     data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
     reference = run_original(analysis, original, data, execution)
     return compare_with_reference(analysis, pruned, rewritten, reference, (*structure, *notes), execution)

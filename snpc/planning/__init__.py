@@ -1,15 +1,17 @@
 """Planning: from scores and a budget to the widths of a plan. Nothing here runs a model.
 
 Files
-  allocate   Allocation: how wide each group stays under a ratio, a target or a drift limit.
-  config     Budgets: how much to cut, of which groups, and the widths that are allowed.
-  descent    Allocation paths: the steps that narrow groups, in the order in which a greedy allocation takes them.
-  dimap      How much of each layer can go, from weights alone: DIMAP (Data-independent Module-Aware Pruning, ICLR 2024,
-             arXiv 2404.13648).
-  outlook    Outlook: what a plan takes before anything is written, what its curves predict, and up to where they are
-             safe.
-  plan       Scores of units, and the slice plan made of them: which units each group keeps.
-  plan_file  A plan as a file: JSON that can be read, edited and applied again.
+  allocate     Allocation: how wide each group stays under a ratio, a target or a drift limit.
+  config       Budgets: how much to cut, of which groups, and the widths that are allowed.
+  descent      Allocation paths: the steps that narrow groups, in the order in which a greedy allocation takes them.
+  dimap        How much of each layer can go, from weights alone: DIMAP (Data-independent Module-Aware Pruning, ICLR
+               2024, arXiv 2404.13648).
+  outlook      Outlook: what a plan takes before anything is written, what its curves predict, and up to where they
+               are safe.
+  plan         Scores of units, and the slice plan made of them: which units each group keeps.
+  plan_file    A plan as a file: JSON that can be read, edited and applied again.
+  tied_widths  Tied widths: groups of one tie, such as keys and values of a fused node, keep equally many channels per
+               head.
 """
 
 from __future__ import annotations

@@ -12,10 +12,17 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
-from snpc.planning.config import Budget, ResourceTarget, allowed_widths
+from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.descent import AllocationPath, greedy_path, widths_within
 from snpc.planning.dimap import dimap_widths_at
 from snpc.planning.plan import SlicePlan, UnitScores, select_units
+from snpc.planning.tied_widths import (
+    check_ties_are_whole,
+    common_widths,
+    groups_ranked_together,
+    smallest_widths,
+    tied_sets,
+)
 from snpc.types import FloatArray, Group
 
 
@@ -30,6 +37,7 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     ]
     prunable = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
+    check_ties_are_whole(prunable, analysis.groups, name)
     if budget.ratio is None and any(g.approximate and not g.normalized_inside for g in prunable):
         raise UserError(
             f"{name}: --target and --max-drift cannot rank the residual width, since the loss through "
@@ -67,19 +75,24 @@ def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget)
         return drift_widths(groups, scores, budget)
     if budget.uniform:
         return uniform_widths(groups, budget)
-    by_role = ([g for g in groups if g.role == role] for role in budget.roles)
-    return {k: v for members in by_role for k, v in ranked_widths(members, scores, budget).items()}
+    ranked = groups_ranked_together(groups, budget.roles)
+    return {k: v for members in ranked for k, v in ranked_widths(members, scores, budget).items()}
 
 
 def uniform_widths(groups: Sequence[Group], budget: Budget) -> dict[str, int]:
     """Every group keeps the share 1 - ratio, rounded to the nearest allowed width."""
     assert budget.ratio is not None
     share = 1 - budget.ratio
-    return {g.id: min(allowed_widths(g, budget), key=lambda w: (abs(w - g.size * share), -w)) for g in groups}
+    widths: dict[str, int] = {}
+    for members in tied_sets(groups):
+        whole = members[0].size * share
+        nearest = min(common_widths(members, budget), key=lambda w: (abs(w[0] - whole), -w[0]))
+        widths |= zip((g.id for g in members), nearest, strict=True)
+    return widths
 
 
 def ranked_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
-    """Remove the fraction ``ratio`` of the units of one role, smallest loss first."""
+    """Remove the fraction ``ratio`` of the units of one role, or of several that are tied, smallest loss first."""
     assert budget.ratio is not None
     blocks = {g.id: float(g.blocks) for g in groups}
     path = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, blocks, budget)
@@ -128,16 +141,10 @@ def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget)
     """
     target = budget.target if budget.target is not None else ResourceTarget("macs", 0.0)
     savings = {g.id: savings_by_width(scores, g, target) for g in groups}
-    unit_savings = {
-        g.id: float(savings[g.id][smallest_width(g, budget)]) / max(g.size - smallest_width(g, budget), 1)
-        for g in groups
-    }
+    least = smallest_widths(groups, budget)
+    unit_savings = {g.id: float(savings[g.id][least[g.id]]) / max(g.size - least[g.id], 1) for g in groups}
     path = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, unit_savings, budget)
     return path, path.cumulative(savings)
-
-
-def smallest_width(group: Group, budget: Budget) -> int:
-    return min(allowed_widths(group, budget))
 
 
 def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -> FloatArray:

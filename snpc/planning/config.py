@@ -174,11 +174,14 @@ def minimum_width(group: Group, budget: Budget) -> int:
     """The smallest width that the budget allows."""
     cap = budget.max_ratio.get(group.role, 1.0) if budget.max_ratio is not None else 1.0
     capped = math.ceil(group.size * (1 - cap) - 1e-9)
-    return min(group.size, max(budget.min_width, budget.round_to, capped))
+    wanted = math.ceil(max(budget.min_width, budget.round_to) / group.channels)
+    return min(group.size, max(wanted, capped))
 
 
 def allowed_widths(group: Group, budget: Budget) -> list[int]:
-    """Widths that a group may have, descending; its full width first."""
+    """Widths that a group may have, descending; its full width first. ``round_to`` and ``min_width`` count channels, of
+    which a unit may stand for several."""
     minimum = minimum_width(group, budget)
-    multiples = range(group.size - group.size % budget.round_to, 0, -budget.round_to)
+    step = math.lcm(group.step, budget.round_to // math.gcd(budget.round_to, group.channels))
+    multiples = range(group.size - group.size % step, 0, -step)
     return [group.size, *(w for w in multiples if minimum <= w < group.size)]

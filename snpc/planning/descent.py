@@ -9,7 +9,8 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from snpc.planning.config import Budget, allowed_widths
+from snpc.planning.config import Budget
+from snpc.planning.tied_widths import common_widths, tied_sets
 from snpc.types import FloatArray, Group
 
 WidthStep = tuple[str, int]  # group id, its width after the step
@@ -17,7 +18,7 @@ WidthStep = tuple[str, int]  # group id, its width after the step
 
 @dataclass(frozen=True)
 class AllocationPath:
-    """``steps[k]``: the groups that step k narrows; several at once where the budget is uniform."""
+    """``steps[k]``: the groups that step k narrows; several at once where they are tied, or the budget is uniform."""
 
     groups: tuple[Group, ...]
     steps: tuple[tuple[WidthStep, ...], ...] = field(repr=False)
@@ -52,44 +53,60 @@ def greedy_path(
     """
     if budget.uniform:
         return AllocationPath(tuple(groups), uniform_steps(groups, budget))
-    steps_by_group = [
+    steps_by_set = [
         [
-            (cost / max(unit_savings[g.id], 1e-300), g.id, width)
-            for cost, width in convex_hull_steps(g, costs[g.id], budget)
+            (cost / max(savings_per_unit(members, unit_savings), 1e-300), members[0].id, members, widths)
+            for cost, widths in convex_hull_steps(members, costs, budget)
         ]
-        for g in groups
+        for members in tied_sets(groups)
     ]
-    order = heapq.merge(*steps_by_group, key=lambda step: step[:2])
-    return AllocationPath(tuple(groups), tuple(((name, width),) for _, name, width in order))
+    order = heapq.merge(*steps_by_set, key=lambda step: step[:2])
+    return AllocationPath(
+        tuple(groups),
+        tuple(tuple((g.id, w) for g, w in zip(members, widths, strict=True)) for _, _, members, widths in order),
+    )
+
+
+def savings_per_unit(members: Sequence[Group], unit_savings: Mapping[str, float]) -> float:
+    """What a tied set saves when its first group loses a unit, and the others as many channels."""
+    return sum(unit_savings[g.id] * members[0].channels / g.channels for g in members)
 
 
 def uniform_steps(groups: Sequence[Group], budget: Budget) -> tuple[tuple[WidthStep, ...], ...]:
     """A group takes a width when the share to keep is nearer to it than to the next wider one."""
     thresholds: list[tuple[float, str, int]] = []
-    for group in groups:
-        widths = allowed_widths(group, budget)
-        thresholds += [((a + b) / 2 / group.size, group.id, b) for a, b in pairwise(widths)]
+    for members in tied_sets(groups):
+        for wider, narrower in pairwise(common_widths(members, budget)):
+            threshold = (wider[0] + narrower[0]) / 2 / members[0].size
+            thresholds += [(threshold, g.id, w) for g, w in zip(members, narrower, strict=True)]
     thresholds.sort(key=lambda step: -step[0])
     return tuple(
         tuple(step[1:] for step in equal) for _, equal in groupby(thresholds, key=lambda step: round(step[0], 9))
     )
 
 
-def convex_hull_steps(group: Group, costs: FloatArray, budget: Budget) -> list[tuple[float, int]]:
-    """(loss per unit, width) of each step, on the lower convex hull of the loss over the width.
+def convex_hull_steps(
+    members: Sequence[Group], costs: Mapping[str, FloatArray], budget: Budget
+) -> list[tuple[float, tuple[int, ...]]]:
+    """(loss per unit of the first group, width of each group) of each step of a tied set, on the lower convex hull of
+    the loss over the width.
 
     An expensive step that cheap ones follow is averaged with them, since they cannot be taken before it.
     """
-    widths = np.array(allowed_widths(group, budget))
-    loss = np.concatenate([[0.0], np.cumsum(costs)])
-    losses = loss[group.size - widths]
-    steps: list[tuple[float, int]] = []
+    options = common_widths(members, budget)
+    widths = np.array([option[0] for option in options])
+    losses = np.zeros(len(options))
+    for k, group in enumerate(members):
+        loss = np.concatenate([[0.0], np.cumsum(costs[group.id])])
+        losses += loss[group.size - np.array([option[k] for option in options])]
+    steps: list[tuple[float, tuple[int, ...]]] = []
     vertex = 0
     while vertex < len(widths) - 1:
         rest = np.arange(vertex + 1, len(widths))
         slopes = (losses[rest] - losses[vertex]) / (widths[vertex] - widths[rest])
         following = int(rest[len(rest) - 1 - np.argmin(slopes[::-1])])
-        steps += [(float(slopes[following - vertex - 1]), int(width)) for width in widths[vertex + 1 : following + 1]]
+        slope = float(slopes[following - vertex - 1])
+        steps += [(slope, option) for option in options[vertex + 1 : following + 1]]
         vertex = following
     return steps
 
@@ -100,16 +117,16 @@ def widths_within(path: AllocationPath, savings: Callable[[str, int, int], float
     ``savings(group id, width before, width after)``: what a step saves.
     """
     widths = path.widths_after(0)
-    saved, finished = 0.0, set()
-    for name, width in (narrowed for step in path.steps for narrowed in step):
+    saved, finished = 0.0, set[str]()
+    for step in path.steps:
         if saved >= limit * (1 - 1e-12):
             break
-        if name in finished:
+        if any(name in finished for name, _ in step):
             continue
-        saving = savings(name, widths[name], width)
+        saving = sum(savings(name, widths[name], width) for name, width in step)
         if saved + saving > limit + 1e-9:
-            finished.add(name)
+            finished |= {name for name, _ in step}
             continue
-        widths[name] = width
+        widths.update(step)
         saved += saving
     return widths

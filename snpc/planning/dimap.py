@@ -15,6 +15,7 @@ import numpy as np
 
 from snpc.planning.config import Budget
 from snpc.planning.descent import greedy_path
+from snpc.planning.tied_widths import groups_ranked_together
 from snpc.types import FloatArray, Group
 
 
@@ -32,8 +33,7 @@ def dimap_widths_at(
 ) -> dict[str, int]:
     """Widths at which the fraction ``ratio`` of the units of every role is removed, least relative energy first."""
     widths: dict[str, int] = {}
-    for role in dict.fromkeys(g.role for g in groups):
-        members = [g for g in groups if g.role == role]
+    for members in groups_ranked_together(groups, list(dict.fromkeys(g.role for g in groups))):
         costs = {g.id: relative_energy(energies[g.id]) for g in members}
         path = greedy_path(members, costs, dict.fromkeys(costs, 1.0), budget)
         removed = path.cumulative({g.id: g.blocks * np.arange(g.size, -1.0, -1.0) for g in members})

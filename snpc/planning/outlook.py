@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from snpc.planning.allocate import allocation_path, predicted_drift, required_savings, savings_by_width, smallest_width
+from snpc.planning.allocate import allocation_path, predicted_drift, required_savings, savings_by_width
 from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.plan import SlicePlan, UnitScores
+from snpc.planning.tied_widths import smallest_widths
 from snpc.types import Group, Role
 
 SAFE_DRIFT = 0.07
@@ -64,10 +65,11 @@ def plan_outlook(
     target = ResourceTarget(kind, 1.0)
     aim = replace(budget, ratio=None, max_drift=None, target=target, roles=tuple({g.role: None for g in measured}))
     saved = most = 0.0
+    least = smallest_widths(measured, budget)
     for group in measured:
         savings = savings_by_width(scores, group, target)
         saved += float(savings[slices.kept_width(group)])
-        most += float(savings[smallest_width(group, budget)])
+        most += float(savings[least[group.id]])
     share = saved / most if most else 0.0
     if len(measured) < len(groups) or any(g.id not in scores.curves for g in measured):
         return PlanOutlook(removed, share)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.planning.plan import PruningMethod, SlicePlan
+from snpc.planning.tied_widths import check_kept_widths
 from snpc.types import Group
 
 PLAN_FORMAT = 1
@@ -147,6 +148,7 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
         if group.id in keep:
             raise UserError(f"{name}: {group.id} is listed twice; keep one")
         keep[group.id] = parse_kept_units(entry.get("keep"), group, name)
+    check_kept_widths({key: len(rows[0]) for key, rows in keep.items()}, analysis.groups, name)
     method = data.get("method", "select")
     if method not in get_args(PruningMethod):
         raise UserError(f"{name}: unknown method {method!r}; it is one of {', '.join(get_args(PruningMethod))}")

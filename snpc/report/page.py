@@ -14,7 +14,7 @@ from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_dec
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
 from snpc.report.format import format_count, format_percent, format_share
 from snpc.report.png import apply_colormap
-from snpc.report.quality_text import drift_text
+from snpc.report.quality_text import drift_text, perplexity_text
 from snpc.report.render import image_url, render_template
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import BenchResult
@@ -115,10 +115,13 @@ def format_amount(pair: BeforeAfter, number: float) -> str:
 
 
 def drift_cards(drift: Sequence[Difference]) -> Iterator[Card]:
-    """The output that changed most, where outputs were compared."""
+    """The output that changed most, where outputs were compared, and the perplexity of a language model."""
     if drift:
         worst = max(drift, key=lambda d: d.relative)
         yield Card("drift of the outputs", format_percent(worst.relative), f"{worst.output}: {drift_text(worst)}")
+    for found in (d.perplexity for d in drift if d.perplexity is not None):
+        note = f"from {found.before:.4g}, now x {found.factor:.3g}"
+        yield Card("perplexity", f"{found.after:.4g}", note, perplexity_text(found))
 
 
 def drift_row(d: Difference) -> tuple[str, ...]:

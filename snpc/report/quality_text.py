@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from snpc.passes.quantization import operator_counts
-from snpc.types import Dequantization, Difference, Grade, Quality, Verdict
+from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Verdict
 
 MEANINGS: dict[Grade, str] = {
     "good": "outputs are close to the original's",
@@ -70,6 +70,8 @@ def output_lines(quality: Quality) -> Iterator[str]:
     for d in quality.differences:
         if d.metric != "none":
             yield f"{d.output}: {drift_text(d)}, on {quality.source}"
+    if quality.perplexity is not None:
+        yield perplexity_text(quality.perplexity)
     others = [d for d in quality.differences if d.metric == "none"]
     if others:
         largest = max(d.relative for d in others)
@@ -82,7 +84,8 @@ def drift_text(d: Difference) -> str:
     error = f" +- {2 * d.error:.2g}" if d.error else ""
     drift = "" if d.drift == d.distance else f", drift {d.drift:.3g} relative"  # the same where a metric was asked for
     if d.metric == "kl":
-        factor = f" (perplexity x {math.exp(min(d.distance, 99.0)):.3g})" if d.rows > 1 else ""
+        guess = d.rows > 1 and d.perplexity is None
+        factor = f" (perplexity x {math.exp(min(d.distance, 99.0)):.3g})" if guess else ""
         text = f"KL divergence {d.distance:.3g}{error} nats{factor}{drift}"
     elif d.metric == "cosine":
         text = f"1 - cosine {d.distance:.3g}{error}{drift}"
@@ -93,6 +96,12 @@ def drift_text(d: Difference) -> str:
     else:
         text = f"{d.metric} {d.distance:.3g}{error}"
     return text + agreement_text(d)
+
+
+def perplexity_text(found: Perplexity) -> str:
+    """``perplexity: 3.58 before, 4.15 after (x 1.16), of 2032 tokens``"""
+    change = f"{found.before:.4g} before, {found.after:.4g} after (x {found.factor:.3g})"
+    return f"perplexity: {change}, of {found.tokens} tokens"
 
 
 def agreement_text(d: Difference) -> str:

@@ -21,6 +21,7 @@ from snpc.cli import main
 from snpc.cli.arguments.calibration import CalibrationArguments, ImageArguments
 from snpc.cli.arguments.group import ArgumentGroup, SectionedCommand, SectionOption, argument, command, option, subgroup
 from snpc.cli.arguments.planning import PlanningArguments
+from snpc.cli.arguments.text import TextArguments
 from snpc.errors import UserError
 from snpc.passes.pass_list import PASS_NAMES
 
@@ -169,10 +170,19 @@ def test_image_options_need_data() -> None:
         CalibrationArguments.from_flags({**flags, "image_size": "8,8"}).check()
 
 
-def test_commands_that_read_data_prepare_pictures_alike() -> None:
+def test_text_options_need_text() -> None:
+    flags = click.Command("x", params=CalibrationArguments.options()).make_context("x", []).params
+    given = CalibrationArguments.from_flags({**flags, "seq_len": 8, "calib": "a.npz"})
+    with pytest.raises(UserError, match=r"--seq-len and --text-field are for data in \.txt or \.jsonl: leave them out"):
+        given.check()
+    given.check("eval.txt")
+
+
+def test_commands_that_read_data_prepare_pictures_and_text_alike() -> None:
     """A model that is calibrated on pictures must not be verified or timed on others."""
-    images = {flag for parameter in ImageArguments.options() for flag in parameter.opts}
-    assert {"--image-mean", "--image-std", "--image-size", "--image-layout"} <= images
+    groups = (*ImageArguments.options(), *TextArguments.options())
+    images = {flag for parameter in groups for flag in parameter.opts}
+    assert {"--image-mean", "--image-std", "--image-size", "--image-layout", "--tokenizer", "--seq-len"} <= images
     readers = []
     for name, given in main.commands.items():
         flags = {flag for parameter in given.params for flag in parameter.opts}

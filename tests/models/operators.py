@@ -345,7 +345,7 @@ CASES["multi_head_attention_4d"] = Case(
         y = MatMul(c, wo)
     }""",
     widths(24, 24, 24),
-    {("qk", 4, 6): 1, ("head", 1, 4): 1},
+    {("qk", 4, 6): 1, ("vo", 4, 6): 1, ("head", 1, 4): 1},
 )
 CASES["packed_weight_attention"] = Case(
     """<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>
@@ -362,7 +362,7 @@ CASES["grouped_query_attention"] = Case(
         BOTH,
     ).replace("x) =>", "x, int32[B] lens, int32 total) =>"),
     widths(4 * 32, 2 * 32, 2 * 32, 4 * 32),
-    {("qk", 2, 4): 1, ("head", 1, 2): 1},
+    {("qk", 2, 32): 1, ("vo", 2, 32): 1, ("head", 1, 2): 1},
     ints=LENGTHS,
 )
 CASES["grouped_query_attention_packed_rotary"] = Case(
@@ -374,7 +374,7 @@ CASES["grouped_query_attention_packed_rotary"] = Case(
         y = MatMul(c, wo)
     }""",
     {"w": (16, 8 * 32), "wo": (4 * 32, 16)},
-    {("qk", 1, 2): 1},
+    {("qk", 1, 16): 1, ("vo", 2, 32): 1},
     given=table_of(8, 16),
     ints=LENGTHS,
 )
@@ -386,7 +386,7 @@ CASES["decoder_masked_attention"] = Case(
         y = MatMul(c, wo)
     }""",
     {**widths(24, 24, 24), "b": (72,)},
-    {("qk", 4, 6): 1, ("head", 1, 4): 1},
+    {("qk", 4, 6): 1, ("vo", 4, 6): 1, ("head", 1, 4): 1},
     {"x": (3, 1, 16)},
 )
 for interleaved in (0, 1):

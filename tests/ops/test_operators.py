@@ -18,6 +18,7 @@ import snpc
 from snpc.ops import lookup, operator_table
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.edits import WeightEdits, apply_edits
+from snpc.planning.tied_widths import tied_sets
 from snpc.runtime.closed_form.fit import apply_basis
 from snpc.types import Group
 from tests.models.operators import CASES, MHA, Case, build, feeds_for, widths
@@ -81,8 +82,8 @@ def test_slicing_equals_masking(name: str, tmp_path: Path) -> None:
     analysis = analysis_at(tmp_path / "model.onnx", build(case))
     assert found(analysis) == Counter(case.groups), [(p.tensor, p.axis, p.reason, p.operator) for p in analysis.pins]
     groups = prunable(analysis.groups)
-    for group in groups:
-        check(case, analysis, [group], tmp_path / "model.onnx", 0.5)
+    for members in tied_sets(groups):
+        check(case, analysis, list(members), tmp_path / "model.onnx", 0.5)
     check(case, analysis, [g for g in groups if g.role != "head"], tmp_path / "model.onnx", 0.5)
     check(case, analysis, groups, tmp_path / "model.onnx", 0.3)
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -235,7 +236,7 @@ def test_a_prediction_far_from_the_target_is_refused_with_what_is_reachable() ->
 def test_a_table_saves_more_the_narrower_a_group_is(size: int, parts: list[float]) -> None:
     g = make_group("a", "ffn", 1, size)
     table = LatencyTable(12.0, 10.0, {"ffn": tuple(parts)})
-    curve = table.saving_curve(g)
+    curve = table.saving_curve(g, "ffn")
     assert curve.shape == (size + 1,)
     assert curve[-1] == 0
     assert (np.diff(curve) <= 1e-9).all()
@@ -249,6 +250,16 @@ def test_groups_share_by_macs_what_their_role_saves() -> None:
     times = LatencyTable(10.0, 10.0, {"ffn": (0.1, 0.2, 0.3), "qk": (0.0, 0.0, 0.0)}).saved_times(groups, groups[:2])
     assert set(times.saved) == {"a", "b"}
     assert times.saved["a"][4] + times.saved["b"][4] == pytest.approx(2.0)
+
+
+def test_tied_groups_are_timed_with_the_role_of_the_first() -> None:
+    """One cannot be narrowed without the others, so what all save together is that of one role."""
+    keys, values = (replace(make_group(r, r, 1, 8), tie="tie.1") for r in ("qk", "vo"))
+    alone = make_group("v", "vo", 1, 8)
+    table = LatencyTable(10.0, 10.0, {"qk": (0.1, 0.2, 0.3), "vo": (0.0, 0.0, 0.0)})
+    saved = table.saved_times([keys, values, alone], [keys, values, alone]).saved
+    assert saved["qk"][4] + saved["vo"][4] == pytest.approx(2.0)
+    assert saved["v"][4] == 0
 
 
 @pytest.fixture

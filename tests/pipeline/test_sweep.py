@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 import snpc
 from snpc.cli import main
 from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, mark_pareto_front
-from snpc.runtime.evaluation import EvaluationData, OutputMetrics, batch_differences, collect_outputs
+from snpc.runtime.evaluation import EvaluationData, OutputMetrics, batch_differences, evaluate
 from tests.patching import patch
 
 
@@ -148,7 +148,7 @@ def test_a_sweep_runs_the_original_once_to_verify_and_judges_by_that(
     metrics = OutputMetrics.of(analysis)
     for row in rows[1:]:
         for name in row["files"]:
-            dense, cut = (collect_outputs(file, EvaluationData(held_out)) for file in (model, out / name))
+            dense, cut = (evaluate(file, EvaluationData(held_out)).outputs for file in (model, out / name))
             (found,) = batch_differences(dense, cut, metrics)
             assert row["drift"] == pytest.approx(found.drift, rel=1e-3)
             assert row["agreement"] == found.agreement

@@ -139,8 +139,9 @@ class TestWidths:
     @given(st.integers(2, 40), st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 9))
     def test_a_ladder_rises(self, size: int, blocks: int, step: int, seed: int) -> None:
         g = make_group("a", "qk", blocks, size)
-        rungs = convex_hull_steps(g, removal_costs(random_scores([g], seed), g), snpc.Budget(0.5, round_to=step))
-        costs, widths = [c for c, _ in rungs], [w for _, w in rungs]
+        losses = {g.id: removal_costs(random_scores([g], seed), g)}
+        rungs = convex_hull_steps([g], losses, snpc.Budget(0.5, round_to=step))
+        costs, widths = [c for c, _ in rungs], [w for _, (w,) in rungs]
         assert costs == sorted(costs)
         assert [size, *widths] == allowed_widths(g, snpc.Budget(0.5, round_to=step))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 
 from snpc.cli import main
 from snpc.ops import lookup, operator_table
+from tests.command_line import invoke
+from tests.models.language import Language, as_text, write_language_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -62,6 +65,21 @@ def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
     run_page(ROOT / "docs" / "finetuning.md", {})
+
+
+def test_the_commands_for_text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    write_language_folder(tmp_path / "decoder")
+    ids = Language(sharpness=3).sample(40, 32)
+    (tmp_path / "book.txt").write_text(as_text(ids[:32]))
+    lines = [json.dumps({"body": text}) for text in as_text(ids[32:]).splitlines()]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    commands = documented_commands(ROOT / "docs" / "text.md")
+    assert commands
+    for words in commands:
+        invoke(*words)
+    run_page(ROOT / "docs" / "text.md", {})
 
 
 def test_the_documented_pass_works_as_printed() -> None:

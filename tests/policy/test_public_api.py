@@ -11,16 +11,11 @@ VERBS = ("load", "analyze", "load_calibration", "plan", "apply", "verify", "buil
 NAMES = {
     # the verbs, in pipeline order, and the one call
     *VERBS,
+    # and for a folder
+    *("prune_folder", "PrunedFolder"),
     # before planning: inputs, tokens, statistics, scores
-    *(
-        "dequantize",
-        "random_calibration",
-        "reduce_tokens",
-        "score",
-        "measure_statistics",
-        "load_statistics",
-        "save_statistics",
-    ),
+    *("random_calibration", "reduce_tokens", "score", "measure_statistics", "load_statistics", "save_statistics"),
+    *("dequantize",),
     *("solve_closed_forms", "make_slice_plan", "parse_target", "widths_for_target", "timed_artifact"),
     # plans as files
     *("complete_plan", "load_plan", "save_plan", "plan_from_json", "plan_to_json"),
@@ -40,8 +35,8 @@ NAMES = {
         "Probe",
         "PrunedModel",
     ),
-    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TimingProtocol"),
-    *("UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
+    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TextOptions"),
+    *("TimingProtocol", "UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors
     *("CheckFailed", "SnpcError", "UserError"),
 }

@@ -87,8 +87,10 @@ def test_files_that_are_no_models(kind: str, tmp_path: Path, nothing_changes: Ca
 
 
 def test_paths_that_are_no_files(tmp_path: Path, tiny: Path) -> None:
-    refused("not a file", "inspect", tmp_path)
-    refused("not a file", "prune", tmp_path, *RATIO)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("holds no .onnx file", "inspect", empty)
+    refused("holds no .onnx file", "prune", empty, *RATIO)
     refused("no such file", "prune", tmp_path / "none.onnx", *RATIO)
     refused("no such file", "verify", tiny, tmp_path / "none.onnx")
     refused("no such file", "bench", tmp_path / "none.onnx")
@@ -509,13 +511,15 @@ class TestCalibration:
     def test_files_that_are_no_data(self, tmp_path: Path) -> None:
         (tmp_path / "cut.npz").write_bytes(CALIB.read_bytes()[:3000])
         (tmp_path / "data.txt").write_text("1 2 3")
+        (tmp_path / "data.csv").write_text("1,2,3")
         (tmp_path / "data.json").write_text("{")
         (tmp_path / "empty").mkdir()
         (tmp_path / "make.py").write_text("def broken():\n    raise RuntimeError('no data today')\n")
         for name, words in {
             "none.npz": r"none\.npz does not exist",
             "cut.npz": r"cut\.npz: .*broken",
-            "data.txt": r"unknown kind of file '\.txt'",
+            "data.txt": "it holds text, and none of the model's inputs",
+            "data.csv": r"unknown kind of file '\.csv'",
             "data.json": r"data\.json: JSONDecodeError",
             "empty": "nothing to calibrate on",
             "make.py:broken": "raised RuntimeError: no data today",

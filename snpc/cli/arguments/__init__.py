@@ -10,6 +10,7 @@ Files
   parsers      Texts of options to values.
   planning     What to cut, how much, and the tokens: the groups that ``prune``, ``plan`` and ``sweep`` share.
   running      How models are run, and the workload of a latency.
+  text         How text becomes token ids.
   training     What a model is finetuned with: the fields of ``snpc.torch.TrainingOptions``, the data, and checkpoints.
   typed        The command as it was typed, and other commands made of it: for advice that can be pasted into a shell.
 """
@@ -27,7 +28,9 @@ from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command
 from snpc.cli.arguments.metric import METRIC_HELP, MetricArguments
 from snpc.cli.arguments.model import (
     ModelArguments,
+    ModelPath,
     PrunableModelArguments,
+    PrunedModelArguments,
     QuantizedModelArguments,
     SizeArguments,
     WatchedModelArguments,
@@ -43,6 +46,7 @@ from snpc.cli.arguments.running import (
     SpreadExecutionArguments,
     WorkloadArguments,
 )
+from snpc.cli.arguments.text import TextArguments
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
 from snpc.cli.arguments.typed import TypedCommand
 
@@ -60,9 +64,11 @@ __all__ = [
     "LimitedExecutionArguments",
     "MetricArguments",
     "ModelArguments",
+    "ModelPath",
     "PlanningArguments",
     "PrunableModelArguments",
     "PruneBuildArguments",
+    "PrunedModelArguments",
     "QuantizedModelArguments",
     "QuietArguments",
     "SavedStatisticsArguments",
@@ -70,6 +76,7 @@ __all__ = [
     "SizeArguments",
     "SpreadExecutionArguments",
     "StatisticsArguments",
+    "TextArguments",
     "TrainingArguments",
     "TrainingDataArguments",
     "TypedCommand",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,6 +13,7 @@ import numpy as np
 import snpc
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.parsers import parse_numbers, parse_shard
+from snpc.cli.arguments.text import TextArguments
 from snpc.cli.tables import print_line, print_note
 from snpc.errors import UserError
 from snpc.pipeline import PlanRequest, measure_request
@@ -78,27 +80,32 @@ class CalibrationArguments(ArgumentGroup):
         "--calibration-data",
         "--data",
         metavar="DATA",
-        help="Unlabeled inputs: .npz keyed by input name, .npy, a folder of these, a folder of images, Polygraphy "
-        "JSON, test_data_set_*/input_N.pb, or file.py:function (runs that code). random: noise, where there is no "
-        "data.",
+        help="Unlabeled inputs: .npz keyed by input name, .npy, a folder of these, a folder of images, text (.txt, or "
+        ".jsonl with a text per line), Polygraphy JSON, test_data_set_*/input_N.pb, or file.py:function (runs that "
+        "code). random: noise, where there is no data.",
     )
     calib_samples: int = option(
         "--calib-samples", default=128, show_default=True, type=int, help="Number of samples to use."
     )
     calib_batch: int = option("--calib-batch", default=8, show_default=True, type=int, help="Samples per run.")
     images: ImageArguments = subgroup()
+    text: TextArguments = subgroup()
     seed: int = option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for drawing samples of larger data."
     )
 
-    def check(self) -> None:
-        """Refuse image options that no calibration data can use."""
+    def check(self, *others: str | None) -> None:
+        """Refuse options of images and text that no data can use. ``others``: data beside --calib."""
         if self.calib is None and self.images.is_given():
             raise UserError("--image-size, -mean, -std and -layout describe calibration images: give --calib too")
+        self.text.check(self.calib, *others)
 
-    def load(self, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration | None:
-        """The data as the flags describe it, noise for ``--calib random``, None without --calib."""
-        self.check()
+    def load(
+        self, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT, others: Sequence[str | None] = ()
+    ) -> Calibration | None:
+        """The data as the flags describe it, noise for ``--calib random``, None without --calib. ``others``: data that
+        is loaded too."""
+        self.check(*others)
         return self.load_data(self.calib, analysis, held_out) if self.calib is not None else None
 
     def load_data(self, source: str, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration:
@@ -119,8 +126,10 @@ class CalibrationArguments(ArgumentGroup):
             images=images,
             seed=self.seed,
             held_out=held_out,
+            text=self.text.load(analysis.model.source),
         )
         self.images.print_format(calibration)
+        self.text.print_format(calibration)
         return calibration
 
     def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:

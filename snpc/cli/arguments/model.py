@@ -16,6 +16,7 @@ from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.cli.progress import command_progress
 from snpc.errors import UserError
+from snpc.folders import ModelFolder, find_model_folder, main_model
 from snpc.graph import PassObserver
 from snpc.remote import copied_from, is_url
 from snpc.runtime.execution import check_shape, parse_shapes
@@ -54,13 +55,17 @@ class SizeArguments(ArgumentGroup):
 
 
 class ModelPath(click.Path):
-    """A path, or a URL whose file is copied."""
+    """A path, or a URL whose file is copied. ``folders``: a folder stays one; else its model is taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, folders: bool = False) -> None:
         super().__init__(path_type=Path, readable=False)
+        self.folders = folders
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return local_model(value) if is_url(value) else super().convert(value, param, ctx)
+        if is_url(value):
+            return local_model(value)
+        path = Path(str(super().convert(value, param, ctx)))
+        return main_model(path) if path.is_dir() and not self.folders else path
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,28 @@ class WatchedModelArguments(PrunableModelArguments):
     def load(self, observer: PassObserver | None = None) -> snpc.Analysis:
         """``observer``: called after each graph pass."""
         return analyze_loaded(self.read, self.at, kv_cache=self.kv_cache, observer=observer)
+
+
+@dataclass(frozen=True)
+class PrunedModelArguments(WatchedModelArguments):
+    """The model that is pruned, or a folder that holds it."""
+
+    path: Path = argument(metavar="MODEL", type=ModelPath(folders=True))
+    file: str | None = option(
+        "--file",
+        metavar="NAME",
+        section="What to cut",
+        help="Where MODEL is a folder of several models: the one to cut, such as encoder_model.onnx. The others are "
+        "copied.",
+    )
+
+    def folder(self) -> ModelFolder | None:
+        """The contents of MODEL where it is a folder."""
+        if self.path.is_dir():
+            return find_model_folder(self.path, self.file)
+        if self.file is not None:
+            raise UserError(f"--file names a model of a folder, and {self.path} is none")
+        return None
 
 
 def load_and_analyze(path: Path, at: SizeArguments | None = None) -> snpc.Analysis:

@@ -66,10 +66,11 @@ class SelectionArguments(ArgumentGroup):
         show_default=True,
         metavar="N|auto",
         callback=parse_width_multiple,
-        help="Make widths multiples of N; auto: of the multiple that is fast where the model will run.",
+        help="Make widths multiples of N channels (a rotary pair is two); auto: of the multiple that is fast where the "
+        "model will run.",
     )
     min_width: int = option(
-        "--min-width", default=1, show_default=True, type=int, help="Keep at least this many units per block."
+        "--min-width", default=1, show_default=True, type=int, help="Keep at least this many channels per block."
     )
     max_ratio: str | None = option(
         "--max-ratio", metavar="R|ROLE=R,...", help="Remove at most this fraction of the units of any group."

@@ -11,6 +11,7 @@ import click
 from snpc.cli.arguments.calibration import CalibrationArguments, ImageArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.metric import METRIC_HELP
+from snpc.cli.arguments.text import TextArguments
 from snpc.errors import UserError
 
 if TYPE_CHECKING:  # these need torch
@@ -112,6 +113,7 @@ class TrainingDataArguments(ArgumentGroup):
         "classes.",
     )
     images: ImageArguments = subgroup(section="Inputs")
+    text: TextArguments = subgroup(section="Inputs")
     seed: int = option(
         "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for the order of the data."
     )
@@ -123,6 +125,7 @@ class TrainingDataArguments(ArgumentGroup):
             calib_samples=self.calib_samples,
             calib_batch=batch,
             images=self.images,
+            text=self.text,
             seed=self.seed,
         )
 

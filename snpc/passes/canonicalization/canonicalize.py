@@ -6,7 +6,8 @@
 - a vector with several consumers, and any constant with several pointwise consumers, is one initializer per consumer
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
 - Einsum nodes have two operands,
-- nodes stand in topological order and every node has a name.
+- nodes stand in topological order and every node has a name,
+- KV caches of fused attention have a static width.
 
 The copies share their bytes, and ``finalize`` merges those that end equal, so a model that is not cut is written as it
 was read.
@@ -25,6 +26,7 @@ from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
 from snpc.passes.canonicalization.inline_branches import InlineBranches
 from snpc.passes.canonicalization.inline_functions import InlineFunctions
 from snpc.passes.canonicalization.shared_constants import ForkSharedConstants
+from snpc.passes.canonicalization.static_cache_widths import DeclareCacheWidths
 
 
 class LiftConstants(ir.passes.InPlacePass):
@@ -137,6 +139,13 @@ CANONICALIZATION_PASSES = (
         NameNodes,
         "gives every node a name of its own",
         "after the last pass that adds nodes: plans and reports refer to nodes by name",
+    ),
+    GraphPass(
+        "declare-cache-widths",
+        "canonicalize",
+        DeclareCacheWidths,
+        "declares the width of KV caches as static, where fused attention knows it and the file has a name for it",
+        "after branches and functions, which may hold the attention",
     ),
     GraphPass(
         "fork-shared-constants",

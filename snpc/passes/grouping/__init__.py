@@ -9,6 +9,7 @@ Files
   interleaved_heads  Blocks that are interleaved along a flat axis, as where the head index varies fastest.
   traced             A graph with its labels and units: the result of label propagation that all later stages read.
   units              Resolves the label table to units, blocks and heads.
+  width_ties         Width ties: keys and values of a fused node whose kernel takes one head size for both.
 """
 
 from __future__ import annotations

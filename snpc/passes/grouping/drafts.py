@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from snpc.passes.grouping.feasibility import ValuesByUnit, infeasible_cut_pin, values_by_unit
 from snpc.passes.grouping.units import Units
+from snpc.passes.grouping.width_ties import tie_widths
 from snpc.passes.propagation import LabelFlag, LabelPin, Trace
 from snpc.types import IntArray, Role
 
@@ -20,7 +21,7 @@ class GroupDraft:
     """A group before it has a name.
 
     ``units``: [blocks, size] unit numbers (see ``Units``). ``children``: of heads, the indices of the drafts they
-    cover.
+    cover. ``channels``, ``step``: see ``Group``. ``tie``: number of the width tie from 1 on, 0 for none.
     """
 
     units: IntArray
@@ -28,6 +29,9 @@ class GroupDraft:
     flags: LabelFlag
     pins: tuple[LabelPin, ...]
     children: tuple[int, ...] = ()
+    channels: int = 1
+    step: int = 1
+    tie: int = 0
 
 
 def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
@@ -74,7 +78,7 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
         for grid in block_grids(np.array(bundle), units.block_of_unit):
             merged_flags = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
             drafts.append(GroupDraft(grid, role_of(merged_flags, pins), merged_flags, pins))
-    drafts = pin_infeasible(trace, units, drafts, values)
+    drafts = tie_widths(trace.width_ties, units, pin_infeasible(trace, units, drafts, values))
     drafts += draft_head_groups(drafts, heads, units, pins_of, flags)
     return sorted(drafts, key=lambda d: (int(d.units.min()), d.role == "head"))
 

@@ -74,6 +74,9 @@ def build_groups(
                 params=params,
                 pins=() if is_approximate(draft) else tuple(to_pin(pin) for pin in draft.pins),
                 approximate=is_approximate(draft),
+                channels=draft.channels if draft.tie else builder.channels(draft, numbers),
+                step=draft.step,
+                tie=f"tie.{draft.tie}" if draft.tie else "",
             )
         )
     return tuple(groups)
@@ -187,6 +190,20 @@ class GroupBuilder:
     def contractions(self, numbers: Mapping[int, int]) -> list[tuple[Contraction, LabeledValue, str, int]]:
         """(contraction, operand, its letters, index of the factor) for each factor with units of the group."""
         return [self.operands[k] for k in self.operand_index.places_of(numbers)]
+
+    def channels(self, draft: GroupDraft, numbers: Mapping[int, int]) -> int:
+        """Channels of one head that each unit of a qk group stands for: two of a rotary pair; 1 for other groups."""
+        counts = [1] if draft.role != "qk" else []
+        for contraction, side, letters, index in self.contractions(numbers) if draft.role == "qk" else ():
+            labels = side.factors[index]
+            summed = [k for k, c in enumerate(letters) if c not in contraction.letters.out and labels.shape[k] > 1]
+            if contraction.has_weight or len(summed) != 1:
+                continue
+            rows = np.moveaxis(self.number_labels(labels, numbers), summed[0], -1).reshape(-1, labels.shape[summed[0]])
+            row = next((row[row >= 0] for row in rows if (row >= 0).any()), None)
+            if row is not None:
+                counts.append(len(row) // len(np.unique(row)))
+        return max(min(counts, default=1), 1)
 
     def path(self, numbers: Mapping[int, int]) -> tuple[str, ...]:
         """The module path that all weights of the group have in common."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from snpc.passes.grouping.units import Units, resolve_units
-from snpc.passes.propagation import Trace, varying_axes
+from snpc.passes.grouping.width_ties import needs_equal_positions
+from snpc.passes.propagation import Trace, unify_keys_and_values, varying_axes
 from snpc.types import IntArray
 
 
 def find_units(trace: Trace) -> Units:
-    """Resolve all labels to units; interleaved blocks are unified position by position until nothing changes."""
+    """Resolve all labels to units; interleaved blocks are unified position by position until nothing changes, and so
+    are keys and values of one width that cannot have units of their own."""
     units = resolve_units(trace.table)
     while True:
         new_pairs = [
@@ -23,7 +25,12 @@ def find_units(trace: Trace) -> Units:
             for pair in unify_interleaved_blocks(axis, units.block_of_unit[axis])
         ]
         if not new_pairs:
-            return units
+            alike = [tie for tie in trace.width_ties if needs_equal_positions(tie, units)]
+            if not alike:
+                return units
+            for tie in alike:
+                unify_keys_and_values(tie)
+                trace.width_ties.remove(tie)
         trace.table.pairs.extend(new_pairs)
         units = resolve_units(trace.table)
 

@@ -27,6 +27,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.passes.propagation.attention import unify_keys_and_values
 from snpc.passes.propagation.kv_cache import resize_interface
 from snpc.passes.propagation.labels import Cover, LabeledAxis, LabelFlag, LabelPin, LabelTable, varying_axes
 from snpc.passes.propagation.propagate import propagate_labels
@@ -39,7 +40,7 @@ from snpc.passes.propagation.removal import (
     slice_shape,
     to_cut,
 )
-from snpc.passes.propagation.state import Contraction, LabeledValue, NormalizationStatistic, Trace
+from snpc.passes.propagation.state import Contraction, LabeledValue, NormalizationStatistic, Trace, WidthTie
 from snpc.passes.propagation.statistics import moves_from_own_axis, statistic_paths
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "RemovedUnits",
     "SlicedShape",
     "Trace",
+    "WidthTie",
     "affected_statistics",
     "moves_from_own_axis",
     "propagate_labels",
@@ -63,5 +65,6 @@ __all__ = [
     "slice_shape",
     "statistic_paths",
     "to_cut",
+    "unify_keys_and_values",
     "varying_axes",
 ]

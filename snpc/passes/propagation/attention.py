@@ -25,7 +25,7 @@ from snpc.passes.propagation.head_layout import merge_head_labels, repeat_head_l
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import unify_factors
 from snpc.passes.propagation.rotary_embedding import unify_rotated_pairs
-from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext, prepend_axes
+from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext, WidthTie, prepend_axes
 
 QueryKeyValue = tuple[LabeledValue, LabeledValue, LabeledValue]
 
@@ -50,7 +50,11 @@ def propagate_attention(context: NodeContext, inputs: Sequence[LabeledValue | No
     past = [optional_input(inputs, k) for k in form.past]
     present_is_used = any(o.uses() or o.is_graph_output() for o in context.node.outputs[1:])
     if form.equal or (len(form.past) == 1 and (past[0] is not None or present_is_used)):
-        unify_keys_and_values(context, key, value, form, tables)
+        tie = width_tie(context, key, value, form, tables)
+        if len(form.past) == 1:  # one tensor holds both
+            unify_keys_and_values(tie)
+        else:
+            context.trace.width_ties.append(tie)
     key, value = prepend_past(context, key, value, past)
     presents = [key.factors, value.factors] if len(form.present) == 2 else [stack_present(key, value)]
     repeats = query.shape[1] // key.shape[1]
@@ -112,26 +116,29 @@ def propagate_inner_rotary(
     return unify_rotated_pairs(context, query, tables, rotary), unify_rotated_pairs(context, key, tables, rotary)
 
 
-def unify_keys_and_values(
+def width_tie(
     context: NodeContext,
     key: LabeledValue,
     value: LabeledValue,
     form: AttentionForm,
     tables: Sequence[LabeledValue | None],
-) -> None:
-    """Unify channels of keys and values, which share one tensor or one width, in steps that kernels support."""
-    for labels in unify_factors(context, [key, value]):
-        context.trace.table.flag(labels, LabelFlag.NONLINEAR)
-    if form.multiple == 1:
-        return
-    width = key.shape[3]
-    rotary_width = 2 * tables[0].shape[-1] if context.call.attrs.get("do_rotary", 0) and tables[0] is not None else 0
-    for labels in key.factors:
+) -> WidthTie:
+    """Keys and values that share one tensor or one width, in steps that kernels support."""
+    do_rotary = bool(context.call.attrs.get("do_rotary", 0)) and tables[0] is not None
+    rotary_width = 2 * tables[0].shape[-1] if do_rotary and tables[0] is not None else 0
+    interleaved = bool(context.call.attrs.get("rotary_interleaved", 0))
+    steps = kernel_step_starts(key.shape[3], rotary_width, form.multiple, interleaved)
+    return WidthTie(context, key, value, form.multiple * (2 if rotary_width else 1), tuple(steps))
+
+
+def unify_keys_and_values(tie: WidthTie) -> None:
+    """Unify channels of keys and values position by position, in steps that kernels support."""
+    table = tie.context.trace.table
+    for labels in unify_factors(tie.context, [tie.key, tie.value]):
+        table.flag(labels, LabelFlag.NONLINEAR)
+    for labels in tie.key.factors if tie.multiple > 1 else ():
         if labels.shape[3] > 1:
-            steps = kernel_step_starts(
-                width, rotary_width, form.multiple, bool(context.call.attrs.get("rotary_interleaved", 0))
-            )
-            context.trace.table.unify(labels, labels[..., steps])
+            table.unify(labels, labels[..., list(tie.steps)])
 
 
 def kernel_step_starts(width: int, rotary: int, multiple: int, interleaved: bool) -> list[int]:

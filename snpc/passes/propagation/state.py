@@ -75,6 +75,7 @@ class Trace:
     contractions: list[Contraction] = field(default_factory=list)
     inner_values: dict[tuple[ir.Node, str], LabeledValue] = field(default_factory=dict)
     statistics: list[NormalizationStatistic] = field(default_factory=list)
+    width_ties: list[WidthTie] = field(default_factory=list)
     caches: dict[ir.Value, Labels] = field(default_factory=dict)
 
 
@@ -148,6 +149,21 @@ class NodeContext:
         """Pin all labels of the inputs; the outputs have none."""
         self.pin_all(inputs, reason)
         return []
+
+
+@dataclass(frozen=True)
+class WidthTie:
+    """Keys and values of a fused node whose kernel takes one width for both, a multiple of ``multiple`` channels.
+
+    ``key``, ``value``: [batch, heads, tokens, width]. ``steps``: [width], the first channel of the step of the kernel
+    that each channel belongs to, where both must keep the same positions.
+    """
+
+    context: NodeContext
+    key: LabeledValue
+    value: LabeledValue
+    multiple: int
+    steps: tuple[int, ...]
 
 
 def prepend_axes(labels: Labels, rank: int) -> Labels:

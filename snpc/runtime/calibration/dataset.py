@@ -17,9 +17,11 @@ from snpc.runtime.calibration.sources import (
     ArraysInMemory,
     CalibrationPart,
     CalibrationSource,
+    FilledKind,
     ImageFormat,
     RowsInMemory,
 )
+from snpc.runtime.calibration.text_inputs import describe_filled
 from snpc.runtime.calibration.validation import (
     SampleAxes,
     count_samples,
@@ -76,7 +78,9 @@ class Calibration:
     samples that were chosen but do not fill a batch of the model's size. ``held_out``: other samples of the source,
     which ``batches`` does not give, so that nothing is fitted to them; None where samples are too few. ``random``: they
     are noise. ``seed``: what drew them. ``images``: how pictures were prepared, where they are pictures. ``part``:
-    which part of larger data this is, if it is one.
+    which part of larger data this is, if it is one. ``filled``: inputs that the data lacks and that follow from its
+    token ids, with what they are filled with (``text_inputs``). ``token_format``: how text became tokens, where it is
+    text.
 
     How the data is read: ``batch_plan`` has the row selections of each batch; ``stored_inputs`` are the inputs as the
     source holds them; ``sample_axes`` says which of them have a sample axis; with ``unbatched`` the model takes single
@@ -99,6 +103,8 @@ class Calibration:
     seed: int = 0
     images: ImageFormat | None = None
     part: DataPart | None = None
+    filled: Mapping[str, FilledKind] = field(default_factory=dict, compare=False)
+    token_format: str = ""
     batches_of_whole: float | None = field(default=None, repr=False, compare=False)
 
     def batches(self) -> Iterator[dict[str, AnyArray]]:
@@ -219,6 +225,10 @@ class Calibration:
             text += f", {self.held_out.samples} others held out"
         if self.images is not None:
             text += f", pictures {self.images.describe()}"
+        if self.token_format:
+            text += f", {self.token_format}"
+        if self.filled:
+            text += f", filled in: {describe_filled(self.filled)}"
         return text + (f", {self.dropped} dropped: the model's batch is {self.batch}" if self.dropped else "")
 
     @cached_property
@@ -306,6 +316,8 @@ def calibration_from_source(
         unbatched=source.unbatched,
         seed=request.seed,
         images=source.images,
+        filled={name: kind for rows in parts for name, kind in rows.part.filled.items()},
+        token_format=source.token_format,
     )
     if not count:
         return calibration

@@ -1,4 +1,4 @@
-"""Calibration data in files: .npz, .npy, folders of them, Polygraphy's JSON, and test_data_set_*/input_N.pb."""
+"""Calibration data in files: by the suffix or the contents; .npz, .npy, Polygraphy's JSON and test_data_set_*."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from snpc.runtime.calibration.sources import (
     part_in_memory,
     require_inputs,
 )
+from snpc.runtime.calibration.text import TextOptions, is_text, text_source
+from snpc.runtime.calibration.text_inputs import inputs_to_give, sole_input
 from snpc.runtime.io import ArrayHeader, map_npz, read_array_header
 from snpc.types import AnyArray, TensorSpec
 
@@ -43,12 +45,12 @@ READ_ADVICE = "it is broken or not what its name says; write it again with numpy
 MAX_FILES = 2_000_000
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 ACCEPTED_SOURCES = (
-    "calibration data is an .npz, .npy or .json file, a folder of .npz, .npy or pictures, a folder with "
-    "test_data_set_*/input_N.pb, or file.py:function"
+    "calibration data is an .npz, .npy or .json file, text (.txt or .jsonl), a folder of .npz, .npy or pictures, a "
+    "folder with test_data_set_*/input_N.pb, or file.py:function"
 )
 
 
-def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> CalibrationSource:
+def path_source(path: Path, inputs: ModelInputs, images: ImageOptions, text: TextOptions) -> CalibrationSource:
     """The source at ``path``: a folder by its contents, a file by its suffix."""
     with as_user_error(str(path), "it cannot be opened; check its permissions", OSError):
         if not path.exists():
@@ -57,6 +59,8 @@ def path_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> Calibr
             return _folder_source(path, inputs, images)
         if not path.is_file():  # reading a pipe would wait for a writer, and a second pass would find nothing
             raise UserError(f"{path}: it is not a regular file: {ACCEPTED_SOURCES}")
+    if is_text(path):
+        return text_source(path, inputs, text)
     opener = SOURCE_OPENERS.get(path.suffix.lower())
     if opener is not None:
         return opener(path, inputs)
@@ -123,8 +127,9 @@ def _npz_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
                 header = read_array_header(file)
                 _check_stored_bytes(header, archive.getinfo(member).file_size)
                 headers[member.removesuffix(".npy")] = header
-    if len(inputs) == 1 and list(headers) == ["arr_0"]:  # np.savez(path, array): numpy made up the name
-        headers = {inputs[0].name: headers["arr_0"]}
+    sole = sole_input(inputs)
+    if sole is not None and list(headers) == ["arr_0"]:  # np.savez(path, array): numpy made up the name
+        headers = {sole.name: headers["arr_0"]}
         return CalibrationPart(str(path), headers, partial(_read_unnamed, path))
     return CalibrationPart(str(path), headers, partial(_read_npz, path))
 
@@ -141,15 +146,15 @@ def _read_npz(path: Path, names: Sequence[str]) -> dict[str, AnyArray]:
 
 
 def _npy_part(path: Path, inputs: ModelInputs) -> CalibrationPart:
-    if len(inputs) != 1:
+    sole = sole_input(inputs)
+    if sole is None:
         raise UserError(
             f"{path}: one array, but the model has {len(inputs)} inputs ({name_list(spec.name for spec in inputs)}): "
             "save an .npz with a key for each"
         )
-    name = inputs[0].name
     with as_user_error(str(path), READ_ADVICE, *READ_ERRORS), path.open("rb") as file:
-        headers = {name: read_array_header(file)}
-        _check_stored_bytes(headers[name], path.stat().st_size)
+        headers = {sole.name: read_array_header(file)}
+        _check_stored_bytes(headers[sole.name], path.stat().st_size)
     return CalibrationPart(str(path), headers, partial(_read_npy, path))
 
 
@@ -190,9 +195,9 @@ def _json_source(path: Path, inputs: ModelInputs) -> CalibrationSource:
 
 def _json_arrays(label: str, feed: Mapping[str, Any], inputs: ModelInputs) -> dict[str, AnyArray]:
     """The model's inputs decoded; other keys are ignored."""
-    require_inputs(label, feed, inputs)
+    require_inputs(label, feed, inputs_to_give(inputs, feed))
     arrays: dict[str, AnyArray] = {}
-    for name in (spec.name for spec in inputs):
+    for name in (spec.name for spec in inputs if spec.name in feed):
         advice = f"input '{name}' should be numbers, or an .npy file in base64 under \"array\""
         with as_user_error(label, advice, ValueError, TypeError, EOFError, OSError):
             arrays[name] = _json_array(feed[name])

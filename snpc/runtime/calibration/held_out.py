@@ -38,6 +38,7 @@ def count_held_out(asked: int, total: int, limit: int, batch: int | None) -> int
     if batch is None:
         return count
     whole = -(-count // batch) * batch
+    whole = min(whole, limit // batch * batch or whole)
     return whole if whole - left_over <= total // 4 else left_over // batch * batch
 
 

@@ -22,6 +22,7 @@ from snpc.runtime.calibration.sources import (
     part_in_memory,
     require_inputs,
 )
+from snpc.runtime.calibration.text_inputs import inputs_to_give
 from snpc.runtime.io import SpillFiles
 from snpc.types import AnyArray, TensorSpec
 
@@ -127,9 +128,9 @@ def _open_iterator(value: Any, label: str) -> Iterator[Any]:
 
 def _copy_arrays(feed: Mapping[str, Any], label: str, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
     """Copies of what the model takes (a generator may fill the same buffer again); other keys are not touched."""
-    require_inputs(label, feed, inputs)
+    require_inputs(label, feed, inputs_to_give(inputs, feed))
     arrays = {}
-    for spec in inputs:
+    for spec in (spec for spec in inputs if spec.name in feed):
         try:
             arrays[spec.name] = np.array(feed[spec.name])
         except Exception as error:  # whatever the value's own conversion raises: a tensor on a GPU, ragged lists

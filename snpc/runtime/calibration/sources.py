@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -13,15 +13,19 @@ from snpc.errors import UserError
 from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, IntArray, Shape, TensorSpec
 
+FilledKind = Literal["ones", "counted", "zeros", "empty", "false"]
+"""What an input is filled with that data lacks."""
+
 
 @dataclass(frozen=True)
 class CalibrationPart:
     """A file, picture or dict. ``label`` names it in messages; ``read(names)`` gives these arrays as stored, and can be
-    sent to another process."""
+    sent to another process. ``filled``: what was added to it, and how (``text_inputs``)."""
 
     label: str
     headers: Mapping[str, ArrayHeader]
     read: Callable[[Sequence[str]], Mapping[str, AnyArray]]
+    filled: Mapping[str, FilledKind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class CalibrationSource:
     ``inputs``: the model's inputs as the parts hold them. ``allow_single_sample``: an array may be one sample without a
     leading axis. ``length_unknown``: the first samples are taken and iteration stops there. ``unbatched``: the model
     has no sample axis; ``inputs`` have an extra leading 1, which is removed again when a batch is fed. ``images``: how
-    pictures are prepared, where the parts are pictures.
+    pictures are prepared, where the parts are pictures. ``token_format``: how text became tokens, where it is text.
     """
 
     label: str
@@ -64,6 +68,7 @@ class CalibrationSource:
     length_unknown: bool = False
     unbatched: bool = False
     images: ImageFormat | None = None
+    token_format: str = ""
 
 
 def part_in_memory(label: str, arrays: Mapping[str, AnyArray]) -> CalibrationPart:

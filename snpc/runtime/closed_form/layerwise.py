@@ -11,7 +11,7 @@ change of its weight, which is added to the values at the border.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from snpc.graph import ShapeFacts, extract_segment
 from snpc.ops import names as op
 from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph, trace_graph
+from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import rewrite_model
 from snpc.passes.weights import WeightEdits, apply_edits
 from snpc.planning import SlicePlan, cuts_of
@@ -91,7 +92,9 @@ def fit_layerwise(
     stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
     padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.size) for e in errors))
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
-    fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names)
+    inputs = {str(value.name) for value in cut.model.graph.inputs}
+    narrowed = {name: shape for name, shape in cut.sliced_interface().items() if name in inputs}
+    fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names, narrowed)
     stored = stored_corrections(closed_forms, plan, calibration, execution)
     known = [stored.get(stage.error.group.id) for stage in stages]
     if all(known):  # nothing has to run
@@ -102,6 +105,8 @@ def fit_layerwise(
     try:
         with execution.progress.stage("layers", 1 + len(stages)) as advance:
             values = first_values(fit, stages, calibration, execution, dense)
+            if fit.narrowed:
+                values.run(narrowing_program(fit))
             advance(1)
             for number, (stage, entry) in enumerate(zip(stages, known, strict=True)):
                 correction, bias = fit_stage(fit, stage, values, entry, last=number == len(stages) - 1)
@@ -135,7 +140,7 @@ def fit_for_dense_stream(closed_forms: ClosedForms, plan: SlicePlan, errors: lis
 @dataclass(frozen=True)
 class LayerwiseFit:
     """What all stages share. ``base``: the full-size model, whose constants the stages change. ``cut``: the same sliced
-    before the first stage, with the ``facts`` of its values."""
+    before the first stage, with the ``facts`` of its values. ``narrowed``: its inputs that are narrower, caches."""
 
     analysis: Analysis
     plan: SlicePlan
@@ -144,6 +149,7 @@ class LayerwiseFit:
     facts: ShapeFacts
     padding: PaddingMasks
     dense_names: frozenset[str]
+    narrowed: Mapping[str, SlicedShape]
 
     def kept_units(self, error: ResidualError) -> IntArray:
         """The units that the cut hidden value shows, in the order of its columns."""
@@ -204,6 +210,32 @@ def dense_program(graph: TracedGraph, names: tuple[str, ...]) -> BatchProgram:
     instrument = Instrument(graph.model)
     instrument.add_values(names, graph.facts.types_by_name)
     return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
+
+
+@dataclass(frozen=True)
+class CacheNarrowing:
+    """Caches in the cut model's shapes, from outputs that hold them in full."""
+
+    shapes: Mapping[str, SlicedShape]
+
+    def __call__(self, outputs: Mapping[str, AnyArray]) -> Mapping[str, AnyArray]:
+        return {name: shape.slice_array(outputs[full_name(name)]) for name, shape in self.shapes.items()}
+
+
+def full_name(cache: str) -> str:
+    return f"{cache}__full"
+
+
+def narrowing_program(fit: LayerwiseFit) -> BatchProgram:
+    """Brings the caches that a batch begins with to the widths of the cut model."""
+    types = fit.analysis.traced_graph.facts.types_by_name
+    inputs = [ir.Value(name=name, type=ir.TensorType(types[name])) for name in fit.narrowed]
+    opsets = dict(fit.cut.graph.opset_imports)
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports=opsets, name="narrowing")
+    instrument = Instrument(ir.Model(graph, ir_version=fit.cut.ir_version))
+    for value, name in zip(inputs, fit.narrowed, strict=True):
+        instrument.add_output(value, full_name(name), types[name])
+    return BatchProgram(instrument.model, derive=CacheNarrowing(fit.narrowed))
 
 
 def fit_stage(

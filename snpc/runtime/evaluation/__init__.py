@@ -1,8 +1,10 @@
 """Measuring written models: latency, equality of outputs, accuracy.
 
 Files
-  accuracy          Accuracy of a model file on labeled inputs.
+  accuracy          Evaluation of a model file on data of its own: accuracy where there are labels, perplexity of a
+                    language model.
   bench             Latency of models, measured side by side.
+  cached_decoding   Decoding through caches: token by token it must give what all tokens at once give.
   compare           Checks of a written model: its structure, sliced against masked outputs, and drift from the
                     original.
   distances         Distances of one output: Kullback-Leibler divergence, relative change, cosine, or a function of the
@@ -13,14 +15,16 @@ Files
   metric_choice     The user's metrics: by name, by output, or as a function in a Python file.
   metrics           Which metric suits each output of a model: by what the graph does at its end, by values, or as the
                     user says.
+  perplexity        Perplexity of a language model: how well its logits predict the next token of held-out text.
   uncertainty       How certain a measured difference is: a standard error over samples, and an interval for shares of
                     them.
 """
 
 from __future__ import annotations
 
-from snpc.runtime.evaluation.accuracy import EvaluationData, collect_outputs, top1_accuracy
+from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
+from snpc.runtime.evaluation.cached_decoding import cache_interface, cached_decoding_error
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
@@ -46,6 +50,7 @@ from snpc.runtime.evaluation.latency import (
 )
 from snpc.runtime.evaluation.metric_choice import MetricRequest, metrics_identity, with_metrics, with_named_metrics
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
+from snpc.runtime.evaluation.perplexity import LanguageHead, Surprise, find_language_head, sum_surprise
 
 __all__ = [
     "RELATIVE_METRICS",
@@ -53,18 +58,23 @@ __all__ = [
     "VERIFICATION_BATCHES",
     "BenchResult",
     "EvaluationData",
+    "LanguageHead",
     "MetricRequest",
     "OutputMetric",
     "OutputMetrics",
+    "Surprise",
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
     "batch_differences",
     "bench",
+    "cache_interface",
+    "cached_decoding_error",
     "check_structure",
-    "collect_outputs",
     "compare_models",
     "compare_on_equal_selections",
+    "evaluate",
+    "find_language_head",
     "find_selectors",
     "groups_to_time",
     "latency_table",
@@ -79,8 +89,8 @@ __all__ = [
     "run_batches",
     "run_rounds",
     "run_until",
+    "sum_surprise",
     "time_pair",
-    "top1_accuracy",
     "with_metrics",
     "with_named_metrics",
     "write_narrowed",

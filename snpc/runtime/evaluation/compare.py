@@ -17,6 +17,7 @@ from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
 from snpc.runtime.evaluation.distances import OutputMetric, same_finiteness
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
+from snpc.runtime.evaluation.perplexity import sum_surprise
 from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -25,7 +26,7 @@ from snpc.runtime.execution import (
 )
 from snpc.runtime.io import read_without_weights, save
 from snpc.temporary import temporary_folder
-from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Verdict
+from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
@@ -33,16 +34,24 @@ HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs b
 VERIFICATION_BATCHES = 2
 
 
-def check_structure(original: Path, pruned: Path, narrowed: Mapping[str, SlicedShape] | None = None) -> tuple[str, ...]:
+def check_structure(
+    original: Path,
+    pruned: Path,
+    narrowed: Mapping[str, SlicedShape] | None = None,
+    declared: Sequence[TensorSpec] = (),
+) -> tuple[str, ...]:
     """Check inputs, outputs and graph of ``pruned``; returns the checks that were done, for the report.
 
-    Inputs and outputs must be those of ``original``, except caches that are ``narrowed``. onnx's checker and strict
+    Inputs and outputs must be those of ``original``, except caches that are ``narrowed``, and axes that have a number
+    in ``declared``, where the file has a name (``canonicalization.static_cache_widths``). onnx's checker and strict
     shape inference must accept the file if they accept the original; with custom operators they accept neither. Raises
     CheckFailed with onnx's message.
     """
     before, after = read_without_weights(original), read_without_weights(pruned)
+    static = {spec.name: spec.shape for spec in declared}
     for direction in ("input", "output"):
-        a = [narrowed_signature(value_signature(v), narrowed or {}) for v in graph_interface(before, direction)]
+        known = [declared_signature(value_signature(v), static) for v in graph_interface(before, direction)]
+        a = [narrowed_signature(signature, narrowed or {}) for signature in known]
         b = [value_signature(v) for v in graph_interface(after, direction)]
         if a != b:
             old, new = next((x, y) for x, y in zip_longest(a, b) if x != y)
@@ -71,6 +80,19 @@ ValueSignature = tuple[str, int, tuple[object, ...]]
 def value_signature(value: onnx.ValueInfoProto) -> ValueSignature:
     tensor = value.type.tensor_type
     return value.name, tensor.elem_type, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
+
+
+def declared_signature(original: ValueSignature, static: Mapping[str, tuple[int | str, ...]]) -> ValueSignature:
+    """``original`` with the sizes of ``static`` on the axes for which the file has a name."""
+    name, elem_type, dims = original
+    sizes = static.get(name, ())
+    if len(sizes) != len(dims):
+        return original
+    return (
+        name,
+        elem_type,
+        tuple(b if isinstance(b, int) and isinstance(d, str) and d else d for d, b in zip(dims, sizes, strict=True)),
+    )
 
 
 def narrowed_signature(original: ValueSignature, narrowed: Mapping[str, SlicedShape]) -> ValueSignature:
@@ -212,6 +234,22 @@ def judge_outputs(
     )
 
 
+def with_perplexity(
+    differences: Sequence[Difference],
+    metrics: OutputMetrics,
+    batches: Sequence[Feeds],
+    outputs: Sequence[Mapping[str, AnyArray]],
+) -> tuple[Difference, ...]:
+    """The differences with the perplexity of a language model before and after. ``outputs``: the file's, of the
+    ``batches`` that the original was run on."""
+    if metrics.language is None:
+        return tuple(differences)
+    head, before = metrics.language
+    after = sum_surprise(head, batches, outputs)
+    found = Perplexity(before.perplexity, after.perplexity, after.tokens)
+    return tuple(replace(d, perplexity=found) if d.output == head.logits else d for d in differences)
+
+
 def max_relative(differences: Sequence[Difference]) -> float:
     """The largest relative difference of any output."""
     return max((d.relative for d in differences), default=0.0)
@@ -269,6 +307,7 @@ def compare_models(
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense[probes:]], narrow[probes:], metrics)
+    drift = with_perplexity(drift, metrics, batches[probes:], narrow[probes:])
     if rewritten is None:
         return (), drift
     with temporary_folder() as folder:

@@ -36,7 +36,7 @@ from snpc.temporary import temporary_folder
 from snpc.types import FloatArray, Group, Shape
 
 KEPT_SHARES = (0.75, 0.5, 0.25)  # fractions of units kept, for all groups of a role
-LATENCY_CACHE_FORMAT = 1
+LATENCY_CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,15 @@ class LatencyTable:
 
     def saved_times(self, groups: Sequence[Group], selected: Sequence[Group]) -> LatencyCurves:
         """Times of the groups ``selected``; ``groups`` are all groups that were narrowed for the table."""
-        macs = {role: sum(g.macs for g in groups if g.role == role) for role in self.roles}
-        saved = {g.id: self.saving_curve(g) * g.macs / max(macs[g.role], 1) for g in selected}
+        timed = timed_roles(groups)
+        macs = {role: sum(g.macs for g in groups if timed[g.id] == role) for role in self.roles}
+        saved = {g.id: self.saving_curve(g, timed[g.id]) * g.macs / max(macs[timed[g.id]], 1) for g in selected}
         return LatencyCurves(self.dense, self.base, saved)
 
-    def saving_curve(self, group: Group) -> FloatArray:
-        """[size + 1] ms saved when all groups of the role keep as many units; below the narrowest measured width
-        extrapolated linearly."""
-        shares, saved = np.array([1.0, *KEPT_SHARES]), np.array([0.0, *self.roles[group.role]])
+    def saving_curve(self, group: Group, role: str) -> FloatArray:
+        """[size + 1] ms saved when all groups timed with ``role`` keep as many units; extrapolated linearly below the
+        narrowest measured width."""
+        shares, saved = np.array([1.0, *KEPT_SHARES]), np.array([0.0, *self.roles[role]])
         slope = (saved[-1] - saved[-2]) / (shares[-2] - shares[-1])
         shares, saved = np.append(shares, 0.0), np.append(saved, saved[-1] + slope * shares[-1])
         rising = np.maximum.accumulate(np.maximum(saved, 0.0))
@@ -129,6 +130,12 @@ def groups_to_time(analysis: Analysis, roles: Sequence[str]) -> list[Group]:
     """The groups of these roles that a target may cut: the residual stream with norms over it goes by ratio only."""
     of_roles = [g for g in analysis.groups if g.role in roles and g.prunable and g.size > 1]
     return [g for g in of_roles if not g.approximate or g.normalized_inside]
+
+
+def timed_roles(groups: Sequence[Group]) -> dict[str, str]:
+    """Group id -> the role with which it is narrowed: its own, or that of the first group of its tie."""
+    first: dict[str, str] = {}
+    return {g.id: first.setdefault(g.tie, g.role) if g.tie else g.role for g in groups}
 
 
 def latency_table(
@@ -159,11 +166,13 @@ def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, 
         base = workload.timed_file(write_narrowed(analysis, (), 1.0, folder / "base.onnx"), folder / "base")
         dense, ratio = time_pair(analysis, original, base, workload, execution)
         advance(1)
-        saved = {}
+        saved, groups = {}, groups_to_time(analysis, roles)
+        timed = timed_roles(groups)
         for role in roles:
             shares = []
             for share in KEPT_SHARES:
-                narrow = write_narrowed(analysis, groups_to_time(analysis, (role,)), share, folder / "narrow.onnx")
+                narrowed = [g for g in groups if timed[g.id] == role]
+                narrow = write_narrowed(analysis, narrowed, share, folder / "narrow.onnx")
                 artifact = workload.timed_file(narrow, folder / "narrow")
                 shares.append(1 - time_pair(analysis, base, artifact, workload, execution)[1])
                 advance(1)
@@ -173,7 +182,8 @@ def measure_table(analysis: Analysis, roles: Sequence[str], workload: Workload, 
 
 def write_narrowed(analysis: Analysis, groups: Sequence[Group], share: float, path: Path) -> Path:
     """Write the model with only the first units of these groups, to be timed; its outputs mean nothing."""
-    keep = {g.id: (tuple(range(max(1, round(share * g.size)))),) * g.blocks for g in groups}
+    widths = {g.id: min(max(1, round(share * g.size / g.step)) * g.step, g.size) for g in groups}
+    keep = {g.id: (tuple(range(widths[g.id])),) * g.blocks for g in groups}
     keep = {name: rows for name, rows in keep.items() if len(rows[0]) < analysis.group(name).size}
     model = rewrite_model(analysis.traced_graph, cuts_of(SlicePlan(analysis, "", {}, keep))).model
     if analysis.reduction is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snpc.errors import UserError
-from snpc.runtime.evaluation import EvaluationData, collect_outputs, top1_accuracy
+from snpc.runtime.evaluation import EvaluationData, evaluate
 from snpc.torch.finetune import FinetuneResult
 from snpc.torch.training import run_fingerprint
 
@@ -81,7 +81,7 @@ class AccuracyDrop:
 
     def accuracy(self, path: Path) -> float:
         """The share of correct answers of a file."""
-        accuracy = top1_accuracy(collect_outputs(path, self.evaluation), self.evaluation.labels)
+        accuracy = evaluate(path, self.evaluation, keep=0).accuracy
         assert accuracy is not None
         return accuracy
 

@@ -777,7 +777,7 @@ def test_without_pillow_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"ids": np.ones((2, 4), int), "labels": 1}, "no data for input attention_mask; it holds ids, labels: name"),
+        ({"attention_mask": np.ones((2, 4)), "y": 1}, "no data for input ids; it holds attention_mask, y: name"),
         ({}, "no data for input ids, attention_mask; it holds nothing"),
         (text_arrays() | {"ids": np.ones((10, 6, 1), int)}, "'ids' has 2 axes [batch,seq], the data 3 [10,6,1]"),
         (text_arrays() | {"ids": np.ones(10, int)}, "'ids' has 2 axes [batch,seq], the data 1 [10]"),
@@ -922,8 +922,8 @@ def test_paths_that_hold_no_data(name: str, words: str, tmp_path: Path) -> None:
 def test_one_array_for_several_inputs_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", numbers())
     for path in (tmp_path, tmp_path / "a.npy"):
-        with pytest.raises(UserError, match=r"a\.npy: one array, but the model has 2 inputs \(ids, attention_mask\)"):
-            load_calibration(path, TEXT)
+        with pytest.raises(UserError, match=r"a\.npy: one array, but the model has 2 inputs \(x, attention_mask\)"):
+            load_calibration(path, (X, MASK))
 
 
 class Bomb:

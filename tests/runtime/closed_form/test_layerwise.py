@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning.config import Budget
-from snpc.planning.plan import SlicePlan, cuts_of
+from snpc.planning.plan import PruningMethod, SlicePlan, cuts_of
 from snpc.runtime.batches import BatchProgram, BatchSums, LocalBatchValues
 from snpc.runtime.closed_form.layerwise import (
     CROSS,
@@ -29,12 +30,14 @@ from snpc.runtime.closed_form.layerwise import (
 )
 from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import NotSegmentable, residual_errors, schedule_stages
+from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.session import SessionLoadError, open_session
 from snpc.runtime.io.save import save
 from snpc.runtime.statistics.packed_symmetric import row_strips
 from snpc.types import FloatArray
-from tests.closed_forms import calibration_of, prunable_of
+from tests.closed_forms import calibration_of, prunable_of, random_feeds
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written
+from tests.recorded_progress import RecordedProgress
 
 NAMES = (
     "vit_timm__ts17",
@@ -282,3 +285,23 @@ def test_one_batch_takes_a_fixed_ridge() -> None:
     x, y = units - units.mean(axis=0), error - error.mean(axis=0)
     expected = Regression(x.T @ x, x.T @ y).solve(RESIDUAL_DAMPING)
     np.testing.assert_allclose(correction, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_layers_are_fitted_through_narrower_caches() -> None:
+    """On pasts that hold something, in this process and on workers alike; and it is better than no such fit."""
+    model = analysis_of("llama_cached__dyn20").model
+    analysis = snpc.analyze(model, prune_kv_cache=True)
+    calibration = snpc.load_calibration(random_feeds("llama_cached__dyn20", 24), model.inputs, samples=16, batch=4)
+    budget, found = snpc.Budget(0.4, uniform=True), {}
+    with ThreadPoolExecutor(2) as pool:
+        for name, executor in (("parallel", None), ("auto", None), ("auto on workers", pool)):
+            progress = RecordedProgress()
+            execution = Execution(threads=1, executor=executor, progress=progress)
+            method: PruningMethod = "parallel" if name == "parallel" else "auto"
+            plan = snpc.plan(analysis, budget, calibration, method=method, execution=execution)
+            pruned = snpc.apply(plan)
+            assert ("layers" in progress.begun) == (name != "parallel")
+            assert any("past" in spec.name and spec.shape[3] != 12 for spec in snpc.load(pruned.path).inputs)
+            found[name] = pruned.quality.drift
+    assert found["auto"] < found["parallel"]
+    assert found["auto on workers"] == pytest.approx(found["auto"], rel=1e-6)

@@ -1,0 +1,24 @@
+"""Model folders: an ONNX model beside its configuration and tokenizer, as runtimes load them.
+
+Files
+  model_folder    What a folder holds: the model that is cut, its other forms, and everything else.
+  output_folder   The folder with the pruned model: written beside its place, and renamed.
+  prune_folder    The one call: a folder in, a folder out.
+  runtime_config  genai_config.json and config.json: widths that changed with the model.
+"""
+
+from __future__ import annotations
+
+from snpc.folders.model_folder import ModelFolder, find_model_folder, main_model
+from snpc.folders.output_folder import OutputFolder, PrunedFolder, open_output_folder
+from snpc.folders.prune_folder import prune_folder
+
+__all__ = [
+    "ModelFolder",
+    "OutputFolder",
+    "PrunedFolder",
+    "find_model_folder",
+    "main_model",
+    "open_output_folder",
+    "prune_folder",
+]

@@ -1,0 +1,127 @@
+"""What a folder holds: the model that is cut, its other forms, and everything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snpc.errors import UserError
+from snpc.runtime.io import model_files
+
+GENAI_CONFIG = "genai_config.json"
+CONFIGS = (GENAI_CONFIG, "config.json")
+MODEL_PLACES = ("", "onnx")  # subfolders in which tools put models
+USUAL_NAME = "model.onnx"  # of the one model of a folder
+FORMS = ("fp16", "bf16", "int8", "uint8", "quantized", "q4", "q4f16", "q8", "bnb4", "int4", "optimized")
+"""Endings of the names of a model's other forms: ``model_q4.onnx`` holds what ``model.onnx`` does."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Files of a folder, by their paths inside it.
+
+    ``model``: what is cut. ``forms``: the same model in other precisions, with their external data, which would no
+    longer belong to it. ``others``: everything else, which goes with it as it is.
+    """
+
+    path: Path
+    model: Path
+    forms: tuple[Path, ...] = ()
+    others: tuple[Path, ...] = ()
+
+    @property
+    def model_path(self) -> Path:
+        return self.path / self.model
+
+
+def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
+    """The contents of ``path``. ``file``: the model that is cut, by its path in the folder; None: the one that
+    genai_config.json names, or the only one.
+
+    Raises UserError where there is no such model, or several and none is named.
+    """
+    models = sorted(p.relative_to(path) for place in MODEL_PLACES for p in (path / place).glob("*.onnx"))
+    model = chosen_model(path, models, file)
+    forms = [other for other in models if other != model and is_form_of(other, model)]
+    own = files_of(path, [model])
+    left_out = files_of(path, forms) - own
+    others = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p, path)]
+    return ModelFolder(
+        path, model, tuple(sorted(left_out)), tuple(other for other in others if other not in own | left_out)
+    )
+
+
+def main_model(path: Path) -> Path:
+    """The model that a folder is about. Raises UserError as ``find_model_folder`` does."""
+    return find_model_folder(path).model_path
+
+
+def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
+    """The path, inside the folder, of the model that is cut."""
+    if file is not None:
+        if Path(file) not in models:
+            raise UserError(f"{path}: has no model {file}; {listed(models)}")
+        return Path(file)
+    named = genai_model(path)
+    if named is not None:
+        if not (path / named).is_file():
+            raise UserError(f"{path / GENAI_CONFIG}: names the model {named}, which is not in the folder")
+        return named
+    bare = [model for model in models if not any(is_form_of(model, other) for other in models if other != model)]
+    if len(bare) == 1:
+        return bare[0]
+    usual = [model for model in bare if model.name == USUAL_NAME]
+    if len(usual) == 1 and not any(is_part(model) for model in bare):
+        return usual[0]
+    if not bare:
+        raise UserError(f"{path}: holds no .onnx file, and none in {path / MODEL_PLACES[1]}")
+    raise UserError(f"{path}: {listed(bare)}: name the one to cut with --file; the others are copied")
+
+
+def listed(models: Sequence[Path]) -> str:
+    return f"it holds {', '.join(map(str, models)) or 'no .onnx file'}"
+
+
+def is_part(model: Path) -> bool:
+    """Is this one of several models that make one, such as an encoder and a decoder?"""
+    return any(word in model.stem for word in ("encoder", "decoder", "embed", "vision"))
+
+
+def is_form_of(model: Path, other: Path) -> bool:
+    """Does ``model`` have the name of another precision of ``other``?"""
+    return model.parent == other.parent and any(model.stem == f"{other.stem}_{form}" for form in FORMS)
+
+
+def genai_model(path: Path) -> Path | None:
+    """The decoder that genai_config.json names."""
+    config = path / GENAI_CONFIG
+    if not config.is_file():
+        return None
+    name = read_json(config).get("model", {}).get("decoder", {}).get("filename")
+    return Path(name) if isinstance(name, str) and name else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError for a file that is no JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return found
+
+
+def files_of(folder: Path, models: Sequence[Path]) -> set[Path]:
+    """The models and the files of their weights, by their paths in the folder; those that lie elsewhere are left."""
+    files = {file.resolve() for model in models for file in model_files(folder / model)}
+    root = folder.resolve()
+    return {file.relative_to(root) for file in files if file.is_relative_to(root)}
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Files of version control and of caches stay behind."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)

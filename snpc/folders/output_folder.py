@@ -1,0 +1,108 @@
+"""The folder with the pruned model: written beside its place, and renamed when everything is in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from snpc.errors import CheckFailed, UserError
+from snpc.folders.model_folder import CONFIGS, ModelFolder, read_json
+from snpc.folders.runtime_config import updated_config, width_changes
+from snpc.pipeline import PrunedModel
+from snpc.runtime.io import load, write_errors
+from snpc.temporary import TemporaryFolder
+
+
+@dataclass(frozen=True)
+class PrunedFolder:
+    """A folder that was written. ``model``: the pruned model in it. ``copied``: files that are as they were;
+    ``left_out``: those of the dense model in other precisions. ``changed`` and ``unsaid``: file -> what was set in a
+    configuration, and what it cannot say any more."""
+
+    path: Path
+    model: PrunedModel
+    copied: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+    changed: dict[Path, tuple[str, ...]]
+    unsaid: dict[Path, tuple[str, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        words = {name: {str(f): list(w) for f, w in getattr(self, name).items()} for name in ("changed", "unsaid")}
+        files = {name: [str(file) for file in getattr(self, name)] for name in ("copied", "left_out")}
+        return {"path": str(self.path), **files, **words}
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that becomes ``target``. ``staged``: where it lies until then."""
+
+    source: ModelFolder
+    target: Path
+    staged: Path
+
+    @property
+    def model_path(self) -> Path:
+        """Where the pruned model is to be written."""
+        return self.staged / self.source.model
+
+    def publish(self, result: PrunedModel) -> PrunedFolder:
+        """Copy what goes with the model, bring the configurations to its widths, and give the folder its name.
+
+        Raises UserError where that fails; then nothing is at ``target``.
+        """
+        changed, unsaid, copied = {}, {}, []
+        changes = width_changes(result.plan, result.plan.analysis.model, load(self.model_path))
+        for file in self.source.others:
+            place = self.staged / file
+            with write_errors(self.target):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if file.name in CONFIGS and changes:
+                    update = updated_config(read_json(self.source.path / file), changes)
+                    if update.changed:
+                        place.write_text(update.text, encoding="utf-8")
+                        changed[file] = update.changed
+                    if update.unsaid:
+                        unsaid[file] = update.unsaid
+                if file not in changed:
+                    shutil.copy2(self.source.path / file, place)
+                    copied.append(file)
+        check_output_folder(self.source, self.target)
+        with write_errors(self.target):
+            if self.target.is_dir():
+                self.target.rmdir()
+            self.staged.rename(self.target)
+        model = replace(result, path=self.target / self.source.model)
+        return PrunedFolder(self.target, model, tuple(copied), self.source.forms, changed, unsaid)
+
+
+@contextmanager
+def open_output_folder(source: ModelFolder, target: Path) -> Iterator[OutputFolder]:
+    """A folder beside ``target`` that ``publish`` renames. What the block leaves unpublished is deleted.
+
+    Raises UserError where ``target`` is not empty, lies in the source, or cannot be made.
+    """
+    check_output_folder(source, target)
+    with write_errors(target):
+        folder = TemporaryFolder(target.parent)
+        staged = folder.path / target.name
+        (staged / source.model).parent.mkdir(parents=True)
+    try:
+        yield OutputFolder(source, target, staged)
+    except (CheckFailed, UserError) as error:  # the folder is gone when a user reads it
+        raise type(error)(str(error).replace(str(staged), str(target))) from None
+    finally:
+        folder.delete()
+
+
+def check_output_folder(source: ModelFolder, target: Path) -> None:
+    """Raises UserError where no new folder can get this name."""
+    if target.resolve().is_relative_to(source.path.resolve()):
+        raise UserError(f"{target}: lies in the input itself; choose another folder with -o")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not an empty folder; remove it, or choose another with -o")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")

@@ -1,0 +1,45 @@
+"""The one call for folders: a folder in, a folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snpc.folders.model_folder import find_model_folder
+from snpc.folders.output_folder import PrunedFolder, open_output_folder
+from snpc.pipeline import PruneOptions, prune
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def prune_folder(
+    folder: Path | str,
+    path: Path | str,
+    *,
+    file: str | None = None,
+    calibration: Calibration | Any = None,
+    tokens: str | None = None,
+    execution: Execution = DEFAULT_EXECUTION,
+    **options: Unpack[PruneOptions],
+) -> PrunedFolder:
+    """Prune the model of ``folder``, and write it to the new folder ``path`` with what goes with it: configurations
+    that say its widths, tokenizer, other models.
+
+    ``file``: the model that is cut, by its path in the folder; None: the one that genai_config.json names, or the only
+    one. Everything else is as in ``prune``. Raises UserError where there are several models and none is named, and
+    where ``path`` is not empty.
+    """
+    source = find_model_folder(Path(folder), file)
+    with open_output_folder(source, Path(path)) as place:
+        result = prune(
+            source.model_path,
+            place.model_path,
+            calibration=calibration,
+            tokens=tokens,
+            execution=execution,
+            **options,
+        )
+        return place.publish(result)

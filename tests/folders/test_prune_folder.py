@@ -1,0 +1,80 @@
+"""A folder in, a folder out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import snpc
+from tests.command_line import invoke, reported
+from tests.models.folders import CONFIG, GENAI_CONFIG, HIDDEN, write_decoder, write_folder
+
+MAGNITUDE: dict[str, Any] = {"method": "select", "criterion": "magnitude"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_model_is_cut_and_everything_else_goes_with_it(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "llama", "onnx/model.onnx")
+    write_decoder(source / "onnx" / "model_q4.onnx")
+    before = content(source)
+    found = snpc.prune_folder(source, tmp_path / "half", ratio=0.5, roles=("ffn",), uniform=True, **MAGNITUDE)
+    assert content(source) == before
+    assert found.model.path == tmp_path / "half" / "onnx" / "model.onnx"
+    assert snpc.load(found.model.path).inputs == snpc.load(source / "onnx" / "model.onnx").inputs
+    assert found.model.after.macs < found.model.before.macs
+    assert (tmp_path / "half" / "tokenizer.json").read_bytes() == before["tokenizer.json"]
+    assert [path.name for path in found.left_out] == ["model_q4.onnx", "model_q4.onnx.data"]
+    assert not (tmp_path / "half" / ".git").exists()
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config == {**CONFIG, "intermediate_size": HIDDEN // 2}, "and no other number that happens to be the same"
+
+
+def test_widths_that_differ_are_named(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "llama")
+    selected = ("--roles", "ffn", "--include", r"\b0\b|_0|\.0\.", "--method", "select", "--criterion", "magnitude")
+    result = invoke("prune", source, "--ratio", 0.5, *selected, "-o", tmp_path / "half")
+    assert "config.json: intermediate_size stays 96: hidden layers are 48 to 96 wide now" in " ".join(
+        (result.stderr + result.stdout).split()
+    )
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == CONFIG
+
+
+def test_caches_get_the_width_that_the_configuration_says(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "llama", "decoder.onnx", {"genai_config.json": GENAI_CONFIG})
+    options = ("--uniform", "--prune-kv-cache", "--method", "select", "--criterion", "magnitude")
+    report = reported("prune", source, "--ratio", 0.5, "--roles", "qk,vo", *options, "-o", tmp_path / "half")
+    model = snpc.load(tmp_path / "half" / "decoder.onnx")
+    (width,) = {spec.shape[3] for spec in model.inputs if "past" in spec.name}
+    assert report["folder"]["changed"] == {"genai_config.json": [f"head_size 12 -> {width}"]}
+    config = json.loads((tmp_path / "half" / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["head_size"] == width < 12
+    assert config["search"] == GENAI_CONFIG["search"]
+
+
+def test_the_default_name_and_folders_for_other_commands(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "llama")
+    result = invoke("prune", source, "--ratio", 0.3, "--method", "select", "--criterion", "magnitude")
+    assert (tmp_path / "llama-pruned" / "model.onnx").is_file()
+    assert f"folder: {tmp_path / 'llama-pruned'}: " in result.stdout
+    assert "snpc-" not in result.stdout, "no name of a temporary folder"
+    invoke("inspect", tmp_path / "llama-pruned")
+    invoke("verify", source, tmp_path / "llama-pruned")
+
+
+@pytest.mark.parametrize("words", [("--file", "x.onnx")])
+def test_a_file_has_no_file_in_it(words: tuple[str, ...], tmp_path: Path) -> None:
+    write_decoder(tmp_path / "model.onnx", external=False)
+    refused = invoke("prune", tmp_path / "model.onnx", "--ratio", 0.5, *words, code=2)
+    assert "--file names a model of a folder" in refused.stderr
+
+
+def test_a_dry_run_writes_no_folder(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "llama")
+    invoke("prune", source, "--ratio", 0.5, "--dry-run", "-o", tmp_path / "half")
+    assert not (tmp_path / "half").exists()

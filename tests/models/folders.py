@@ -1,0 +1,45 @@
+"""Model folders as tools write them, around a small decoder with caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from tests.oracle import analysis_of
+
+DECODER = "llama_cached__dyn20"
+HEAD_WIDTH, HIDDEN = 12, 96  # of the decoder
+CONFIG: Mapping[str, Any] = {
+    "model_type": "llama",
+    "intermediate_size": HIDDEN,
+    "head_dim": HEAD_WIDTH,
+    "max_position_embeddings": HIDDEN,
+}
+GENAI_CONFIG: Mapping[str, Any] = {
+    "model": {
+        "type": "llama",
+        "decoder": {"filename": "decoder.onnx", "head_size": HEAD_WIDTH, "num_hidden_layers": 2},
+    },
+    "search": {"max_length": 64},
+}
+
+
+def write_decoder(path: Path, external: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = onnx.load(analysis_of(DECODER).model.path)
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=64)
+
+
+def write_folder(folder: Path, model: str = "model.onnx", configs: Mapping[str, Any] | None = None) -> Path:
+    """A decoder, its configurations, a tokenizer, and files of version control."""
+    write_decoder(folder / model)
+    for name, content in (configs if configs is not None else {"config.json": CONFIG}).items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text('{"model": "none"}')
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("main")
+    return folder
