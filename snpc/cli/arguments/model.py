@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,7 +91,25 @@ class ModelArguments(ArgumentGroup):
 
 
 @dataclass(frozen=True)
-class PrunableModelArguments(ModelArguments):
+class QuantizedModelArguments(ModelArguments):
+    """The model, which may be quantized."""
+
+    dequantize: bool = option(
+        "--dequantize",
+        is_flag=True,
+        section="What to cut",
+        help="MODEL is quantized: take the float model that it stands for.",
+    )
+
+    def read(self, observer: PassObserver | None = None) -> snpc.Model:
+        """``observer``: called after each graph pass."""
+        if not self.dequantize:
+            return snpc.load(self.path, observer)
+        return snpc.dequantize(self.path, execution=snpc.Execution(observer=observer))
+
+
+@dataclass(frozen=True)
+class PrunableModelArguments(QuantizedModelArguments):
     """The model, and whether its caches may get narrower."""
 
     kv_cache: bool = option(
@@ -101,7 +120,7 @@ class PrunableModelArguments(ModelArguments):
     )
 
     def load(self) -> snpc.Analysis:
-        return load_and_analyze(self.path, self.at, kv_cache=self.kv_cache)
+        return analyze_loaded(self.read, self.at, kv_cache=self.kv_cache)
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,7 @@ class WatchedModelArguments(PrunableModelArguments):
 
     def load(self, observer: PassObserver | None = None) -> snpc.Analysis:
         """``observer``: called after each graph pass."""
-        return load_and_analyze(self.path, self.at, kv_cache=self.kv_cache, observer=observer)
+        return analyze_loaded(self.read, self.at, kv_cache=self.kv_cache, observer=observer)
 
 
 @dataclass(frozen=True)
@@ -137,16 +156,21 @@ class PrunedModelArguments(WatchedModelArguments):
         return None
 
 
-def load_and_analyze(
-    path: Path,
+def load_and_analyze(path: Path, at: SizeArguments | None = None) -> snpc.Analysis:
+    """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
+    return analyze_loaded(partial(snpc.load, path), at)
+
+
+def analyze_loaded(
+    read: Callable[[PassObserver | None], snpc.Model],
     at: SizeArguments | None = None,
     *,
     kv_cache: bool = False,
     observer: PassObserver | None = None,
 ) -> snpc.Analysis:
-    """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
+    """The analysis of what ``read`` reads. UserError for a dimension that none of its inputs has."""
     with command_progress().stage("analysis", 2) as advance:
-        model = snpc.load(path, observer)
+        model = read(observer)
         advance(1)
         sizes = at.sizes(model.inputs) if at is not None else {}
         analysis = snpc.analyze(model, sizes, prune_kv_cache=kv_cache, observer=observer)
