@@ -43,12 +43,14 @@ class BudgetOptions(TypedDict, total=False):
 
 
 class PruneOptions(BudgetOptions, total=False):
-    """The same, and how units are chosen and outputs judged: see ``plan``."""
+    """The same, how units are chosen and outputs judged (see ``plan``), and whether caches may get narrower (see
+    ``analyze``)."""
 
     method: PruningMethod | None
     criterion: str | None
     metric: MetricRequest | None
     effort: Effort
+    prune_kv_cache: bool
     dequantize: bool
 
 
@@ -78,13 +80,13 @@ def prune(
     is left at ``path``.
     """
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
-    effort = options.pop("effort", "normal")
+    effort, narrow_caches = options.pop("effort", "normal"), options.pop("prune_kv_cache", False)
     of_quantized = options.pop("dequantize", False)
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)
     loaded = dequantized(model, execution=execution) if of_quantized else load(model)
-    analysis = with_metrics(analyze(loaded), metric)
+    analysis = with_metrics(analyze(loaded, prune_kv_cache=narrow_caches), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs, text=TextOptions(find_tokenizer(loaded.source)))
     widths = PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None
