@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
-from snpc.runtime.io import model_files
+from snpc.graph import is_float
+from snpc.runtime.io import load, model_files
 
 GENAI_CONFIG = "genai_config.json"
 CONFIGS = (GENAI_CONFIG, "config.json")
 MODEL_PLACES = ("", "onnx")  # subfolders in which tools put models
 USUAL_NAME = "model.onnx"  # of the one model of a folder
+MIN_ELEMENTS = 256  # of a constant that is compared with those of other models
 FORMS = ("fp16", "bf16", "int8", "uint8", "quantized", "q4", "q4f16", "q8", "bnb4", "int4", "optimized")
 """Endings of the names of a model's other forms: ``model_q4.onnx`` holds what ``model.onnx`` does."""
 
@@ -35,6 +38,11 @@ class ModelFolder:
     @property
     def model_path(self) -> Path:
         return self.path / self.model
+
+    @property
+    def says_cache_widths(self) -> bool:
+        """Does the runtime read the width of caches from the folder, so that they may get narrower?"""
+        return (self.path / GENAI_CONFIG).is_file()
 
 
 def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
@@ -79,6 +87,24 @@ def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
     if not bare:
         raise UserError(f"{path}: holds no .onnx file, and none in {path / MODEL_PLACES[1]}")
     raise UserError(f"{path}: {listed(bare)}: name the one to cut with --file; the others are copied")
+
+
+def models_with_same_weights(folder: ModelFolder) -> tuple[Path, ...]:
+    """Other models of the folder that hold most of the weights of the one that is cut, as a decoder with a past and one
+    without do. They must be cut alike."""
+    own = weight_digests(folder.model_path)
+    candidates = [other for other in folder.others if other.suffix == ".onnx"]
+    return tuple(o for o in candidates if 2 * len(own & weight_digests(folder.path / o)) > len(own))
+
+
+def weight_digests(path: Path) -> set[bytes]:
+    """Of the content of every large float constant."""
+    constants = [value.const_value for value in load(path).graph.graph.initializers.values()]
+    return {
+        hashlib.sha1(tensor.tobytes(), usedforsecurity=False).digest()
+        for tensor in constants
+        if tensor is not None and is_float(tensor.dtype) and tensor.size >= MIN_ELEMENTS
+    }
 
 
 def listed(models: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import CheckFailed, UserError
-from snpc.folders.model_folder import CONFIGS, ModelFolder, read_json
+from snpc.folders.model_folder import CONFIGS, ModelFolder, models_with_same_weights, read_json
 from snpc.folders.runtime_config import updated_config, width_changes
 from snpc.pipeline import PrunedModel
 from snpc.runtime.io import load, write_errors
@@ -83,9 +83,11 @@ class OutputFolder:
 def open_output_folder(source: ModelFolder, target: Path) -> Iterator[OutputFolder]:
     """A folder beside ``target`` that ``publish`` renames. What the block leaves unpublished is deleted.
 
-    Raises UserError where ``target`` is not empty, lies in the source, or cannot be made.
+    Raises UserError where ``target`` is not empty, lies in the source, or cannot be made, and where another model of
+    the folder has the same weights.
     """
     check_output_folder(source, target)
+    check_alone(source)
     with write_errors(target):
         folder = TemporaryFolder(target.parent)
         staged = folder.path / target.name
@@ -96,6 +98,18 @@ def open_output_folder(source: ModelFolder, target: Path) -> Iterator[OutputFold
         raise type(error)(str(error).replace(str(staged), str(target))) from None
     finally:
         folder.delete()
+
+
+def check_alone(source: ModelFolder) -> None:
+    """Raises UserError where another model of the folder has the same weights: one of two that is cut does not go with
+    the other any more."""
+    same = models_with_same_weights(source)
+    if same:
+        raise UserError(
+            f"{source.path}: {source.model} has the same weights as {', '.join(map(str, same))}: both would have to be "
+            "cut alike, which snpc does not do; cut another model of the folder (--file), or this file alone: "
+            f"snpc prune {source.model_path}"
+        )
 
 
 def check_output_folder(source: ModelFolder, target: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from snpc.errors import UserError
-from snpc.folders.model_folder import find_model_folder, main_model
+from snpc.folders.model_folder import find_model_folder, main_model, models_with_same_weights
+from snpc.folders.output_folder import open_output_folder
 from tests.models.folders import GENAI_CONFIG, write_decoder, write_folder
+from tests.oracle import analysis_of
 
 
 def names(paths: tuple[Path, ...]) -> list[str]:
@@ -60,6 +63,20 @@ def test_of_several_models_one_is_named(tmp_path: Path) -> None:
     assert names(found.others) == ["config.json", "decoder_model.onnx", "tokenizer.json"]
     with pytest.raises(UserError, match=r"has no model encoder\.onnx; it holds decoder_model\.onnx"):
         find_model_folder(folder, "encoder.onnx")
+
+
+def test_a_pair_with_the_same_weights_is_not_torn(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "t5", "decoder_model.onnx")
+    write_decoder(folder / "decoder_with_past_model.onnx")
+    onnx.save(onnx.load(analysis_of("gpt2_cached__ts14").model.path), folder / "encoder_model.onnx")
+    pair, other = (find_model_folder(folder, name) for name in ("decoder_model.onnx", "encoder_model.onnx"))
+    assert names(models_with_same_weights(pair)) == ["decoder_with_past_model.onnx"]
+    assert not models_with_same_weights(other)
+    with (
+        pytest.raises(UserError, match=r"has the same weights as decoder_with_past_model\.onnx"),
+        open_output_folder(pair, tmp_path / "out"),
+    ):
+        pass
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
