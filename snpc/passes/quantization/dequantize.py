@@ -78,7 +78,7 @@ def rewrite_node(values: FloatValues, node: ir.Node) -> bool:
         return False
     if form.sums:
         return rewrite_sum(values, node, form)
-    operands = [operand_value(values, node, operand) for operand in form.operands]
+    operands = [operand_value(values, node, operand) for operand in form.operands_of(len(node.inputs))]
     bias = None if form.bias is None else operand_value(values, node, form.bias)
     outputs = add_float_node(values, node, form, operands, bias)
     if form.output is not None:
@@ -107,7 +107,7 @@ def add_float_node(
         operands.pop()
     attributes = form.attributes(attribute_values(node))
     names = [values.name(out.name) for out in node.outputs]
-    made = make_node(form.op, operands, attributes, name=values.name(node.name), outputs=names, domain=form.domain)
+    made = make_node(form.op, operands, attributes, name=values.node_name(node), outputs=names, domain=form.domain)
     values.graph.insert_before(node, made)
     if bias is None or not form.adds_bias:
         return list(made.outputs)
@@ -190,7 +190,9 @@ def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir
     if weight is None or scales is None:
         raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
     shape = ir.Shape(contents().shape)
-    return values.constant((node.op_type, *tensors), contents, weight, ir.TensorType(scales.dtype), shape)
+    return values.constant(
+        (node.op_type, str(attributes), *tensors), contents, weight, ir.TensorType(scales.dtype), shape
+    )
 
 
 # -- integer sums ----------------------------------------------------------------------------------------------------
