@@ -48,10 +48,10 @@ from snpc.runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
 from snpc.runtime.execution import Execution, RandomInputs, random_calibration
 from snpc.runtime.io import WorkFolder, load, save, write_example
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
-from snpc.targets import TARGETS, BuildResult, PreferredWidths, build, timed_artifact, widths_for_target
+from snpc.targets import TARGETS, BuildResult, PreferredWidths, build, dequantize, timed_artifact, widths_for_target
 from snpc.targets import BuildOptions as BuildOptions
 from snpc.tokens import reduce_tokens
-from snpc.types import Cost, Difference, Group, Model, Pin, Probe, Quality, Site, Verdict
+from snpc.types import Cost, Dequantization, Difference, Group, Model, Pin, Probe, Quality, Site, Verdict
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "CheckFailed",
     "ClosedForms",
     "Cost",
+    "Dequantization",
     "Difference",
     "Execution",
     "Group",
@@ -97,6 +98,7 @@ __all__ = [
     "bench",
     "build",
     "complete_plan",
+    "dequantize",
     "json_report",
     "load",
     "load_calibration",

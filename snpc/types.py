@@ -68,6 +68,22 @@ ModelKind = Literal["file", "onnx", "onnx_ir", "graphsurgeon"]
 
 
 @dataclass(frozen=True)
+class Dequantization:
+    """How a float model was made of a quantized file.
+
+    ``source``: the quantized file. ``replaced`` and ``left``: operator -> nodes on quantized values that became float,
+    and that did not. ``differences``: outputs of the float model against those of the quantized one, on the inputs that
+    ``compared`` describes; where they could not be compared there are none, and it says why.
+    """
+
+    source: Path
+    replaced: Mapping[str, int]
+    left: Mapping[str, int]
+    differences: tuple[Difference, ...] = ()
+    compared: str = ""
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
     ``external`` says that its weights lie in other files. ``nodes``: those of the file, constants included. ``kind``:
@@ -82,6 +98,13 @@ class Model:
     nodes: int = 0
     kind: ModelKind = "file"
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
+    dequantization: Dequantization | None = None
+    """How it was made of a quantized file, if it was."""
+
+    @property
+    def source(self) -> Path:
+        """The user's file: that which was dequantized, where one was."""
+        return self.path if self.dequantization is None else self.dequantization.source
 
 
 @dataclass(frozen=True)
@@ -168,15 +191,28 @@ class Group:
 
 
 @dataclass(frozen=True)
+class QuantizedWeights:
+    """How many of a model's parameters are quantized in one ``form``, such as "MatMulNBits int4, blocks of 32"."""
+
+    form: str
+    params: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a model costs. ``macs`` is at batch 1 with dynamic axes bound as ``Analysis.binding`` says; the products of
-    ``not_counted`` (number and operator) are not in it."""
+    ``not_counted`` (number and operator) are not in it. ``quantized``: which of the parameters are no floats."""
 
     params: int
     macs: int
     bytes: int
     nodes: int
     not_counted: tuple[str, ...] = ()
+    quantized: tuple[QuantizedWeights, ...] = ()
+
+    @property
+    def quantized_params(self) -> int:
+        return sum(entry.params for entry in self.quantized)
 
 
 @dataclass(frozen=True)

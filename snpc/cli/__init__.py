@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 a check failed, 2 the request cannot be served; 128 and th
 after Ctrl-C).
 
 arguments  the options, as groups
-inspect, prune, plan, verify, build, bench, sweep, finetune, listings  the commands
+inspect, prune, plan, verify, build, bench, dequantize, sweep, finetune, listings  the commands
 tables     what is printed
 advice     what is said before the long part, and what to try next
 progress   what is under way
@@ -15,6 +15,7 @@ Files
                  describe.
   bench          ``snpc bench``: latency of models, side by side.
   build          ``snpc build``: what a runtime loads fastest.
+  dequantize     ``snpc dequantize``: the float model of a quantized file.
   finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
   inspect        ``snpc inspect``: what a model can lose, and why not the rest.
   interruption   Interruptions: SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are
@@ -39,6 +40,7 @@ import click
 
 from snpc.cli.bench import bench_command
 from snpc.cli.build import build_command
+from snpc.cli.dequantize import dequantize_command
 from snpc.cli.finetune import export_torch_command, finetune_command
 from snpc.cli.inspect import inspect_command
 from snpc.cli.interruption import Interrupted, interruptible
@@ -84,6 +86,7 @@ for _command in (
     apply_command,
     verify_command,
     build_command,
+    dequantize_command,
     bench_command,
     sweep_command,
     finetune_command,

@@ -15,9 +15,9 @@ from snpc.cli.arguments import (
     CalibrationArguments,
     JsonArguments,
     LimitedExecutionArguments,
-    ModelArguments,
     PlanningArguments,
     PrunableModelArguments,
+    QuantizedModelArguments,
     SavedStatisticsArguments,
     StatisticsArguments,
     TypedCommand,
@@ -161,7 +161,7 @@ class ApplyOutput(ArgumentGroup):
 
 @command("apply")
 def apply_command(
-    model: ModelArguments,
+    model: QuantizedModelArguments,
     plan: PlanFileArguments,
     calibration: CalibrationArguments,
     statistics: StatisticsArguments,
@@ -176,7 +176,7 @@ def apply_command(
     execution = running.load()
     stopwatch = Stopwatch(execution.progress)
     with stopwatch.stage("analyze"):
-        loaded = snpc.load(model.path)
+        loaded = model.read()
         slices = snpc.load_plan(plan.plan_file, loaded, model.at.sizes(loaded.inputs))
     path = output.output or model.sibling("-pruned.onnx")
     inputs = [*model.files(), plan.plan_file, calibration.calib, *statistics.load_stats]

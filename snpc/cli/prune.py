@@ -89,7 +89,7 @@ def output_place(
         return
     target = output or source.path.resolve().with_name(f"{source.path.resolve().name}-pruned")
     with open_output_folder(source, target) as folder:
-        yield replace(model, path=source.model_path), OutputPlace(folder.model_path, folder)
+        yield model.of_folder(source), OutputPlace(folder.model_path, folder)
 
 
 @command("prune")

@@ -16,10 +16,12 @@ import click
 from snpc.criteria import Description
 from snpc.errors import UserError
 from snpc.passes import Analysis
+from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult
 from snpc.planning import SlicePlan
 from snpc.report import (
+    dequantization_text,
     describe_method,
     drift_text,
     format_count,
@@ -32,7 +34,7 @@ from snpc.report import (
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult
-from snpc.types import Cost, FloatArray, Group, Quality, Verdict
+from snpc.types import Cost, FloatArray, Group, Model, Quality, Verdict
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -181,9 +183,13 @@ def print_groups(analysis: Analysis) -> None:
     sizes = ", ".join(f"{k}={v}" for k, v in analysis.dim_sizes.items())
     at = f" at {sizes}" if sizes else ""
     print_line(
-        f"{analysis.model.path}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
+        f"{analysis.model.source}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
         f"{cost.nodes} nodes"
     )
+    quantization = describe_quantization(analysis.model, cost)
+    if quantization:
+        print_line(quantization)
+    print_dequantization(analysis.model)
     if cost.not_counted:
         print_line(f"MACs not counted: {', '.join(cost.not_counted)}")
     if analysis.dead_macs:
@@ -259,9 +265,18 @@ def print_loss_curves(analysis: Analysis, curves: Mapping[str, FloatArray]) -> N
     print_table("change of the outputs, one group at a time", header, rows, right=(1, 2, 3, 4))
 
 
+def print_dequantization(model: Model) -> None:
+    """How the float model was made of a quantized file, and how much that changed."""
+    if model.dequantization is not None:
+        print_line(dequantization_text(model.dequantization))
+
+
 def print_pins(analysis: Analysis) -> None:
-    """The axes that keep their size, with reasons."""
-    if analysis.pins:
+    """The axes that keep their size, with reasons. Those of a quantized model are not listed: most are reached through
+    nodes that are not looked into."""
+    if analysis.pins and is_mostly_quantized(analysis.cost):
+        print_line(f"pinned: {len(analysis.pins)} axes, as quantized nodes are not looked into (--json lists them)")
+    elif analysis.pins:
         rows = [(p.tensor, str(p.axis), str(p.size), p.reason, p.operator) for p in analysis.pins]
         print_table("pinned (keeps its width)", ("tensor", "axis", "size", "reason", "operator"), rows, right=(1, 2))
 
@@ -306,8 +321,10 @@ def print_result(result: PrunedModel) -> None:
             ("MACs", before.macs, after.macs),
             ("bytes on disk", before.bytes, after.bytes),
             ("nodes", before.nodes, after.nodes),
+            *([("cache, bytes per token", *result.cache_bytes)] if result.cache_bytes[0] else []),
         )
     ]
+    print_dequantization(result.plan.analysis.model)
     print_table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
     removed = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
     total: Counter[str] = Counter()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version, static_shape, weight_bytes
 from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letter_sizes, letters_of, lookup
-from snpc.types import Cost
+from snpc.types import Cost, QuantizedWeights
 
 LetterSizes = dict[str, int]
 
@@ -32,7 +32,30 @@ def cost_of(model: ir.Model, facts: ShapeFacts) -> Cost:
         sum(weight_bytes(v.const_value) for v in constants.values() if v.const_value is not None),
         model.graph.num_nodes(),
         tuple(f"{number} {name}" for name, number in not_counted.items()),
+        quantized_weights(constants.values()),
     )
+
+
+def quantized_weights(constants: Iterable[ir.Value]) -> tuple[QuantizedWeights, ...]:
+    """The parameters that are stored in other types than floats of 16 bits and more, by form."""
+    forms = Counter[str]()
+    for value in constants:
+        tensor, count = value.const_value, parameter_count(value)
+        if count and tensor is not None and (not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth <= 8):
+            forms[quantized_form(value)] += count
+    return tuple(QuantizedWeights(form, count) for form, count in forms.items())
+
+
+def quantized_form(value: ir.Value) -> str:
+    """How a weight is quantized: the operator that reads it, its type, and the size of blocks that share a scale."""
+    tensor = value.const_value
+    assert tensor is not None
+    node = next(use.node for use in value.uses() if held_weights(use.node, use.idx, tensor))
+    attributes, dtype = attribute_values(node), tensor.dtype.name.lower()
+    if lookup(node.domain, node.op_type).weight_count is not None:
+        dtype = f"int{attributes.get('bits', 4)}"
+    block = attributes.get("block_size", 0)
+    return f"{node.op_type} {dtype}" + (f", blocks of {block}" if block else "")
 
 
 def parameter_count(value: ir.Value) -> int:

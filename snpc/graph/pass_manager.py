@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 
-Stage = Literal["canonicalize", "analyze", "rewrite", "finalize", "fuse"]
+Stage = Literal["canonicalize", "dequantize", "analyze", "rewrite", "finalize", "fuse"]
 
 PassObserver = Callable[[str, ir.Model], None]
 """Called after each pass with its name and the model that it left."""

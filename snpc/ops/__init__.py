@@ -18,6 +18,8 @@ Files
                  shapes only.
   opaque         Operators that snpc knows and will not look through, each with its reason.
   pointwise      Operators that work on one position at a time.
+  quantization/  Operators on quantized values: what they cost, which of their inputs are weights, which float nodes
+                 they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
   spec           The schema of the operator table.
@@ -68,6 +70,7 @@ from snpc.ops.names import (
     MATMUL,
     MUL,
     MULTI_HEAD_ATTENTION,
+    POW,
     REDUCE_MAX,
     REDUCE_MEAN,
     REDUCE_SUM,
@@ -88,8 +91,22 @@ from snpc.ops.names import (
     WHERE,
 )
 from snpc.ops.normalization import normalization_entries
-from snpc.ops.opaque import SUBGRAPH, opaque_entries
+from snpc.ops.opaque import SUBGRAPH, is_quantized_operator, opaque_entries
 from snpc.ops.pointwise import pointwise_entries
+from snpc.ops.quantization import (
+    COMMUTING,
+    DYNAMIC_QUANTIZERS,
+    KEEPS_SIGN,
+    NOT_NEGATIVE,
+    FloatForm,
+    Operand,
+    Packed,
+    Plain,
+    Quantized,
+    QuantizedBias,
+    dequantize_array,
+    float_form,
+)
 from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
@@ -102,11 +119,13 @@ __all__ = [
     "CAST",
     "CAST_LIKE",
     "CLIP",
+    "COMMUTING",
     "CONCAT",
     "CONSTANT",
     "CONSTANT_OF_SHAPE",
     "CUMSUM",
     "DIV",
+    "DYNAMIC_QUANTIZERS",
     "EINSUM",
     "EQUAL",
     "EXPAND",
@@ -114,6 +133,7 @@ __all__ = [
     "GATHER_ND",
     "GEMM",
     "IDENTITY",
+    "KEEPS_SIGN",
     "LESS",
     "LOG",
     "LP_NORMALIZATION",
@@ -121,6 +141,8 @@ __all__ = [
     "MICROSOFT",
     "MUL",
     "MULTI_HEAD_ATTENTION",
+    "NOT_NEGATIVE",
+    "POW",
     "REDUCE_MAX",
     "REDUCE_MEAN",
     "REDUCE_SUM",
@@ -145,10 +167,16 @@ __all__ = [
     "AttentionForm",
     "AttentionGeometry",
     "Blocked",
+    "FloatForm",
     "Labels",
     "Letters",
     "OpCall",
     "OpSpec",
+    "Operand",
+    "Packed",
+    "Plain",
+    "Quantized",
+    "QuantizedBias",
     "RotaryForm",
     "SizeDemand",
     "TensorCut",
@@ -156,9 +184,12 @@ __all__ = [
     "attention_geometry",
     "collapse_constant_axes",
     "concat_axis",
+    "dequantize_array",
     "evaluate_node",
+    "float_form",
     "head_counts",
     "is_discontinuous",
+    "is_quantized_operator",
     "letter_sizes",
     "letters_of",
     "lookup",

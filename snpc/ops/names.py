@@ -29,6 +29,7 @@ MATMUL = "MatMul"
 MOD = "Mod"  # since opset 10
 MUL = "Mul"
 MULTI_HEAD_ATTENTION = "MultiHeadAttention"  # com.microsoft
+POW = "Pow"  # not written, but looked for
 RANGE = "Range"  # since opset 11
 REDUCE_MAX = "ReduceMax"
 REDUCE_MEAN = "ReduceMean"

@@ -8,7 +8,7 @@ from snpc.ops.quantization import COSTS, NCHWC
 from snpc.ops.spec import MICROSOFT, OpSpec
 
 SUBGRAPH = "control flow: its body is not analyzed"
-QUANTIZED = "quantized values: prune the float model first, then quantize"
+QUANTIZED = "quantized values, which are not looked into: `--dequantize` takes the float model"
 LEARNED = "it holds a learned classifier, regressor or feature map in its attributes"
 TRAINED = "it belongs to training"
 DRAWS_RANDOM = "it draws random numbers"
@@ -80,6 +80,12 @@ def opaque_entries() -> list[OpSpec]:
         *specs,
         _opaque_entry("FlexAttention", "its scores are changed by a graph in its attributes", "ai.onnx.preview"),
     ]
+
+
+def is_quantized_operator(domain: str, name: str) -> bool:
+    """Whether an operator works on quantized values, or makes them, or makes floats of them."""
+    table = {"": REASONS, MICROSOFT: MICROSOFT_REASONS}.get(domain, {})
+    return name in table.get(QUANTIZED, "").split()
 
 
 def _opaque_entry(name: str, reason: str, domain: str) -> OpSpec:

@@ -11,6 +11,7 @@ Files
   pass_list          Every graph pass of snpc in the order in which passes run, and a way to write the graph after one
                      of them.
   propagation/       Label propagation: which positions of which constants each position of a tensor depends on.
+  quantization/      Quantized files: what is quantized, and the float model that such a file stands for.
   slicing/           Rewrites that remove units: sliced weights, recomputed shape parameters, and the masked oracle.
   token_analysis/    Token analysis: follows the token axis through the graph and finds where tokens can be reduced.
   weights/           Weights around a group: who produces it, who consumes it, and edits of both.

@@ -1,8 +1,8 @@
 """Every graph pass of snpc in the order in which passes run, and a way to write the graph after one of them.
 
-The stages are run from these tuples: ``canonicalize`` while loading, ``analyze`` before labels are propagated,
-``rewrite`` for each model that is cut, ``finalize`` before each model that is written or run, ``fuse`` for candidates
-of ``--target ort``.
+The stages are run from these tuples: ``canonicalize`` while loading, ``dequantize`` where a quantized file is to be
+made float, ``analyze`` before labels are propagated, ``rewrite`` for each model that is cut, ``finalize`` before each
+model that is written or run, ``fuse`` for candidates of ``--target ort``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from snpc.passes.canonicalization import (
     FOLD_SHAPE_ARITHMETIC,
 )
 from snpc.passes.fusion import FuseAttention, FuseGemmBias
+from snpc.passes.quantization import DEQUANTIZATION_PASSES
 from snpc.passes.slicing import REWRITE_PASSES
 
 ANALYSIS_PASSES = (ELIMINATE_DEAD_ROWS,)
@@ -52,6 +53,7 @@ FUSION_PASSES = (FOLD_SHAPE_ARITHMETIC, FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIO
 
 PASSES: tuple[GraphPass, ...] = (
     *CANONICALIZATION_PASSES,
+    *DEQUANTIZATION_PASSES,
     *ANALYSIS_PASSES,
     *REWRITE_PASSES,
     *FINALIZATION_PASSES,

@@ -39,7 +39,15 @@ from snpc.pipeline.planner import (
     save_plan,
 )
 from snpc.pipeline.prune import PruneOptions, prune
-from snpc.pipeline.report_json import analysis_json, groups_json, json_report, quality_json, verdict_json, write_json
+from snpc.pipeline.report_json import (
+    analysis_json,
+    dequantization_json,
+    groups_json,
+    json_report,
+    quality_json,
+    verdict_json,
+    write_json,
+)
 from snpc.pipeline.score import score
 from snpc.pipeline.stage_costs import (
     completion_stages,
@@ -76,6 +84,7 @@ __all__ = [
     "apply_token_request",
     "complete_plan",
     "completion_stages",
+    "dequantization_json",
     "effective_token_request",
     "effort_costs",
     "file_decisions",

@@ -17,7 +17,7 @@ from snpc.passes.slicing import Cuts
 from snpc.pipeline.candidate import PrunedModel
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.io import atomic_write
-from snpc.types import ClosedFormKind, FloatArray, Quality, Verdict
+from snpc.types import ClosedFormKind, FloatArray, Model, Quality, Verdict
 
 
 def json_report(result: PrunedModel) -> dict[str, Any]:
@@ -29,23 +29,39 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
     }
     return {
         "snpc_report": 1,
-        "model": str(plan.analysis.model.path),
+        "model": str(plan.analysis.model.source),
         "output": str(result.path),
         "digest": plan.analysis.model.digest,
         "method": plan.method,
         "criterion": plan.criterion,
+        "dequantized": dequantization_json(plan.analysis.model),
         "metric": {output or "all": metric.name for output, metric in plan.analysis.metrics.items()} or None,
         "options": dict(plan.options),
         "calibration": calibration_json(result),
         "sampled_rows": [asdict(rows) for rows in result.sampled_rows],
         "search": asdict(result.search) if result.search else None,
         **both,
+        "cache_bytes_per_token": dict(zip(("before", "after"), result.cache_bytes, strict=True)),
         "macs_at": dict(plan.analysis.dim_sizes),
         "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "groups": groups_json(plan, result.closed_forms),
         "pins": pins_json(plan.analysis),
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
+    }
+
+
+def dequantization_json(model: Model) -> dict[str, Any] | None:
+    """How the float model was made of a quantized file; None where it was float."""
+    record = model.dequantization
+    if record is None:
+        return None
+    return {
+        "source": str(record.source),
+        "replaced": dict(record.replaced),
+        "left": dict(record.left),
+        "compared": record.compared,
+        "drift": [asdict(difference) for difference in record.differences],
     }
 
 
@@ -170,8 +186,10 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         )
     return {
         "snpc_inspect": 1,
-        "model": str(analysis.model.path),
+        "model": str(analysis.model.source),
         "digest": analysis.model.digest,
+        "dequantized": dequantization_json(analysis.model),
+        "quantized": [asdict(entry) for entry in analysis.cost.quantized],
         "params": analysis.cost.params,
         "macs": analysis.cost.macs,
         "macs_not_counted": list(analysis.cost.not_counted),

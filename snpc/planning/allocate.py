@@ -11,6 +11,7 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes import Analysis
+from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.descent import AllocationPath, greedy_path, widths_within
 from snpc.planning.dimap import dimap_widths_at
@@ -50,6 +51,9 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     if of_roles and not named:
         raise UserError(f"{name}: --include/--exclude leave no group; `snpc inspect` lists their names")
     pins = sorted((p for g in named for p in g.pins), key=lambda p: p.kind == "norm") or list(analysis.pins)
+    quantization = describe_quantization(analysis.model, analysis.cost)
+    if quantization and is_mostly_quantized(analysis.cost):
+        raise UserError(f"{name}: nothing to prune in the roles {', '.join(budget.roles)}: {quantization}")
     why = f", for example {pins[0].tensor} axis {pins[0].axis}: {pins[0].reason} ({pins[0].operator})" if pins else ""
     roles = Counter(g.role for g in analysis.groups if g.prunable and g.size > 1 and g.role not in budget.roles)
     others = f"; there are {' and '.join(f'{n} of {role}' for role, n in roles.items())} (--roles)" if roles else ""

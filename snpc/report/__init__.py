@@ -31,10 +31,18 @@ from __future__ import annotations
 
 from snpc.report.format import describe_method, format_count, format_share
 from snpc.report.page import write_report
-from snpc.report.quality_text import drift_text, output_lines, quality_text, quality_warning, rewrite_text
+from snpc.report.quality_text import (
+    dequantization_text,
+    drift_text,
+    output_lines,
+    quality_text,
+    quality_warning,
+    rewrite_text,
+)
 from snpc.report.sweep_plot import write_sweep_plot
 
 __all__ = [
+    "dequantization_text",
     "describe_method",
     "drift_text",
     "format_count",

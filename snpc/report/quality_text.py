@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from snpc.types import Difference, Grade, Perplexity, Quality, Verdict
+from snpc.passes.quantization import operator_counts
+from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Verdict
 
 MEANINGS: dict[Grade, str] = {
     "good": "outputs are close to the original's",
@@ -25,6 +26,17 @@ def rewrite_text(verdict: Verdict) -> str:
     largest = max(d.relative for d in verdict.equals_mask)
     same = f"sliced equals masked to {largest:.1e} relative on {verdict.compared}"
     return f"rewrite: correct ({same}; {checks})"
+
+
+def dequantization_text(record: Dequantization) -> str:
+    """What became float, what did not, and how much that changed the outputs."""
+    text = f"dequantized {record.source.name}: {operator_counts(record.replaced)} became float"
+    if record.left:
+        text += f"; left quantized, as no rule fits: {operator_counts(record.left)}"
+    if not record.differences:
+        return f"{text}; outputs were not compared with the quantized model's ({record.compared})"
+    largest = max(difference.relative for difference in record.differences)
+    return f"{text}; outputs change by {largest:.2g} relative on {record.compared}"
 
 
 def quality_text(quality: Quality) -> str:

@@ -7,6 +7,7 @@ Files
   build             Building artifacts: cast or quantize a model, build it for a target, load the result and compare its
                     outputs.
   cast              Casting a model to fp16 or bf16, with float32 inputs and outputs; int8 goes to ``quantize``.
+  dequantize        The float model of a quantized file, written and compared with it.
   onnxruntime       Build target onnxruntime: the graph after its own optimizations, with further fusions where they are
                     faster.
   openvino          Build target OpenVINO: an IR (.xml and .bin).
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from snpc.targets.base import BuildOptions, BuildResult
 from snpc.targets.build import TARGETS, build, check_build, find_target, timed_artifact
+from snpc.targets.dequantize import dequantize
 from snpc.targets.preferred_widths import PreferredWidths, widths_for_target
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "PreferredWidths",
     "build",
     "check_build",
+    "dequantize",
     "find_target",
     "timed_artifact",
     "widths_for_target",

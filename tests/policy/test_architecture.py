@@ -33,7 +33,7 @@ LAYERS = (
 # levels, members of one row do not know each other.
 INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
     "passes": (
-        ("canonicalization", "propagation"),
+        ("canonicalization", "propagation", "quantization"),
         ("grouping", "fusion"),
         ("weights", "token_analysis"),
         ("slicing", "analyze"),

@@ -15,6 +15,7 @@ NAMES = {
     *("prune_folder", "PrunedFolder"),
     # before planning: inputs, tokens, statistics, scores
     *("random_calibration", "reduce_tokens", "score", "measure_statistics", "load_statistics", "save_statistics"),
+    *("dequantize",),
     *("solve_closed_forms", "make_slice_plan", "parse_target", "widths_for_target", "timed_artifact"),
     # plans as files
     *("complete_plan", "load_plan", "save_plan", "plan_from_json", "plan_to_json"),
@@ -22,7 +23,18 @@ NAMES = {
     *("save", "json_report", "write_report", "write_example"),
     # values
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
-    *("Difference", "Execution", "Group", "ImageOptions", "Model", "Pin", "PreferredWidths", "Probe", "PrunedModel"),
+    *(
+        "Dequantization",
+        "Difference",
+        "Execution",
+        "Group",
+        "ImageOptions",
+        "Model",
+        "Pin",
+        "PreferredWidths",
+        "Probe",
+        "PrunedModel",
+    ),
     *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TextOptions"),
     *("TimingProtocol", "UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors

@@ -126,7 +126,7 @@ class CalibrationArguments(ArgumentGroup):
             images=images,
             seed=self.seed,
             held_out=held_out,
-            text=self.text.load(analysis.model.path),
+            text=self.text.load(analysis.model.source),
         )
         self.images.print_format(calibration)
         self.text.print_format(calibration)

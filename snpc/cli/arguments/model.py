@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,7 +91,25 @@ class ModelArguments(ArgumentGroup):
 
 
 @dataclass(frozen=True)
-class PrunableModelArguments(ModelArguments):
+class QuantizedModelArguments(ModelArguments):
+    """The model, which may be quantized."""
+
+    dequantize: bool = option(
+        "--dequantize",
+        is_flag=True,
+        section="What to cut",
+        help="MODEL is quantized: take the float model that it stands for.",
+    )
+
+    def read(self, observer: PassObserver | None = None) -> snpc.Model:
+        """``observer``: called after each graph pass."""
+        if not self.dequantize:
+            return snpc.load(self.path, observer)
+        return snpc.dequantize(self.path, execution=snpc.Execution(observer=observer))
+
+
+@dataclass(frozen=True)
+class PrunableModelArguments(QuantizedModelArguments):
     """The model, and whether its caches may get narrower."""
 
     kv_cache: bool = option(
@@ -101,7 +120,7 @@ class PrunableModelArguments(ModelArguments):
     )
 
     def load(self) -> snpc.Analysis:
-        return load_and_analyze(self.path, self.at, kv_cache=self.kv_cache)
+        return analyze_loaded(self.read, self.at, kv_cache=self.kv_cache)
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,7 @@ class WatchedModelArguments(PrunableModelArguments):
 
     def load(self, observer: PassObserver | None = None) -> snpc.Analysis:
         """``observer``: called after each graph pass."""
-        return load_and_analyze(self.path, self.at, kv_cache=self.kv_cache, observer=observer)
+        return analyze_loaded(self.read, self.at, kv_cache=self.kv_cache, observer=observer)
 
 
 @dataclass(frozen=True)
@@ -128,25 +147,49 @@ class PrunedModelArguments(WatchedModelArguments):
         "copied.",
     )
 
+    keep_kv_cache: bool = option(
+        "--keep-kv-cache",
+        is_flag=True,
+        section="What to cut",
+        help="Of a folder with a genai_config.json: leave key/value caches as they are. Otherwise they get narrower, "
+        "and the configuration says their width.",
+    )
+
+    def of_folder(self, source: ModelFolder) -> PrunedModelArguments:
+        """The model of the folder in place of the folder."""
+        narrows = self.kv_cache or (source.says_cache_widths and not self.keep_kv_cache)
+        return replace(self, path=source.model_path, kv_cache=narrows)
+
     def folder(self) -> ModelFolder | None:
         """The contents of MODEL where it is a folder."""
+        if self.keep_kv_cache and self.kv_cache:
+            raise UserError("--keep-kv-cache and --prune-kv-cache say the opposite: give one of the two")
         if self.path.is_dir():
             return find_model_folder(self.path, self.file)
+        if self.keep_kv_cache:
+            raise UserError(
+                "--keep-kv-cache is for folders: caches of a file stay as they are without --prune-kv-cache"
+            )
         if self.file is not None:
             raise UserError(f"--file names a model of a folder, and {self.path} is none")
         return None
 
 
-def load_and_analyze(
-    path: Path,
+def load_and_analyze(path: Path, at: SizeArguments | None = None) -> snpc.Analysis:
+    """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
+    return analyze_loaded(partial(snpc.load, path), at)
+
+
+def analyze_loaded(
+    read: Callable[[PassObserver | None], snpc.Model],
     at: SizeArguments | None = None,
     *,
     kv_cache: bool = False,
     observer: PassObserver | None = None,
 ) -> snpc.Analysis:
-    """The analysis of the model in ``path``. UserError for a dimension that none of its inputs has."""
+    """The analysis of what ``read`` reads. UserError for a dimension that none of its inputs has."""
     with command_progress().stage("analysis", 2) as advance:
-        model = snpc.load(path, observer)
+        model = read(observer)
         advance(1)
         sizes = at.sizes(model.inputs) if at is not None else {}
         analysis = snpc.analyze(model, sizes, prune_kv_cache=kv_cache, observer=observer)

@@ -1,0 +1,186 @@
+"""Which float operator a node on quantized values stands for, and what its operands are.
+
+Inputs are those of the ONNX standard and of onnxruntime's page of contrib operators (github.com/microsoft/onnxruntime,
+folder docs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from snpc.ops import names
+from snpc.ops.quantization.arrays import dequantize_blocks, dequantize_table
+from snpc.ops.spec import MICROSOFT
+from snpc.types import AnyArray
+
+Attributes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An operand that is the float input ``data`` itself."""
+
+    data: int
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An operand that input ``data`` is the quantized form of. ``axis``: the one that a vector of scales belongs to;
+    ``block``: the attribute with the length of blocks that share a scale. ``scale`` None: whoever reads the output
+    multiplies by it."""
+
+    data: int
+    scale: int | None
+    zero_point: int
+    axis: int | str | Callable[[Attributes], int] = -1
+    block: str = ""
+
+    def axis_of(self, attributes: Attributes) -> int:
+        if callable(self.axis):
+            return self.axis(attributes)
+        return int(attributes.get(self.axis, 1)) if isinstance(self.axis, str) else self.axis
+
+
+@dataclass(frozen=True)
+class QuantizedBias:
+    """A vector of int32 whose scale is the product of two ``scales``, and of attribute ``alpha`` where there is one."""
+
+    data: int
+    scales: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A constant that ``unpack`` makes of the stored inputs (None: left out); None where it does not know them."""
+
+    inputs: tuple[int, ...]
+    unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray | None]
+
+
+Operand = Plain | Quantized | QuantizedBias | Packed
+
+
+@dataclass(frozen=True)
+class FloatForm:
+    """The float node that a node on quantized values stands for.
+
+    ``op`` None: the first operand itself. ``keep``: attributes that stay, by their names there. ``bias`` is added, or
+    is an operand of its own where ``adds_bias`` is False; ``output``: (scale, zero point) of the first output, which is
+    float where they are not given. ``sums``: the output is the integer sum, which its reader casts and scales.
+    ``condition``: whether attributes have this meaning.
+    """
+
+    op: str | None
+    operands: tuple[Operand, ...]
+    keep: Mapping[str, str] | None = None
+    bias: Operand | None = None
+    output: tuple[int, int] | None = None
+    domain: str = ""
+    sums: bool = False
+    adds_bias: bool = True
+    condition: Callable[[Attributes], bool] | None = None
+
+    def attributes(self, attributes: Attributes) -> dict[str, Any]:
+        keep = {name: name for name in attributes} if self.keep is None else self.keep
+        return {new: attributes[old] for old, new in keep.items() if old in attributes}
+
+
+def _pointwise(op: str, keep: tuple[str, ...] = ()) -> FloatForm:
+    return FloatForm(op, (Quantized(0, 1, 2),), {name: name for name in keep}, output=(3, 4))
+
+
+def _two_operands(op: str) -> FloatForm:
+    return FloatForm(op, (Quantized(0, 1, 2), Quantized(3, 4, 5)), {}, output=(6, 7))
+
+
+def _convolution() -> FloatForm:
+    operands = (Quantized(0, 1, 2), Quantized(3, 4, 5, axis=0))
+    bias = QuantizedBias(8, (1, 4))
+    return FloatForm("Conv", operands, bias=bias, output=(6, 7), adds_bias=False, condition=_channels_first)
+
+
+def _channels_first(attributes: Attributes) -> bool:
+    return not attributes.get("channels_last", 0)
+
+
+def _column_axis(attributes: Attributes) -> int:
+    return 0 if attributes.get("transB", 0) else 1
+
+
+def _softmax_of_one_axis(attributes: Attributes) -> bool:
+    return int(attributes.get("opset", 0)) >= 13
+
+
+def _not_prepacked(attributes: Attributes) -> bool:
+    return not attributes.get("weight_prepacked", 0)
+
+
+_BLOCKED = Quantized(0, 1, 2, axis="axis", block="block_size")
+_ATTENTION = (Quantized(0, 3, 6), Quantized(1, 4, 7), Plain(2), Plain(5), Plain(8))
+
+FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
+    ("", "DequantizeLinear"): FloatForm(None, (_BLOCKED,)),
+    ("", "QuantizeLinear"): FloatForm(None, (Plain(0),), output=(1, 2)),
+    (MICROSOFT, "DequantizeLinear"): FloatForm(None, (_BLOCKED,)),
+    (MICROSOFT, "QuantizeLinear"): FloatForm(None, (Plain(0),), output=(1, 2)),
+    ("", "MatMulInteger"): FloatForm(names.MATMUL, (Quantized(0, None, 2), Quantized(1, None, 3)), sums=True),
+    ("", "ConvInteger"): FloatForm("Conv", (Quantized(0, None, 2), Quantized(1, None, 3, axis=0)), sums=True),
+    ("", "QLinearMatMul"): _two_operands(names.MATMUL),
+    ("", "QLinearConv"): _convolution(),
+    (MICROSOFT, "QLinearConv"): _convolution(),
+    (MICROSOFT, "QGemm"): FloatForm(
+        names.GEMM,
+        (Quantized(0, 1, 2), Quantized(3, 4, 5, axis=_column_axis)),
+        bias=QuantizedBias(6, (1, 4)),
+        output=(7, 8),
+        adds_bias=False,
+    ),
+    (MICROSOFT, "MatMulIntegerToFloat"): FloatForm(
+        names.MATMUL, (Quantized(0, 2, 4), Quantized(1, 3, 5)), {}, bias=Plain(6)
+    ),
+    (MICROSOFT, "DynamicQuantizeMatMul"): FloatForm(names.MATMUL, (Plain(0), Quantized(1, 2, 3)), {}, bias=Plain(4)),
+    (MICROSOFT, "MatMulNBits"): FloatForm(
+        names.MATMUL,
+        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks)),
+        {},
+        bias=Plain(5),
+        condition=_not_prepacked,
+    ),
+    (MICROSOFT, "GatherBlockQuantized"): FloatForm(
+        names.GATHER, (Packed((0, 2, 3), dequantize_table), Plain(1)), {"gather_axis": "axis"}
+    ),
+    (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT),
+    (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),
+    (MICROSOFT, "QLinearMul"): _two_operands(names.MUL),
+    (MICROSOFT, "QLinearSigmoid"): _pointwise("Sigmoid"),
+    (MICROSOFT, "QLinearLeakyRelu"): _pointwise("LeakyRelu", ("alpha",)),
+    (MICROSOFT, "QLinearSoftmax"): FloatForm(
+        names.SOFTMAX, (Quantized(0, 1, 2),), {"axis": "axis"}, output=(3, 4), condition=_softmax_of_one_axis
+    ),
+    (MICROSOFT, "QLinearGlobalAveragePool"): FloatForm(
+        "GlobalAveragePool", (Quantized(0, 1, 2),), {}, output=(3, 4), condition=_channels_first
+    ),
+}
+
+DYNAMIC_QUANTIZERS = {("", "DynamicQuantizeLinear")}
+"""Their outputs: the quantized input, its scale and its zero point, computed from the input."""
+
+COMMUTING = {("", "MaxPool")}
+"""Beside movement: operators that do the same to quantized values of one scale as to the values themselves."""
+
+NOT_NEGATIVE = {("", name) for name in ("Relu", "Softmax", "Sigmoid", "HardSigmoid", "Exp", "Abs", "Sqrt", "Softplus")}
+"""Operators whose outputs are never below zero."""
+
+_SIGN_KEEPERS = (
+    *("Add", "Mul", "Div", "Max", "Cast", "Dropout"),
+    *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
+)
+KEEPS_SIGN = {("", name) for name in _SIGN_KEEPERS}
+"""Operators whose outputs are not below zero where none of their float inputs are."""
+
+
+def float_form(domain: str, op: str) -> FloatForm | None:
+    """None: no rule says which float node it stands for."""
+    return FLOAT_FORMS.get((domain, op))

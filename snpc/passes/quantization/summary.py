@@ -1,0 +1,34 @@
+"""What is quantized in a file, in words, and what to do about it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+
+from snpc.types import Cost, Model
+
+MOSTLY = 0.5  # of the weights: from here on pins tell of quantized nodes only
+
+
+def is_mostly_quantized(cost: Cost) -> bool:
+    """Whether what cannot be pruned is so because of quantized weights."""
+    return cost.quantized_params >= MOSTLY * max(cost.params, 1)
+
+
+def operator_counts(counts: Mapping[str, int]) -> str:
+    """``14 MatMulNBits, 1 GatherBlockQuantized``."""
+    return ", ".join(f"{number} {op}" for op, number in Counter(counts).most_common())
+
+
+def describe_quantization(model: Model, cost: Cost) -> str:
+    """How many of the weights are quantized, in which forms, and which command makes them float; "" where none are."""
+    if not cost.quantized:
+        return ""
+    forms = [entry.form for entry in sorted(cost.quantized, key=lambda entry: -entry.params)]
+    named = "; ".join(forms[:3]) + ("; ..." if len(forms) > 3 else "")
+    file = shlex.quote(str(model.path))
+    return (
+        f"{100 * cost.quantized_params / cost.params:.0f} % of the weights are quantized ({named}): prune their float "
+        f"model with --dequantize, or write it: snpc dequantize {file} -o float.onnx"
+    )

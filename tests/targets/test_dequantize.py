@@ -1,0 +1,112 @@
+"""``snpc.dequantize`` and ``--dequantize``: the float model is written, compared, and pruned as any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+import snpc
+from snpc.passes.quantization.dequantize import quantized_operators
+from tests.command_line import VIT, invoke
+from tests.models.exports import export, load_feeds
+from tests.models.quantized import FORMS
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    path = tmp_path / "q.onnx"
+    FORMS["int4_blocks_and_table"](export("llama__dyn20"), path, {})
+    return path
+
+
+def test_the_model_lives_in_a_temporary_file_without_a_path(quantized: Path, tmp_path: Path) -> None:
+    before = quantized.read_bytes()
+    model = snpc.dequantize(quantized)
+    assert model.path != quantized
+    assert model.source == quantized
+    assert snpc.load(snpc.dequantize(quantized, tmp_path / "float.onnx").path).digest == model.digest
+    assert quantized.read_bytes() == before
+    folder = model.path.parent
+    del model
+    assert not folder.exists()
+
+
+def test_what_was_done_is_recorded(quantized: Path) -> None:
+    record = snpc.dequantize(quantized).dequantization
+    assert record is not None
+    assert record.replaced == {"MatMulNBits": 15, "GatherBlockQuantized": 1}
+    assert record.compared == "random inputs"
+    assert [d.output for d in record.differences] == ["logits"]
+    assert max(d.relative for d in record.differences) < 1e-5
+
+
+def test_it_is_compared_on_the_data(quantized: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **load_feeds("llama__dyn20"))
+    data = snpc.load_calibration(tmp_path / "data.npz", snpc.load(quantized).inputs)
+    record = snpc.dequantize(quantized, calibration=data).dequantization
+    assert record is not None
+    assert "data.npz" in record.compared
+
+
+def test_external_weights_stay_external(quantized: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.onnx"
+    onnx.save(onnx.load(quantized), outside, save_as_external_data=True, location="weights.bin", size_threshold=1024)
+    model = snpc.dequantize(outside, tmp_path / "float.onnx")
+    assert model.external
+    assert model.dequantization is not None
+    assert max(d.relative for d in model.dequantization.differences) < 1e-5
+
+
+def test_models_in_memory(quantized: Path) -> None:
+    result = snpc.prune(onnx.load(quantized), ratio=0.3, method="select", criterion="magnitude", dequantize=True)
+    assert isinstance(result.model, onnx.ModelProto)
+    assert result.after.params < 0.85 * result.before.params
+
+
+def test_float_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(snpc.UserError, match="nothing in it is quantized"):
+        snpc.dequantize(VIT)
+    assert "nothing in it is quantized" in invoke("prune", VIT, "--dequantize", "--ratio", 0.3, code=2).stderr
+
+
+def test_what_no_rule_knows_is_said(quantized: Path, tmp_path: Path) -> None:
+    """A second product, of random weights packed in a way that no rule knows."""
+    model = onnx.load(quantized)
+    (node,) = [n for n in model.graph.node if n.op_type == "MatMulNBits"][-1:]
+    node.attribute.append(helper.make_attribute("weight_prepacked", 1))
+    onnx.save(model, tmp_path / "other.onnx")
+    record = snpc.dequantize(tmp_path / "other.onnx").dequantization
+    assert record is not None
+    assert record.left == {"MatMulNBits": 1}
+    shown = invoke("inspect", tmp_path / "other.onnx", "--dequantize").stdout
+    assert "left quantized, as no rule fits: 1 MatMulNBits" in shown
+
+
+def test_the_command_writes_the_float_model(quantized: Path, tmp_path: Path) -> None:
+    output = tmp_path / "float.onnx"
+    shown = invoke("dequantize", quantized, "-o", output, "--json", tmp_path / "r.json").stdout
+    assert "dequantized q.onnx: 15 MatMulNBits, 1 GatherBlockQuantized became float" in shown
+    assert json.loads((tmp_path / "r.json").read_text())["replaced"]["MatMulNBits"] == 15
+    assert not quantized_operators(snpc.load(output).graph)
+    assert "is the input itself" in invoke("dequantize", quantized, "-o", quantized, code=2).stderr
+
+
+def test_prune_plan_and_apply_agree(quantized: Path, tmp_path: Path) -> None:
+    """One step and two give the file that pruning the written float model gives."""
+    amount = ("--ratio", 0.3, "--method", "select", "--criterion", "magnitude")
+    report = invoke("prune", quantized, "--dequantize", *amount, "-o", tmp_path / "a.onnx", "--json", "-").stdout
+    invoke("plan", quantized, "--dequantize", *amount, "-o", tmp_path / "p.json")
+    invoke("apply", quantized, tmp_path / "p.json", "--dequantize", "-o", tmp_path / "b.onnx")
+    invoke("dequantize", quantized, "-o", tmp_path / "float.onnx")
+    invoke("prune", tmp_path / "float.onnx", *amount, "-o", tmp_path / "c.onnx")
+    written = {(tmp_path / f"{name}.onnx").read_bytes() for name in "abc"}
+    assert len(written) == 1
+    found = json.loads(report)
+    assert found["model"] == str(quantized)
+    assert found["dequantized"]["replaced"] == {"MatMulNBits": 15, "GatherBlockQuantized": 1}
+    assert found["params"]["after"] < 0.85 * found["params"]["before"]
