@@ -150,9 +150,9 @@ class TokenArguments(ArgumentGroup):
         metavar="METHOD:N[@BLOCKS]|auto|none",
         help="Drop or merge tokens; without --ratio, --target, --max-drift or --max-ppl cut no widths. merge:13: 13 "
         "fewer at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, "
-        "adaptive:0.9 (per input, as many as carry 90 % of the attention). Join several with +. auto: choose the method and the "
-        "counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need --calib.  [default: "
-        "auto for such a target with --calib, where tokens can get fewer, else none]",
+        "adaptive:0.9 (per input, as many as carry 90 % of the attention). Join several with +. auto: choose the "
+        "method and the counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need "
+        "--calib.  [default: auto for such a target with --calib, where tokens can get fewer, else none]",
     )
 
     @property
