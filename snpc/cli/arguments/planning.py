@@ -224,8 +224,8 @@ class PlanningArguments(ArgumentGroup):
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""
         selection, amount = self.selection, self.amount
-        given = {"--ratio": amount.ratio, "--max-drift": amount.max_drift, "--max-ppl": amount.max_ppl}
-        for flag, value in given.items():
+        amounts = {"--ratio": amount.ratio, "--max-drift": amount.max_drift, "--max-ppl": amount.max_ppl}
+        for flag, value in amounts.items():
             if value is not None:
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")
         for flag, given in (
