@@ -89,7 +89,7 @@ def output_place(
         return
     target = output or source.path.resolve().with_name(f"{source.path.resolve().name}-pruned")
     with open_output_folder(source, target) as folder:
-        yield replace(model, path=source.model_path), OutputPlace(folder.model_path, folder)
+        yield model.of_folder(source), OutputPlace(folder.model_path, folder)
 
 
 @command("prune")
@@ -110,6 +110,8 @@ def prune_command(
     observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
     stopwatch = Stopwatch(execution.progress)
+    if output.dry_run:
+        planning.check_predictable()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     with output_place(model, output.output) as (model, place):

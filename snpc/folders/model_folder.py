@@ -39,6 +39,11 @@ class ModelFolder:
     def model_path(self) -> Path:
         return self.path / self.model
 
+    @property
+    def says_cache_widths(self) -> bool:
+        """Does the runtime read the width of caches from the folder, so that they may get narrower?"""
+        return (self.path / GENAI_CONFIG).is_file()
+
 
 def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
     """The contents of ``path``. ``file``: the model that is cut, by its path in the folder; None: the one that

@@ -29,10 +29,14 @@ def prune_folder(
     that say its widths, tokenizer, other models.
 
     ``file``: the model that is cut, by its path in the folder; None: the one that genai_config.json names, or the only
-    one. Everything else is as in ``prune``. Raises UserError where there are several models and none is named, and
-    where ``path`` is not empty.
+    one. Everything else is as in ``prune``, but that caches may get narrower where the folder has a genai_config.json,
+    which says their width (``prune_kv_cache=False`` keeps them).
+
+    Raises UserError where there are several models and none is named, where another one has the same weights, and where
+    ``path`` is not empty.
     """
     source = find_model_folder(Path(folder), file)
+    options.setdefault("prune_kv_cache", source.says_cache_widths)
     with open_output_folder(source, Path(path)) as place:
         result = prune(
             source.model_path,

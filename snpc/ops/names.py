@@ -35,6 +35,7 @@ REDUCE_MAX = "ReduceMax"
 REDUCE_MEAN = "ReduceMean"
 REDUCE_SUM = "ReduceSum"
 RESHAPE = "Reshape"
+ROTARY_EMBEDDING = "RotaryEmbedding"  # com.microsoft
 SCATTER_ELEMENTS = "ScatterElements"
 SHAPE = "Shape"
 SLICE = "Slice"

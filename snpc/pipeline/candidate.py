@@ -21,6 +21,7 @@ from snpc.pipeline.verify import Reference, candidate_reference, verify_candidat
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import approximate_groups
+from snpc.runtime.evaluation import cache_bytes_per_token
 from snpc.runtime.execution import SILENT, Progress
 from snpc.runtime.io import (
     check_target,
@@ -62,11 +63,12 @@ class Stopwatch:
 class SearchResult:
     """Plans that were written and measured on the way to a limit.
 
-    ``kind`` "drift": change of the outputs, relative or by the user's metric; "latency": share of the dense model's
-    time, or ms. ``tried``: (predicted, measured) of each plan, in order.
+    ``kind`` "drift": change of the outputs, relative or by the user's metric; "perplexity": itself, or as a multiple of
+    the dense model's; "latency": share of the dense model's time, or ms. ``tried``: (predicted, measured) of each plan,
+    in order.
     """
 
-    kind: Literal["drift", "latency"]
+    kind: Literal["drift", "perplexity", "latency"]
     unit: str
     limit: float
     reached: float
@@ -93,6 +95,8 @@ class PrunedModel:
     """How a drift or a latency was met, where candidates had to be measured for it."""
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     data: Calibration | None = field(default=None, repr=False, compare=False)
+    cache_bytes: tuple[int, int] = (0, 0)
+    """Bytes of the key/value caches per token, before and after; 0 of a model without caches."""
     sampled_rows: tuple[SampledRows, ...] = ()
     """Where second moments are not from all rows of the calibration data."""
 
@@ -194,6 +198,7 @@ def publish_candidate(
         candidate.closed_forms,
         search,
         data=plan.calibration,
+        cache_bytes=(cache_bytes_per_token(analysis.model.inputs), cache_bytes_per_token(load(target).inputs)),
         sampled_rows=plan.statistics.sampled_rows if plan.statistics is not None else (),
     )
 

@@ -32,6 +32,7 @@ class BudgetOptions(TypedDict, total=False):
     ratio: float
     target: ResourceTarget | str
     max_drift: float
+    max_ppl: float | str
     roles: tuple[Role, ...]
     uniform: bool
     round_to: int
@@ -43,12 +44,14 @@ class BudgetOptions(TypedDict, total=False):
 
 
 class PruneOptions(BudgetOptions, total=False):
-    """The same, and how units are chosen and outputs judged: see ``plan``."""
+    """The same, how units are chosen and outputs judged (see ``plan``), and whether caches may get narrower (see
+    ``analyze``)."""
 
     method: PruningMethod | None
     criterion: str | None
     metric: MetricRequest | None
     effort: Effort
+    prune_kv_cache: bool
     dequantize: bool
 
 
@@ -67,24 +70,24 @@ def prune(
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads; of text, the tokenizer is the ``tokenizer.json`` beside the
-    model. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
-    many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
-    and calibration data and the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one
-    of ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
-    ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a
-    quantized one is pruned, see ``snpc.dequantize``.
+    model. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as many go as is best for a target in MACs or of
+    latency; "none": all stay. None is "auto" where there is such a target and calibration data and the model's tokens
+    can get fewer, else "none". ``options``: the fields of ``Budget``, one of ``ratio``, ``target``, ``max_drift`` and
+    ``max_ppl`` among them; with ``tokens`` alone no widths are cut. ``method``, ``criterion``, ``metric`` and
+    ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a quantized one is pruned, see
+    ``snpc.dequantize``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
-    effort = options.pop("effort", "normal")
+    effort, narrow_caches = options.pop("effort", "normal"), options.pop("prune_kv_cache", False)
     of_quantized = options.pop("dequantize", False)
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)
     loaded = dequantized(model, execution=execution) if of_quantized else load(model)
-    analysis = with_metrics(analyze(loaded), metric)
+    analysis = with_metrics(analyze(loaded, prune_kv_cache=narrow_caches), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs, text=TextOptions(find_tokenizer(loaded.source)))
     widths = PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None

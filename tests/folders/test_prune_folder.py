@@ -47,14 +47,30 @@ def test_widths_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_caches_get_the_width_that_the_configuration_says(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "llama", "decoder.onnx", {"genai_config.json": GENAI_CONFIG})
-    options = ("--uniform", "--prune-kv-cache", "--method", "select", "--criterion", "magnitude")
-    report = reported("prune", source, "--ratio", 0.5, "--roles", "qk,vo", *options, "-o", tmp_path / "half")
+    options = ("--ratio", 0.5, "--roles", "qk,vo", "--uniform", "--method", "select", "--criterion", "magnitude")
+    report = reported("prune", source, *options, "-o", tmp_path / "half")
     model = snpc.load(tmp_path / "half" / "decoder.onnx")
     (width,) = {spec.shape[3] for spec in model.inputs if "past" in spec.name}
     assert report["folder"]["changed"] == {"genai_config.json": [f"head_size 12 -> {width}"]}
     config = json.loads((tmp_path / "half" / "genai_config.json").read_text())
     assert config["model"]["decoder"]["head_size"] == width < 12
     assert config["search"] == GENAI_CONFIG["search"]
+    # two layers, keys and values, two heads, float32
+    assert report["cache_bytes_per_token"] == {"before": 2 * 2 * 2 * 12 * 4, "after": 2 * 2 * 2 * width * 4}
+    kept = snpc.prune_folder(source, tmp_path / "same", ratio=0.5, uniform=True, prune_kv_cache=False, **MAGNITUDE)
+    assert kept.model.cache_bytes == (2 * 2 * 2 * 12 * 4,) * 2
+    assert not kept.changed
+    invoke(
+        "prune", source, *options, "--keep-kv-cache", "-o", tmp_path / "other", code=2
+    )  # nothing else has these roles
+
+
+def test_caches_stay_where_no_configuration_says_their_width(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "llama")
+    found = snpc.prune_folder(source, tmp_path / "half", ratio=0.5, **MAGNITUDE)
+    assert found.model.cache_bytes[0] == found.model.cache_bytes[1] > 0
+    refused = invoke("prune", source / "model.onnx", "--ratio", 0.5, "--keep-kv-cache", code=2)
+    assert "--keep-kv-cache is for folders" in refused.stderr
 
 
 def test_the_default_name_and_folders_for_other_commands(tmp_path: Path) -> None:
@@ -62,6 +78,7 @@ def test_the_default_name_and_folders_for_other_commands(tmp_path: Path) -> None
     result = invoke("prune", source, "--ratio", 0.3, "--method", "select", "--criterion", "magnitude")
     assert (tmp_path / "llama-pruned" / "model.onnx").is_file()
     assert f"folder: {tmp_path / 'llama-pruned'}: " in result.stdout
+    assert "cache, bytes per token" in result.stdout
     assert "snpc-" not in result.stdout, "no name of a temporary folder"
     invoke("inspect", tmp_path / "llama-pruned")
     invoke("verify", source, tmp_path / "llama-pruned")

@@ -31,6 +31,7 @@ class BuilderDecoder:
     rotary: int = 32
     window: int = -1
     packed: bool = True
+    interleaved: bool = False
 
     def write(self, path: Path, seed: int = 0) -> Path:
         """Write the decoder with random weights."""
@@ -84,7 +85,8 @@ class BuilderDecoder:
 
     def layer(self, n: int) -> str:
         w = f"l{n}."
-        rotary, tables = ("do_rotary = 1, ", ", cosine, sine") if self.rotary else ("", "")
+        kind = f"do_rotary = 1, rotary_interleaved = {int(self.interleaved)}, "
+        rotary, tables = (kind, ", cosine, sine") if self.rotary else ("", "")
         products = (
             f'p{n} = MatMul (n{n}, "{w}qkv")'
             if self.packed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -147,10 +147,29 @@ class PrunedModelArguments(WatchedModelArguments):
         "copied.",
     )
 
+    keep_kv_cache: bool = option(
+        "--keep-kv-cache",
+        is_flag=True,
+        section="What to cut",
+        help="Of a folder with a genai_config.json: leave key/value caches as they are. Otherwise they get narrower, "
+        "and the configuration says their width.",
+    )
+
+    def of_folder(self, source: ModelFolder) -> PrunedModelArguments:
+        """The model of the folder in place of the folder."""
+        narrows = self.kv_cache or (source.says_cache_widths and not self.keep_kv_cache)
+        return replace(self, path=source.model_path, kv_cache=narrows)
+
     def folder(self) -> ModelFolder | None:
         """The contents of MODEL where it is a folder."""
+        if self.keep_kv_cache and self.kv_cache:
+            raise UserError("--keep-kv-cache and --prune-kv-cache say the opposite: give one of the two")
         if self.path.is_dir():
             return find_model_folder(self.path, self.file)
+        if self.keep_kv_cache:
+            raise UserError(
+                "--keep-kv-cache is for folders: caches of a file stay as they are without --prune-kv-cache"
+            )
         if self.file is not None:
             raise UserError(f"--file names a model of a folder, and {self.path} is none")
         return None

@@ -15,7 +15,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.weights.attention_operands import score_axes
+from snpc.passes.weights.attention_operands import ScoreAxes, score_axes
 from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights, closed_form_kinds, refusal_reasons
 from snpc.passes.weights.consumers import ConsumerWeight
 from snpc.passes.weights.edits import WeightEdits, WeightSlice, apply_edits, existing_bias
@@ -36,6 +36,7 @@ __all__ = [
     "LinearPath",
     "Normalization",
     "NotLinear",
+    "ScoreAxes",
     "WeightEdits",
     "WeightSlice",
     "affected_normalizations",

@@ -77,6 +77,8 @@ class ScoreAxes:
     key: tuple[int, ...]
     units: IntArray
     """[batch axes.., width]: the unit at each position of the query; size 1 on axes along which that does not vary."""
+    split_inside: bool = False
+    """Both operands are flat, and a fused node splits them into heads: axes are those inside."""
 
 
 def score_axes(product: Contraction, group: Group) -> ScoreAxes:
@@ -85,6 +87,9 @@ def score_axes(product: Contraction, group: Group) -> ScoreAxes:
     if probe is None or not any(p.tensor == product.right.name for p in group.probes):
         raise UnsupportedWeightForm("its activations cannot be measured")
     left, right, out = product.letters.left, product.letters.right, product.letters.out
+    if product.part and probe.units.ndim == 3:  # heads are split inside the node
+        heads, width_of_head = product.left.shape[1], product.left.shape[3]
+        return ScoreAxes((0, 1, 2, 3), (0, 1, 2, 3), probe.units.reshape(1, heads, width_of_head), True)
     width = [c for c in left if c in right and c not in out]
     batch = [c for c in left if c in right and c in out]
     tokens = [[c for c in side if c not in batch + width] for side in (left, right)]

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
-from snpc.runtime.evaluation.cached_decoding import cache_interface, cached_decoding_error
+from snpc.runtime.evaluation.cached_decoding import cache_bytes_per_token, cache_interface, cached_decoding_error
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
@@ -68,6 +68,7 @@ __all__ = [
     "Workload",
     "batch_differences",
     "bench",
+    "cache_bytes_per_token",
     "cache_interface",
     "cached_decoding_error",
     "check_structure",

@@ -73,6 +73,12 @@ def is_past(spec: TensorSpec) -> bool:
     )
 
 
+def cache_bytes_per_token(inputs: Sequence[TensorSpec]) -> int:
+    """Bytes that the caches of one sequence grow by with each token; 0 of a model without caches."""
+    sizes = [(spec.shape[1], spec.shape[3], spec.dtype.itemsize) for spec in inputs if is_past(spec)]
+    return sum(int(heads) * int(width) * size for heads, width, size in sizes)
+
+
 def present_names(past: str) -> Sequence[str]:
     """Names that exporters give to the output that continues a cache."""
     return tuple(past.replace(word, "present") for word in ("past_key_values", "past_key_value", "past"))

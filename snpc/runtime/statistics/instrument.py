@@ -128,6 +128,35 @@ class Instrument:
         counts = np.cumsum([0, heads, kv_heads, kv_heads]).tolist()
         return [self.node(op.MUL, [width, self.ints([n])]) for n in counts]
 
+    def fused_heads(self, node_name: str, name: str, part: int, heads: int) -> ir.Value:
+        """[batch, heads, tokens, width]: query (``part`` 0) or key of a fused node, as its product takes it: turned by
+        the rotary tables from position 0 on, key heads repeated to ``heads``. Past keys are not in it."""
+        flat = self.activation(name)
+        node = next(n for n in self.model.graph if n.name == node_name)
+        attributes = attribute_values(node)
+        own = int(attributes.get("kv_num_heads", attributes.get("q_num_heads", heads))) if part else heads
+        split = self.transpose(self.reshape(flat, 0, 0, own, -1), 0, 2, 1, 3)
+        rotary = ATTENTION_FORMS[node.domain, node.op_type].rotary
+        tables = [table for k in rotary if k < len(node.inputs) and (table := node.inputs[k]) is not None]
+        if attributes.get("do_rotary", 0) and len(tables) == 2:
+            split = self.rotated(split, tables, own, node)
+        repeated = np.repeat(np.arange(own), heads // own)
+        return split if own == heads else self.node(op.GATHER, [split, self.ints(repeated.tolist())], axis=1)
+
+    def rotated(self, split: ir.Value, tables: Sequence[ir.Value], heads: int, node: ir.Node) -> ir.Value:
+        """``split`` [batch, heads, tokens, width], turned as the fused ``node`` does it behind no past."""
+        self.count += 1
+        interleaved = int(attribute_values(node).get("rotary_interleaved", 0))
+        rotary = make_node(
+            op.ROTARY_EMBEDDING,
+            [split, self.ints([0]), *tables],
+            {"interleaved": interleaved, "num_heads": heads},
+            name=f"snpc_measure_{self.count}_rotary",
+            domain=node.domain,
+        )
+        self.model.graph.append(rotary)
+        return rotary.outputs[0]
+
     def biased_operand(self, form: AttentionForm, inputs: Sequence[ir.Value | None], part: int) -> ir.Value:
         """An input plus its part of the bias that the node adds to query, key and value."""
         bias = None if form.bias is None else inputs[form.bias]

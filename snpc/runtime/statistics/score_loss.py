@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from snpc.ops import names as op
 from snpc.passes.propagation import Contraction
-from snpc.passes.weights import score_axes
+from snpc.passes.weights import ScoreAxes, score_axes
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.types import Group
 
@@ -27,8 +27,8 @@ def score_loss_matrix(instrument: Instrument, product: Contraction, group: Group
     axes = score_axes(product, group)
     rank = len(axes.query)
     query, key = (
-        instrument.transpose(instrument.cast_float32(instrument.activation(name)), *permutation)
-        for name, permutation in ((product.left.name, axes.query), (product.right.name, axes.key))
+        instrument.transpose(instrument.cast_float32(score_operand(instrument, product, part, axes)), *permutation)
+        for part, permutation in enumerate((axes.query, axes.key))
     )
     query = instrument.zero_masked(query, operand_row_mask(instrument, product.left.name, axes.query))
     key = center_rows(instrument, key, operand_row_mask(instrument, product.right.name, axes.key))
@@ -52,6 +52,14 @@ def score_loss_matrix(instrument: Instrument, product: Contraction, group: Group
         op.MATMUL, [instrument.constant(heads_to_blocks), instrument.reshape(by_head, len(units), group.size**2)]
     )
     return instrument.reshape(by_block, group.blocks, group.size, group.size)
+
+
+def score_operand(instrument: Instrument, product: Contraction, part: int, axes: ScoreAxes) -> ir.Value:
+    """Query (``part`` 0) or key of a product; of a fused node split into heads and turned, as it is inside."""
+    side = (product.left, product.right)[part]
+    if not axes.split_inside:
+        return instrument.activation(side.name)
+    return instrument.fused_heads(str(product.node.name), side.name, part, product.left.shape[1])
 
 
 def last_axes_gram(instrument: Instrument, value: ir.Value, rank: int) -> ir.Value:
