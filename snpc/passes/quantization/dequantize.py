@@ -30,6 +30,7 @@ from snpc.ops import (
     is_quantized_operator,
 )
 from snpc.passes.quantization.float_values import FloatValues, NoFloatForm, Scaling, same_contents, stored
+from snpc.passes.quantization.moved_constants import fold_moved_constants
 from snpc.types import AnyArray
 
 
@@ -37,6 +38,7 @@ class Dequantize(ir.passes.InPlacePass):
     """Make every node on quantized values that a rule knows a float node; drop what nobody reads then."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        fold_moved_constants(model)
         values, modified = FloatValues(model.graph), False
         for node in list(model.graph):
             try:

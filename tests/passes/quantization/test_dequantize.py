@@ -304,6 +304,32 @@ def test_a_table_with_two_readers_stays_one(tmp_path: Path) -> None:
     assert snpc.analyze(model).cost.params == snpc.analyze(snpc.load(source)).cost.params
 
 
+def test_a_table_that_shares_the_weight_of_the_last_layer(tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder writes tied embeddings: one constant, laid out anew for the table."""
+    rng = np.random.default_rng(7)
+    held = {
+        "w": rng.integers(0, 256, (11, 2, 16), dtype=np.uint8),
+        "s": rng.uniform(0.5, 1.5, 22).astype(np.float32),
+        "rows": np.array([11, 32]),
+        "blocks": np.array([11, 2]),
+    }
+    sizes = {"K": 64, "N": 11, "bits": 4, "block_size": 32}
+    look_up = {"gather_axis": 0, "quantize_axis": 1, "block_size": 32, "bits": 4}
+    nodes = [
+        helper.make_node("Reshape", ["w", "rows"], ["table"]),
+        helper.make_node("Reshape", ["s", "blocks"], ["scales"]),
+        helper.make_node("GatherBlockQuantized", ["table", "ids", "scales"], ["h"], domain=MICROSOFT, **look_up),
+        helper.make_node("MatMulNBits", ["h", "w", "s"], ["y"], domain=MICROSOFT, **sizes),
+    ]
+    path, feeds = graph_of(nodes, {"ids": [5]}, held, tmp_path / "m.onnx"), {"ids": np.array([3, 1, 4, 1, 10])}
+    assert snpc.analyze(snpc.load(path)).cost.params == 11 * 64
+    model = snpc.dequantize(path, tmp_path / "float.onnx")
+    assert model.dequantization is not None
+    assert model.dequantization.left == {}
+    floats, quantized = (outputs_of(p, feeds)[0] for p in (tmp_path / "float.onnx", path))
+    np.testing.assert_allclose(floats, quantized, rtol=1e-5, atol=1e-5 * float(np.abs(quantized).max()))
+
+
 def test_values_of_another_scale_stay_quantized(tmp_path: Path) -> None:
     """Bytes that are read with another scale than they were written with are multiplied; no rule says so."""
     held = {"s": np.float32(0.1), "t": np.float32(0.2), "z": np.uint8(0)}
