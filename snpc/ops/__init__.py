@@ -96,6 +96,7 @@ from snpc.ops.pointwise import pointwise_entries
 from snpc.ops.quantization import (
     COMMUTING,
     DYNAMIC_QUANTIZERS,
+    FILLING,
     KEEPS_SIGN,
     NOT_NEGATIVE,
     FloatForm,
@@ -129,6 +130,7 @@ __all__ = [
     "EINSUM",
     "EQUAL",
     "EXPAND",
+    "FILLING",
     "GATHER",
     "GATHER_ND",
     "GEMM",

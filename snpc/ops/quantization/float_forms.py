@@ -81,6 +81,15 @@ class FloatForm:
     sums: bool = False
     adds_bias: bool = True
     condition: Callable[[Attributes], bool] | None = None
+    repeated: bool = False
+    """The last operand stands for one after each three inputs, as many as there are."""
+
+    def operands_of(self, inputs: int) -> tuple[Operand, ...]:
+        """The operands of a node with so many inputs."""
+        last = self.operands[-1]
+        if not self.repeated or not isinstance(last, Quantized):
+            return self.operands
+        return tuple(Quantized(k, k + 1, k + 2) for k in range(last.data, inputs, 3))
 
     def attributes(self, attributes: Attributes) -> dict[str, Any]:
         keep = {name: name for name in attributes} if self.keep is None else self.keep
@@ -154,6 +163,7 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
     (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT),
     (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),
     (MICROSOFT, "QLinearMul"): _two_operands(names.MUL),
+    (MICROSOFT, "QLinearConcat"): FloatForm(names.CONCAT, (Quantized(2, 3, 4),), output=(0, 1), repeated=True),
     (MICROSOFT, "QLinearSigmoid"): _pointwise("Sigmoid"),
     (MICROSOFT, "QLinearLeakyRelu"): _pointwise("LeakyRelu", ("alpha",)),
     (MICROSOFT, "QLinearSoftmax"): FloatForm(
@@ -167,15 +177,19 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
 DYNAMIC_QUANTIZERS = {("", "DynamicQuantizeLinear")}
 """Their outputs: the quantized input, its scale and its zero point, computed from the input."""
 
-COMMUTING = {("", "MaxPool")}
-"""Beside movement: operators that do the same to quantized values of one scale as to the values themselves."""
+COMMUTING = {("", "MaxPool"), ("", "Resize")}
+"""Beside movement: operators that do the same to quantized values of one scale as to the values themselves, up to
+rounding."""
+
+FILLING = {("", "Pad")}
+"""Movement that fills in a number, which means another one among quantized values."""
 
 NOT_NEGATIVE = {("", name) for name in ("Relu", "Softmax", "Sigmoid", "HardSigmoid", "Exp", "Abs", "Sqrt", "Softplus")}
 """Operators whose outputs are never below zero."""
 
 _SIGN_KEEPERS = (
     *("Add", "Mul", "Div", "Max", "Cast", "Dropout"),
-    *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
 )
 KEEPS_SIGN = {("", name) for name in _SIGN_KEEPERS}
 """Operators whose outputs are not below zero where none of their float inputs are."""

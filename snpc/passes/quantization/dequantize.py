@@ -30,6 +30,7 @@ from snpc.ops import (
     is_quantized_operator,
 )
 from snpc.passes.quantization.float_values import FloatValues, NoFloatForm, Scaling, same_contents, stored
+from snpc.passes.quantization.moved_constants import fold_moved_constants
 from snpc.types import AnyArray
 
 
@@ -37,6 +38,7 @@ class Dequantize(ir.passes.InPlacePass):
     """Make every node on quantized values that a rule knows a float node; drop what nobody reads then."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        fold_moved_constants(model)
         values, modified = FloatValues(model.graph), False
         for node in list(model.graph):
             try:
@@ -78,7 +80,7 @@ def rewrite_node(values: FloatValues, node: ir.Node) -> bool:
         return False
     if form.sums:
         return rewrite_sum(values, node, form)
-    operands = [operand_value(values, node, operand) for operand in form.operands]
+    operands = [operand_value(values, node, operand) for operand in form.operands_of(len(node.inputs))]
     bias = None if form.bias is None else operand_value(values, node, form.bias)
     outputs = add_float_node(values, node, form, operands, bias)
     if form.output is not None:
@@ -107,7 +109,7 @@ def add_float_node(
         operands.pop()
     attributes = form.attributes(attribute_values(node))
     names = [values.name(out.name) for out in node.outputs]
-    made = make_node(form.op, operands, attributes, name=values.name(node.name), outputs=names, domain=form.domain)
+    made = make_node(form.op, operands, attributes, name=values.node_name(node), outputs=names, domain=form.domain)
     values.graph.insert_before(node, made)
     if bias is None or not form.adds_bias:
         return list(made.outputs)
@@ -190,7 +192,9 @@ def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir
     if weight is None or scales is None:
         raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
     shape = ir.Shape(contents().shape)
-    return values.constant((node.op_type, *tensors), contents, weight, ir.TensorType(scales.dtype), shape)
+    return values.constant(
+        (node.op_type, str(attributes), *tensors), contents, weight, ir.TensorType(scales.dtype), shape
+    )
 
 
 # -- integer sums ----------------------------------------------------------------------------------------------------
