@@ -247,11 +247,13 @@ class ChosenMetric:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of the next token, by the original (``before``) and the written file (``after``), over so many ``tokens``."""
+    """Of the next token, by the original (``before``) and the written file (``after``), over so many ``tokens``.
+    ``error``: standard error of the factor over samples; 0 where it is not known."""
 
     before: float
     after: float
     tokens: int
+    error: float = 0.0
 
     @property
     def factor(self) -> float:

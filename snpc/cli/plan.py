@@ -58,6 +58,7 @@ def plan_command(
 ) -> None:
     """Score MODEL and write a plan: small JSON that can be read and edited before `snpc apply`."""
     execution, path, typed = running.load(), output.output or model.sibling(".plan.json"), TypedCommand.current()
+    planning.check_predictable()
     analysis = planning.judging.apply(model.load())
     check_output_paths([path, statistics.save_stats], *model.files(), calibration.calib, *statistics.load_stats)
     data = calibration.load(analysis)

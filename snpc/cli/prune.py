@@ -110,6 +110,8 @@ def prune_command(
     observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
     stopwatch = Stopwatch(execution.progress)
+    if output.dry_run:
+        planning.check_predictable()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     with output_place(model, output.output) as (model, place):

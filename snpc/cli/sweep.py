@@ -161,7 +161,13 @@ def sweep_builder(arguments: SweepArguments, calibration: Calibration, execution
 def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibration: CalibrationArguments) -> None:
     """Refuse options of ``prune`` that a sweep sets itself, and options that lack what they need."""
     amount = planning.amount
-    for flag, value in (("--ratio", amount.ratio), ("--target", amount.target), ("--max-drift", amount.max_drift)):
+    given = {
+        "--ratio": amount.ratio,
+        "--target": amount.target,
+        "--max-drift": amount.max_drift,
+        "--max-ppl": amount.max_ppl,
+    }
+    for flag, value in given.items():
         if value is not None:
             raise UserError(f"{flag}: a sweep goes through --targets; leave it out")
     if planning.selection.criterion is not None:

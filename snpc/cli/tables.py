@@ -360,10 +360,10 @@ def print_result(result: PrunedModel) -> None:
 
 
 def note_if_predicted(plan: PruningPlan) -> None:
-    """Note that a drift or a latency is predicted, not measured."""
+    """Note that a drift, a perplexity or a latency is predicted, not measured."""
     budget = plan.budget
-    if budget is not None and (budget.max_drift is not None or budget.is_latency):
-        what = "drift" if budget.max_drift is not None else "latency"
+    if budget is not None and (budget.limits_quality or budget.is_latency):
+        what = "latency" if budget.is_latency else "drift" if budget.max_drift is not None else "perplexity"
         print_note(f"the {what} of this plan is predicted; `snpc prune` measures it and adjusts the plan")
 
 

@@ -28,9 +28,11 @@ from snpc.cli.arguments import (
 )
 from snpc.errors import CheckFailed, UserError
 from snpc.pipeline import completion_stages, verdict_json
+from snpc.planning import PerplexityLimit, parse_perplexity_limit
 from snpc.runtime.calibration import MAX_HELD_OUT
 from snpc.runtime.execution import announce
 from snpc.runtime.io import model_files
+from snpc.types import Perplexity
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class VerifyArguments(ArgumentGroup):
         "--max-drift",
         type=click.FloatRange(0),
         help="Fail if an output changes by more than this (relative RMS, or as --metric says).",
+    )
+    max_ppl: str | None = option(
+        "--max-ppl",
+        metavar="FACTORx|VALUE",
+        help="Fail if the perplexity of a language model is more than this: 1.1x is a factor on MODEL's.",
     )
 
 
@@ -66,6 +73,7 @@ def verify_command(
     if running.cluster is not None and arguments.plan_path is None:
         raise UserError("--cluster spreads the refit of a plan: give --plan too, or leave it out")
     pruned, execution = arguments.pruned, running.load()
+    limit = parse_perplexity_limit(arguments.max_ppl) if arguments.max_ppl is not None else None
     with execution.progress.stage("analysis", 1):
         loaded = snpc.load(model.path)
         sizes = model.at.sizes(loaded.inputs)
@@ -94,3 +102,14 @@ def verify_command(
     drift = verdict.quality.drift
     if arguments.max_drift is not None and not drift <= arguments.max_drift:
         raise CheckFailed(f"{pruned}: outputs moved by {drift:.3g}, more than --max-drift {arguments.max_drift:g}")
+    if limit is not None:
+        check_perplexity(pruned, verdict.quality.perplexity, limit)
+
+
+def check_perplexity(pruned: Path, found: Perplexity | None, limit: PerplexityLimit) -> None:
+    """Raise CheckFailed where the perplexity is above the limit, UserError where there is none."""
+    if found is None:
+        raise UserError("--max-ppl: no perplexity was measured: it takes a causal language model, and data in --calib")
+    if not found.factor <= limit.factor(found.before):
+        change = f"{found.after:.4g}, of the original {found.before:.4g}"
+        raise CheckFailed(f"{pruned}: the perplexity is {change}: more than --max-ppl {limit}")

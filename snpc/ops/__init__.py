@@ -97,6 +97,7 @@ from snpc.ops.pointwise import pointwise_entries
 from snpc.ops.quantization import (
     COMMUTING,
     DYNAMIC_QUANTIZERS,
+    FILLING,
     KEEPS_SIGN,
     NOT_NEGATIVE,
     FloatForm,
@@ -130,6 +131,7 @@ __all__ = [
     "EINSUM",
     "EQUAL",
     "EXPAND",
+    "FILLING",
     "GATHER",
     "GATHER_ND",
     "GEMM",

@@ -22,12 +22,13 @@ def apply(
     """Write the pruned model to ``path``, verified before it is renamed into place. None: nothing is left on disk;
     ``PrunedModel.model`` has the result.
 
-    Of a budget for a drift or a latency, the limit is measured on written candidates, and wider or narrower plans are
-    tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``. ``reference``: what the
-    original makes of the samples to verify on, where it was run for another plan (``candidate_reference``).
+    Of a budget for a drift, a perplexity or a latency, the limit is measured on written candidates, and wider or
+    narrower plans are tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``.
+    ``reference``: what the original makes of the samples to verify on, where it was run for another plan
+    (``candidate_reference``).
 
     Raises UserError where ``path`` cannot be written or a latency cannot be reached; CheckFailed where the written
-    model differs from the masked one, or where the smallest cut exceeds the drift. Then nothing is left at ``path``.
+    model differs from the masked one, or where the smallest cut exceeds the limit. Then nothing is left at ``path``.
     """
     stopwatch = stopwatch or Stopwatch(plan.execution.progress)
     if path is not None:
@@ -39,7 +40,7 @@ def apply(
 
 def apply_to_file(plan: PruningPlan, target: Path, stopwatch: Stopwatch, reference: Reference | None) -> PrunedModel:
     budget = plan.budget
-    if budget is not None and plan.scores is not None and (budget.is_latency or budget.max_drift is not None):
+    if budget is not None and plan.scores is not None and (budget.is_latency or budget.limits_quality):
         return search_plans(plan, budget, plan.scores, target, stopwatch, reference)
     with staging_folder_for(plan, target) as folder:
         candidate = write_candidate(plan, folder / target.name, stopwatch, reference)

@@ -63,11 +63,12 @@ class Stopwatch:
 class SearchResult:
     """Plans that were written and measured on the way to a limit.
 
-    ``kind`` "drift": change of the outputs, relative or by the user's metric; "latency": share of the dense model's
-    time, or ms. ``tried``: (predicted, measured) of each plan, in order.
+    ``kind`` "drift": change of the outputs, relative or by the user's metric; "perplexity": itself, or as a multiple of
+    the dense model's; "latency": share of the dense model's time, or ms. ``tried``: (predicted, measured) of each plan,
+    in order.
     """
 
-    kind: Literal["drift", "latency"]
+    kind: Literal["drift", "perplexity", "latency"]
     unit: str
     limit: float
     reached: float

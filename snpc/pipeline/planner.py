@@ -38,7 +38,7 @@ from snpc.planning import (
     token_reduction_in,
 )
 from snpc.runtime.batches import DenseValues
-from snpc.runtime.calibration import Calibration
+from snpc.runtime.calibration import Calibration, find_ids
 from snpc.runtime.closed_form import ClosedForms, residual_error_values, solve_closed_forms, using_algebra
 from snpc.runtime.evaluation import (
     MetricRequest,
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 FACTOR_BYTES = 256 << 20  # of the factors for trials that stay in memory; others are read from files when a trial asks
 DENSE_BYTES = 256 << 20  # of the dense model's values that stay in memory; they are read once
+
+NO_PERPLEXITY = "--max-ppl limits the perplexity of a causal language model"
 
 
 @dataclass(frozen=True)
@@ -326,8 +328,11 @@ def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequenc
 
 
 def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
-    if request.budget.max_drift is not None and calibration is None:
-        raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
+    if request.budget.limits_quality and calibration is None:
+        flag = "--max-drift" if request.budget.max_drift is not None else "--max-ppl"
+        raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
+    if request.budget.max_ppl is not None and calibration is not None and find_ids(calibration.inputs) is None:
+        raise UserError(f"{NO_PERPLEXITY}: no input of the model is known to take token ids; use --max-drift")
     if request.workload is not None and not request.budget.is_latency:
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
     check_effort(request, calibration)
@@ -338,9 +343,10 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
     budget, effort = request.budget, request.effort
     if effort not in get_args(Effort):
         raise UserError(f"effort {effort!r} is not one of {', '.join(get_args(Effort))}")
-    if effort == "quick" and budget.max_drift is not None:
+    if effort == "quick" and budget.limits_quality:
+        flag = "--max-drift" if budget.max_drift is not None else "--max-ppl"
         raise UserError(
-            "--effort quick measures no loss curves, which say how far --max-drift lets widths go: leave out one"
+            f"--effort quick measures no loss curves, which say how far {flag} lets widths go: leave out one"
         )
     if effort == "search":
         movable = budget.target is not None and not budget.is_latency
@@ -358,7 +364,7 @@ def needs_loss_curves(budget: Budget, method: PruningMethod, effort: Effort) -> 
     if effort == "quick":
         return False
     if budget.uniform or budget.allocator == "dimap":
-        return budget.max_drift is not None
+        return budget.limits_quality
     return method != "select" or budget.ratio is None
 
 

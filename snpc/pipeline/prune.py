@@ -32,6 +32,7 @@ class BudgetOptions(TypedDict, total=False):
     ratio: float
     target: ResourceTarget | str
     max_drift: float
+    max_ppl: float | str
     roles: tuple[Role, ...]
     uniform: bool
     round_to: int
@@ -69,12 +70,12 @@ def prune(
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads; of text, the tokenizer is the ``tokenizer.json`` beside the
-    model. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as
-    many go as is best for a target in MACs or of latency; "none": all stay. None is "auto" where there is such a target
-    and calibration data and the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one
-    of ``ratio``, ``target`` and ``max_drift`` among them; with ``tokens`` alone no widths are cut. ``method``,
-    ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a
-    quantized one is pruned, see ``snpc.dequantize``.
+    model. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as many go as is best for a target in MACs or of
+    latency; "none": all stay. None is "auto" where there is such a target and calibration data and the model's tokens
+    can get fewer, else "none". ``options``: the fields of ``Budget``, one of ``ratio``, ``target``, ``max_drift`` and
+    ``max_ppl`` among them; with ``tokens`` alone no widths are cut. ``method``, ``criterion``, ``metric`` and
+    ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a quantized one is pruned, see
+    ``snpc.dequantize``.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.

@@ -1,4 +1,4 @@
-"""Search for a plan that meets a drift or a latency: candidates along the allocation path are written and measured."""
+"""Search for a plan that meets a drift, a perplexity or a latency: candidates are written and measured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ from snpc.pipeline.candidate import (
     staging_folder_for,
     write_candidate,
 )
-from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.verify import Reference
-from snpc.planning import AllocationPath, Budget, UnitScores, allocation_path, predicted_drift, select_units
+from snpc.pipeline.planner import NO_PERPLEXITY, PruningPlan
+from snpc.pipeline.verify import Reference, candidate_reference
+from snpc.planning import (
+    AllocationPath,
+    Budget,
+    PerplexityLimit,
+    UnitScores,
+    allocation_path,
+    predicted_drift,
+    predicted_surprise,
+    select_units,
+)
 from snpc.runtime.evaluation import OutputMetrics, Workload, time_pair
 from snpc.runtime.execution import Advance, ignore_advance
 from snpc.temporary import temporary_folder
@@ -30,6 +39,7 @@ from snpc.types import FloatArray
 
 SEARCH_ROUNDS = 6
 DRIFT_LOG_MARGIN = math.log(1.1)  # a drift is met when it is at most this below the limit, as a ratio
+NO_GROWTH = 0.01  # of the growth that is allowed: what is below counts as nothing, since noise may be negative
 LATENCY_MARGIN = 0.03  # a latency when it is at most this share of the dense model's below
 
 
@@ -41,9 +51,12 @@ def search_plans(
     stopwatch: Stopwatch,
     reference: Reference | None = None,
 ) -> PrunedModel:
-    """Write the narrowest model within ``budget.max_drift``, or the widest within the latency. See ``apply``."""
+    """Write the narrowest model within ``budget.max_drift`` or ``budget.max_ppl``, or the widest within the latency.
+    See ``apply``."""
     with staging_folder_for(plan, target) as folder:
         search = PlanSearch(plan, budget, scores, target, stopwatch, folder, reference=reference)
+        if budget.max_ppl is not None:
+            return meet_perplexity(search, budget.max_ppl)
         return meet_latency(search) if budget.is_latency else meet_drift(search)
 
 
@@ -115,6 +128,52 @@ def meet_drift(search: PlanSearch) -> PrunedModel:
         )
     unit = OutputMetrics.of(search.plan.analysis).drift_unit
     return search.publish(SearchResult("drift", unit, limit, search.measured, tuple(search.tried)))
+
+
+def meet_perplexity(search: PlanSearch, limit: PerplexityLimit) -> PrunedModel:
+    """The narrowest model whose measured perplexity is within the limit. The original's is measured first."""
+    dense = dense_perplexity(search)
+    factor = limit.factor(dense)
+    if factor <= 1:
+        subject = f"{search.target}: the original's perplexity is {dense:.4g}"
+        raise CheckFailed(f"{subject}, not below --max-ppl {limit}; nothing was written")
+    path, scale = search_path(search), 1.0 if limit.relative else dense
+    allowed = math.log(factor)
+    predicted = np.log(np.maximum(predicted_surprise(path, search.scores)[1:] / allowed, NO_GROWTH))
+
+    def measure(index: int) -> float:
+        candidate = search.write(path, index + 1)
+        found = candidate.verdict.quality.perplexity
+        assert found is not None  # the original has one
+        guess = math.exp(allowed * math.exp(float(predicted[index])))
+        search.record(candidate, scale * guess, scale * found.factor, scale * factor)
+        return math.log(max(math.log(found.factor) / allowed, NO_GROWTH))
+
+    with search.plan.execution.progress.stage("search", SEARCH_ROUNDS) as advance:
+        bisect_on_prediction(predicted, 0.0, measure, DRIFT_LOG_MARGIN, advance)
+    if search.best is None:
+        least = min(value for _, value in search.tried)
+        reached = f"{least:.4g}" + ("x the original's" if limit.relative else "")
+        raise CheckFailed(
+            f"{search.target}: with the smallest cut the perplexity is {reached}, more than --max-ppl {limit}; nothing "
+            "was written"
+        )
+    unit = f"x the original's {dense:.4g}" if limit.relative else f"(the original's is {dense:.4g})"
+    return search.publish(SearchResult("perplexity", unit, limit.value, search.measured, tuple(search.tried)))
+
+
+def dense_perplexity(search: PlanSearch) -> float:
+    """Of the original, which is run here. UserError where it is no language model, or cannot be run."""
+    search.reference = search.reference or candidate_reference(search.plan)
+    if search.reference.not_run:
+        raise UserError("--max-ppl: the original cannot be run here, so no perplexity can be measured")
+    language = search.reference.metrics.language
+    if language is None:
+        raise UserError(
+            f"{NO_PERPLEXITY}: no output is logits [batch, tokens, vocabulary] that earlier tokens alone decide; use "
+            "--max-drift"
+        )
+    return language[1].perplexity
 
 
 def meet_latency(search: PlanSearch) -> PrunedModel:

@@ -134,7 +134,7 @@ def writing_stages(calibration: Calibration, request: PlanRequest | None) -> lis
     method = method_of(calibration, request) if request is not None else "select"
     fitted = [("layers", LAYERS_PASSES)] if method == "auto" else []
     stages = [*fitted, *verification_stages(calibration)]
-    if request is None or (request.budget.max_drift is None and not request.budget.is_latency):
+    if request is None or not (request.budget.limits_quality or request.budget.is_latency):
         return stages
     return [("search", SEARCH_CANDIDATES * sum(cost for _, cost in stages))]
 

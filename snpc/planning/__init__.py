@@ -22,6 +22,7 @@ from snpc.planning.allocate import (
     groups_to_prune,
     make_slice_plan,
     predicted_drift,
+    predicted_surprise,
     savings_by_width,
 )
 from snpc.planning.config import (
@@ -29,9 +30,11 @@ from snpc.planning.config import (
     Allocator,
     Budget,
     Effort,
+    PerplexityLimit,
     ResourceTarget,
     allowed_widths,
     parse_max_ratios,
+    parse_perplexity_limit,
     parse_target,
 )
 from snpc.planning.descent import AllocationPath
@@ -54,6 +57,7 @@ __all__ = [
     "Budget",
     "Effort",
     "LatencyCurves",
+    "PerplexityLimit",
     "PlanOutlook",
     "PruningMethod",
     "ResourceTarget",
@@ -68,11 +72,13 @@ __all__ = [
     "metric_texts",
     "metrics_in",
     "parse_max_ratios",
+    "parse_perplexity_limit",
     "parse_target",
     "plan_from_json",
     "plan_outlook",
     "plan_to_json",
     "predicted_drift",
+    "predicted_surprise",
     "prunes_kv_cache",
     "savings_by_width",
     "select_units",

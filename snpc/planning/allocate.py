@@ -25,6 +25,9 @@ from snpc.planning.tied_widths import (
 )
 from snpc.types import FloatArray, Group
 
+NATS_PER_CHANGE = 7.0  # of a language model: a change of 1 is as far as equal probabilities, log(50 000) less its own
+GUESSED_FACTOR = 1.1  # on the perplexity, where the dense model's is not known yet
+
 
 def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     """The prunable groups that the budget selects. Raises UserError where there are none, with the reason."""
@@ -73,6 +76,8 @@ def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget)
         return target_widths(groups, scores, budget)
     if budget.max_drift is not None:
         return drift_widths(groups, scores, budget)
+    if budget.max_ppl is not None:
+        return perplexity_widths(groups, scores, budget)
     if budget.uniform:
         return uniform_widths(groups, budget)
     ranked = groups_ranked_together(groups, budget.roles)
@@ -137,7 +142,7 @@ def check_reachable(budget: Budget, required: float, most: float, reachable: str
 def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> tuple[AllocationPath, FloatArray]:
     """The steps towards the budget's target, and [steps + 1] the savings after each: MACs, parameters, bytes or ms.
 
-    For ``max_drift`` the savings are MACs.
+    For ``max_drift`` and ``max_ppl`` the savings are MACs.
     """
     target = budget.target if budget.target is not None else ResourceTarget("macs", 0.0)
     savings = {g.id: savings_by_width(scores, g, target) for g in groups}
@@ -187,10 +192,29 @@ def drift_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) ->
 
 def predicted_drift(path: AllocationPath, scores: UnitScores) -> FloatArray:
     """[steps + 1]: drift of the outputs, the sum over groups as if they were independent."""
-    if any(g.id not in scores.curves for g in path.groups):
-        raise UserError("--max-drift needs calibration data, on which it is measured: give --calib")
-    drift: FloatArray = np.maximum(path.cumulative(scores.curves), 0.0) ** scores.drift_exponent
+    drift: FloatArray = predicted_change(path, scores, "--max-drift") ** scores.drift_exponent
     return drift
+
+
+def perplexity_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
+    """The narrowest widths at which the growth of the perplexity is predicted to be within ``max_ppl``. Of a limit that
+    is no factor it is a guess, for the first that is measured."""
+    path, _ = allocation_path(groups, scores, budget)
+    assert budget.max_ppl is not None
+    factor = budget.max_ppl.value if budget.max_ppl.relative else GUESSED_FACTOR
+    return path.widths_after(int(np.flatnonzero(predicted_surprise(path, scores) <= np.log(factor))[-1]))
+
+
+def predicted_surprise(path: AllocationPath, scores: UnitScores) -> FloatArray:
+    """[steps + 1]: nats by which the next token becomes less likely, roughly: whoever needs it right measures it."""
+    return NATS_PER_CHANGE * predicted_change(path, scores, "--max-ppl")
+
+
+def predicted_change(path: AllocationPath, scores: UnitScores, flag: str) -> FloatArray:
+    """[steps + 1]: change of the outputs, the sum over groups as if they were independent."""
+    if any(g.id not in scores.curves for g in path.groups):
+        raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
+    return np.maximum(path.cumulative(scores.curves), 0.0)
 
 
 def resource_use(analysis: Analysis, group: Group, target: ResourceTarget) -> float:

@@ -57,6 +57,41 @@ def parse_target(text: str) -> ResourceTarget:
     return ResourceTarget(kind, 1.0, share) if absolute else ResourceTarget(kind, share)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class PerplexityLimit:
+    """The largest perplexity of a language model: ``value`` itself, or so many times the dense model's where
+    ``relative``. Raises UserError where it allows no loss."""
+
+    value: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 < self.value < math.inf:
+            raise UserError(
+                f"--max-ppl {self}: is not above 1: it is a perplexity such as 25, or a factor on the dense model's "
+                "such as 1.1x"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.value:.12g}{'x' if self.relative else ''}"
+
+    def factor(self, dense: float) -> float:
+        """The limit as a multiple of the dense model's perplexity."""
+        return self.value if self.relative else self.value / dense
+
+
+def parse_perplexity_limit(text: str) -> PerplexityLimit:
+    """``1.1x``: a factor on the dense model's perplexity; ``25``: a perplexity. Raises UserError for any other text."""
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("x"))
+    except ValueError:
+        raise UserError(
+            f"--max-ppl {text!r}: must look like 1.1x, a factor on the dense model's perplexity, or like 25"
+        ) from None
+    return PerplexityLimit(value, number.endswith("x"))
+
+
 def parse_max_ratios(text: str) -> dict[str, float]:
     """``0.5`` for every role, or ``ffn=0.5,vo=0.3``: role -> the largest fraction of a group's units to remove.
 
@@ -80,10 +115,10 @@ def parse_max_ratios(text: str) -> dict[str, float]:
 class Budget:
     """How much to cut, and where.
 
-    One of three says how much. ``ratio``: the fraction of the units of every role that is removed, in [0, 1).
+    One of four says how much. ``ratio``: the fraction of the units of every role that is removed, in [0, 1).
     ``target``: the share of the dense model's MACs, parameters, bytes or latency that is left, cut first where the
     predicted loss is smallest. ``max_drift``: the largest relative root mean square change of an output; as much is cut
-    as stays within it.
+    as stays within it. ``max_ppl``: the same for the perplexity of a language model.
 
     ``roles``, ``include`` and ``exclude`` (regular expressions searched in group ids) choose the groups. Widths are
     multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``max_ratio``: role -> the
@@ -92,8 +127,9 @@ class Budget:
 
     ``allocator`` "dimap" derives the widths from the weights alone (``planning.dimap``).
 
-    ``target`` and ``max_ratio`` may be given as text ("macs=0.6", "latency=12ms"; "0.5", "ffn=0.5,vo=0.3"); they are
-    parsed here, and never again. Raises UserError for contradictory or malformed values.
+    ``target``, ``max_ratio`` and ``max_ppl`` may be given as text ("macs=0.6", "latency=12ms"; "0.5", "ffn=0.5,vo=0.3";
+    "1.1x", "25"); they are parsed here, and never again. ``max_ppl`` as a number is a perplexity. Raises UserError for
+    contradictory or malformed values.
     """
 
     ratio: float | None = None
@@ -107,20 +143,23 @@ class Budget:
     max_ratio: Mapping[str, float] | None = None
     max_drift: float | None = None
     allocator: Allocator = "loss"
+    max_ppl: PerplexityLimit | None = None
 
     def __post_init__(self) -> None:
-        if [self.ratio, self.target, self.max_drift].count(None) != 2:
+        if [self.ratio, self.target, self.max_drift, self.max_ppl].count(None) != 3:
             raise UserError(
-                "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X, one "
-                "of the three"
+                "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X or "
+                "--max-ppl X, one of the four"
             )
+        if isinstance(self.max_ppl, str | int | float):
+            object.__setattr__(self, "max_ppl", parse_perplexity_limit(str(self.max_ppl)))
         if isinstance(self.target, str):
             object.__setattr__(self, "target", parse_target(self.target))
         if isinstance(self.max_ratio, str):
             object.__setattr__(self, "max_ratio", parse_max_ratios(self.max_ratio))
         if self.target is not None and self.target.ms is None and not 0 < self.target.share <= 1:
             raise UserError(f"target {self.target}: is not a share of the dense model, in (0, 1]")
-        if self.allocator == "dimap" and (self.uniform or self.max_drift is not None or self.is_latency):
+        if self.allocator == "dimap" and (self.uniform or self.limits_quality or self.is_latency):
             raise UserError(
                 "--allocator dimap sets widths by weights alone: give --ratio, or --target macs=R, params=R or "
                 "bytes=R, without --uniform"
@@ -130,7 +169,7 @@ class Budget:
                 f"--max-drift {self.max_drift:g} is not above 0: it is a relative change of the outputs, such as 0.1"
             )
         if self.ratio is None and "head" in self.roles:
-            raise UserError("--target and --max-drift choose widths themselves: leave out the role head")
+            raise UserError("--target, --max-drift and --max-ppl choose widths themselves: leave out the role head")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(
                 f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"
@@ -149,6 +188,11 @@ class Budget:
                 raise UserError(f"{pattern!r} is not a regular expression ({error})") from None
 
     @property
+    def limits_quality(self) -> bool:
+        """Is as much to be cut as a drift or a perplexity allows, which has to be measured?"""
+        return self.max_drift is not None or self.max_ppl is not None
+
+    @property
     def is_latency(self) -> bool:
         """Is the target a latency, which has to be measured?"""
         return self.target is not None and self.target.kind == "latency"
@@ -158,6 +202,8 @@ class Budget:
         options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if self.target is not None:
             options["target"] = str(self.target)
+        if self.max_ppl is not None:
+            options["max_ppl"] = str(self.max_ppl)
         if self.max_ratio is not None:
             options["max_ratio"] = max_ratios_text(self.max_ratio)
         return options

@@ -63,7 +63,8 @@ def plan_outlook(
     # A latency and a drift are met by trial; what they take is told in MACs.
     kind = budget.target.kind if budget.target is not None and budget.target.kind != "latency" else "macs"
     target = ResourceTarget(kind, 1.0)
-    aim = replace(budget, ratio=None, max_drift=None, target=target, roles=tuple({g.role: None for g in measured}))
+    roles = tuple({g.role: None for g in measured})
+    aim = replace(budget, ratio=None, max_drift=None, max_ppl=None, target=target, roles=roles)
     saved = most = 0.0
     least = smallest_widths(measured, budget)
     for group in measured:

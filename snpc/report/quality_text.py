@@ -99,8 +99,9 @@ def drift_text(d: Difference) -> str:
 
 
 def perplexity_text(found: Perplexity) -> str:
-    """``perplexity: 3.58 before, 4.15 after (x 1.16), of 2032 tokens``"""
-    change = f"{found.before:.4g} before, {found.after:.4g} after (x {found.factor:.3g})"
+    """``perplexity: 3.58 before, 4.15 after (x 1.16 +- 0.02), of 2032 tokens``"""
+    error = f" +- {2 * found.error:.2g}" if found.error else ""
+    change = f"{found.before:.4g} before, {found.after:.4g} after (x {found.factor:.3g}{error})"
     return f"perplexity: {change}, of {found.tokens} tokens"
 
 

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snpc
+from snpc import Calibration, CheckFailed, UserError
 from snpc.pipeline import search as reach
 from snpc.pipeline.search import DRIFT_LOG_MARGIN, SEARCH_ROUNDS, bisect_on_prediction
 from snpc.planning.allocate import allocation_path, make_slice_plan, predicted_drift
@@ -29,6 +31,7 @@ from snpc.runtime.evaluation.latency import KEPT_SHARES, LatencyTable, TimedArti
 from snpc.types import FloatArray, Group, Role
 from tests.command_line import CALIB, VIT, invoke, reported
 from tests.models.groups import make_group
+from tests.models.language import Language, negative_log_likelihoods, write_language_folder
 from tests.oracle import analysis_of, feeds_of
 
 
@@ -171,7 +174,7 @@ def test_predicted_drift_adds_up_the_curves() -> None:
     "flags, words",
     [
         (("--max-drift", 0.1), "--max-drift needs calibration data"),
-        (("--max-drift", 0.1, "--ratio", 0.5), "one of the three"),
+        (("--max-drift", 0.1, "--ratio", 0.5), "one of the four"),
         (("--max-drift", 0, "--calib", CALIB), "is not above 0"),
         (("--max-drift", 0.1, "--roles", "head", "--calib", CALIB), "leave out the role head"),
         (("--target", "latency=0"), "must look like"),
@@ -381,3 +384,92 @@ def test_every_step_goes_down(shapes: list[tuple[Role, int, int]], uniform: bool
             assert not shares or max(shares) - min(shares) <= max(step / g.size for g in groups) + 1e-9
         before = after
     assert cast(Callable[[int], dict[str, int]], way.widths_after)(10**6) == before
+
+
+# -- perplexity ------------------------------------------------------------------------------------------------------
+
+SHARP = Language(cached=True, sharpness=3)
+
+
+@pytest.fixture(scope="module")
+def known_text() -> Calibration:
+    """Text that the model knows the distribution of, so that every cut makes it less likely; half of it held out."""
+    ids = SHARP.sample(128, 16)
+    return snpc.load_calibration({"input_ids": ids}, snpc.load(SHARP.model()).inputs, samples=64)
+
+
+def perplexity_of(model: onnx.ModelProto, calibration: Calibration) -> float:
+    assert calibration.held_out is not None
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    surprises = [
+        negative_log_likelihoods(session.run(["logits"], feeds)[0], feeds["input_ids"])
+        for feeds in calibration.held_out.batches()
+    ]
+    return float(np.exp(np.concatenate(surprises).mean()))
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_perplexity_is_within_the_limit_and_near_it(relative: bool, known_text: Calibration) -> None:
+    dense = perplexity_of(SHARP.model(), known_text)
+    limit = "1.1x" if relative else f"{1.1 * dense}"
+    result = snpc.prune(SHARP.model(), calibration=known_text, max_ppl=limit, roles=("ffn",))
+    assert isinstance(result.model, onnx.ModelProto)
+    factor = perplexity_of(result.model, known_text) / dense
+    assert 1.03 < factor <= 1.1
+    search = result.search
+    assert search is not None
+    assert (search.kind, len(search.tried) <= SEARCH_ROUNDS) == ("perplexity", True)
+    assert search.reached == pytest.approx(factor if relative else factor * dense, rel=1e-4)
+    assert result.after.macs < result.before.macs
+    assert result.plan.options["max_ppl"] == (limit if relative else f"{float(limit):.12g}")
+
+
+def test_a_perplexity_that_the_original_does_not_have(known_text: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match=r"the original's perplexity is .*, not below --max-ppl 1\.01; nothing was"):
+        snpc.prune(SHARP.model(), tmp_path / "cut.onnx", calibration=known_text, max_ppl=1.01)
+    with pytest.raises(CheckFailed, match=r"smallest cut the perplexity is .*x the original's, more than --max-ppl 1"):
+        snpc.prune(
+            SHARP.model(),
+            tmp_path / "cut.onnx",
+            calibration=known_text,
+            max_ppl="1.00001x",
+            method="select",
+            roles=("ffn",),
+            round_to=64,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_without_a_perplexity_have_no_limit_of_it(known_text: Calibration) -> None:
+    encoder = Language(cached=True, causal=False, sharpness=3).model()
+    with pytest.raises(UserError, match="the perplexity of a causal language model: no output is logits"):
+        snpc.prune(encoder, calibration=known_text, max_ppl="1.1x")
+    with pytest.raises(UserError, match="no input of the model is known to take token ids; use --max-drift"):
+        snpc.prune(VIT, calibration=CALIB, max_ppl="1.1x")
+    with pytest.raises(UserError, match="--max-ppl needs calibration data"):
+        snpc.prune(SHARP.model(), max_ppl="1.1x")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("1x", "not above 1"), ("0.9", "not above 1"), ("x", "must look like 1.1x"), ("9%", "must")]
+)
+def test_limits_that_make_no_sense(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Budget(max_ppl=text)  # type: ignore[arg-type]
+
+
+def test_perplexity_on_the_command_line(tmp_path: Path) -> None:
+    model, out = write_language_folder(tmp_path / "lm", SHARP), tmp_path / "cut.onnx"
+    np.savez(tmp_path / "ids.npz", input_ids=SHARP.sample(128, 16))
+    data = ("--calib", tmp_path / "ids.npz", "--calib-samples", 64)
+    run = invoke("prune", model, *data, "--max-ppl", "1.2x", "--roles", "ffn", "-o", out)
+    assert "perplexity: 1." in run.stdout
+    assert "x the original's" in run.stdout
+    run = invoke("plan", model, *data, "--max-ppl", "1.2x", "-o", tmp_path / "plan.json")
+    assert "the perplexity of this plan is predicted; `snpc prune` measures it" in run.stderr
+    for words in (("plan", "-o", tmp_path / "p.json"), ("prune", "--dry-run")):
+        run = invoke(words[0], model, *data, "--max-ppl", 4, *words[1:], code=2)
+        assert "--max-ppl 4: widths for it are found by measuring" in run.stderr
+    invoke("verify", model, out, *data, "--max-ppl", "1.3x")
+    assert "more than --max-ppl 1.001x" in invoke("verify", model, out, *data, "--max-ppl", "1.001x", code=1).stderr
+    assert "no perplexity was measured" in invoke("verify", model, out, "--max-ppl", "1.3x", code=2).stderr

@@ -7,7 +7,7 @@ from snpc.pipeline import PruningPlan
 from snpc.planning import PlanOutlook
 
 CALIBRATION_FLAGS = ("--calib", "--calibration-data")
-AMOUNT_FLAGS = ("--ratio", "--target", "--max-drift")
+AMOUNT_FLAGS = ("--ratio", "--target", "--max-drift", "--max-ppl")
 WIDTH_FLAGS = (
     "--roles", "--include", "--exclude", "--method", "--criterion", "--max-ratio", "--uniform", "--allocator",
     "--align", "--round-to", "--min-width",

@@ -15,7 +15,15 @@ from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
 from snpc.cli.tables import print_note, print_step
 from snpc.errors import UserError
 from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request, effective_token_request
-from snpc.planning import Allocator, Effort, PruningMethod, ResourceTarget, parse_max_ratios, parse_target
+from snpc.planning import (
+    Allocator,
+    Effort,
+    PruningMethod,
+    ResourceTarget,
+    parse_max_ratios,
+    parse_perplexity_limit,
+    parse_target,
+)
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
 from snpc.tokens import clamped_removals
@@ -99,6 +107,12 @@ class BudgetArguments(ArgumentGroup):
         help="Prune as far as possible while outputs change by at most this (relative RMS, or as --metric says), "
         "measured on the written model (needs --calib).",
     )
+    max_ppl: str | None = option(
+        "--max-ppl",
+        metavar="FACTORx|VALUE",
+        help="Prune as far as possible while the perplexity of a causal language model stays within this: 1.1x is a "
+        "factor on the dense model's, 25 a perplexity; measured on the written model (needs --calib).",
+    )
     uniform: bool = option(
         "--uniform", is_flag=True, help="Remove the same fraction of every group, instead of ranking across groups."
     )
@@ -117,7 +131,7 @@ class BudgetArguments(ArgumentGroup):
 
     @property
     def is_given(self) -> bool:
-        return (self.ratio, self.target, self.max_drift) != (None,) * 3
+        return (self.ratio, self.target, self.max_drift, self.max_ppl) != (None,) * 4
 
     @property
     def wants_latency(self) -> bool:
@@ -134,11 +148,11 @@ class TokenArguments(ArgumentGroup):
     tokens: str | None = option(
         "--tokens",
         metavar="METHOD:N[@BLOCKS]|auto|none",
-        help="Drop or merge tokens; without --ratio, --target or --max-drift cut no widths. merge:13: 13 fewer at "
-        "every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, adaptive:0.9 "
-        "(per input, as many as carry 90 % of the attention). Join several with +. auto: choose the method and the "
-        "counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need --calib.  [default: "
-        "auto for such a target with --calib, where tokens can get fewer, else none]",
+        help="Drop or merge tokens; without --ratio, --target, --max-drift or --max-ppl cut no widths. merge:13: 13 "
+        "fewer at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, "
+        "adaptive:0.9 (per input, as many as carry 90 % of the attention). Join several with +. auto: choose the "
+        "method and the counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need "
+        "--calib.  [default: auto for such a target with --calib, where tokens can get fewer, else none]",
     )
 
     @property
@@ -181,25 +195,37 @@ class PlanningArguments(ArgumentGroup):
             max_ratio=parse_max_ratios(selection.max_ratio) if selection.max_ratio is not None else None,
             max_drift=amount.max_drift,
             allocator=amount.allocator,
+            max_ppl=parse_perplexity_limit(amount.max_ppl) if amount.max_ppl is not None else None,
         )
+
+    def check_predictable(self) -> None:
+        """Refuse a limit that says nothing of widths before the original is run: a perplexity that is no factor."""
+        limit = self.amount.max_ppl
+        if limit is not None and not parse_perplexity_limit(limit).relative:
+            raise UserError(
+                f"--max-ppl {limit}: widths for it are found by measuring; let `snpc prune` write the model, or give a "
+                "factor on the dense model's perplexity, such as 1.1x"
+            )
 
     @property
     def cuts_widths(self) -> bool:
-        """Widths are cut by --ratio, --target or --max-drift, unless --roles none; a --tokens schedule alone cuts none.
+        """Widths are cut by --ratio, --target, --max-drift or --max-ppl, unless --roles none; a --tokens schedule alone
+        cuts none.
 
         Raises UserError where nothing says how much goes.
         """
         if self.selection.roles and not self.amount.is_given and self.reduction.schedule is None:
             raise UserError(
-                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R or --max-drift X for "
-                "widths, --tokens SCHEDULE for tokens alone"
+                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R, --max-drift X or "
+                "--max-ppl X for widths, --tokens SCHEDULE for tokens alone"
             )
         return bool(self.selection.roles) and self.amount.is_given
 
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""
         selection, amount = self.selection, self.amount
-        for flag, value in (("--ratio", amount.ratio), ("--max-drift", amount.max_drift)):
+        amounts = {"--ratio": amount.ratio, "--max-drift": amount.max_drift, "--max-ppl": amount.max_ppl}
+        for flag, value in amounts.items():
             if value is not None:
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")
         for flag, given in (

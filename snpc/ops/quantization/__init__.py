@@ -14,6 +14,7 @@ from snpc.ops.quantization.costs import COSTS, NCHWC, QuantizedCost, WeightCount
 from snpc.ops.quantization.float_forms import (
     COMMUTING,
     DYNAMIC_QUANTIZERS,
+    FILLING,
     KEEPS_SIGN,
     NOT_NEGATIVE,
     FloatForm,
@@ -29,6 +30,7 @@ __all__ = [
     "COMMUTING",
     "COSTS",
     "DYNAMIC_QUANTIZERS",
+    "FILLING",
     "KEEPS_SIGN",
     "NCHWC",
     "NOT_NEGATIVE",

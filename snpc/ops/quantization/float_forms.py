@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpc.ops import names
-from snpc.ops.quantization.arrays import dequantize_blocks, dequantize_table
+from snpc.ops.quantization.arrays import UNPACKED_BITS, dequantize_blocks, dequantize_table
+from snpc.ops.quantization.costs import unpacked_table_shape
 from snpc.ops.spec import MICROSOFT
-from snpc.types import AnyArray
+from snpc.types import AnyArray, Shape
 
 Attributes = Mapping[str, Any]
 
@@ -53,10 +54,14 @@ class QuantizedBias:
 
 @dataclass(frozen=True)
 class Packed:
-    """A constant that ``unpack`` makes of the stored inputs (None: left out); None where it does not know them."""
+    """A constant that ``unpack`` makes of the stored inputs, weight and scales first (None: left out).
+
+    ``shape``: of that constant, from the attributes, the stored shape of the weight, and the bits of its entries.
+    """
 
     inputs: tuple[int, ...]
-    unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray | None]
+    unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray]
+    shape: Callable[[Attributes, Shape, int], Shape]
 
 
 Operand = Plain | Quantized | QuantizedBias | Packed
@@ -81,6 +86,15 @@ class FloatForm:
     sums: bool = False
     adds_bias: bool = True
     condition: Callable[[Attributes], bool] | None = None
+    repeated: bool = False
+    """The last operand stands for one after each three inputs, as many as there are."""
+
+    def operands_of(self, inputs: int) -> tuple[Operand, ...]:
+        """The operands of a node with so many inputs."""
+        last = self.operands[-1]
+        if not self.repeated or not isinstance(last, Quantized):
+            return self.operands
+        return tuple(Quantized(k, k + 1, k + 2) for k in range(last.data, inputs, 3))
 
     def attributes(self, attributes: Attributes) -> dict[str, Any]:
         keep = {name: name for name in attributes} if self.keep is None else self.keep
@@ -113,8 +127,12 @@ def _softmax_of_one_axis(attributes: Attributes) -> bool:
     return int(attributes.get("opset", 0)) >= 13
 
 
-def _not_prepacked(attributes: Attributes) -> bool:
-    return not attributes.get("weight_prepacked", 0)
+def _fills_bytes(attributes: Attributes) -> bool:
+    return attributes.get("bits", 4) in UNPACKED_BITS and not attributes.get("weight_prepacked", 0)
+
+
+def _product_shape(attributes: Attributes, stored: Shape, bits: int) -> Shape:
+    return int(attributes["K"]), int(attributes["N"])
 
 
 _BLOCKED = Quantized(0, 1, 2, axis="axis", block="block_size")
@@ -143,17 +161,21 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
     (MICROSOFT, "DynamicQuantizeMatMul"): FloatForm(names.MATMUL, (Plain(0), Quantized(1, 2, 3)), {}, bias=Plain(4)),
     (MICROSOFT, "MatMulNBits"): FloatForm(
         names.MATMUL,
-        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks)),
+        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks, _product_shape)),
         {},
         bias=Plain(5),
-        condition=_not_prepacked,
+        condition=_fills_bytes,
     ),
     (MICROSOFT, "GatherBlockQuantized"): FloatForm(
-        names.GATHER, (Packed((0, 2, 3), dequantize_table), Plain(1)), {"gather_axis": "axis"}
+        names.GATHER,
+        (Packed((0, 2, 3), dequantize_table, unpacked_table_shape), Plain(1)),
+        {"gather_axis": "axis"},
+        condition=_fills_bytes,
     ),
     (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT),
     (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),
     (MICROSOFT, "QLinearMul"): _two_operands(names.MUL),
+    (MICROSOFT, "QLinearConcat"): FloatForm(names.CONCAT, (Quantized(2, 3, 4),), output=(0, 1), repeated=True),
     (MICROSOFT, "QLinearSigmoid"): _pointwise("Sigmoid"),
     (MICROSOFT, "QLinearLeakyRelu"): _pointwise("LeakyRelu", ("alpha",)),
     (MICROSOFT, "QLinearSoftmax"): FloatForm(
@@ -167,15 +189,19 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
 DYNAMIC_QUANTIZERS = {("", "DynamicQuantizeLinear")}
 """Their outputs: the quantized input, its scale and its zero point, computed from the input."""
 
-COMMUTING = {("", "MaxPool")}
-"""Beside movement: operators that do the same to quantized values of one scale as to the values themselves."""
+COMMUTING = {("", "MaxPool"), ("", "Resize")}
+"""Beside movement: operators that do the same to quantized values of one scale as to the values themselves, up to
+rounding."""
+
+FILLING = {("", "Pad")}
+"""Movement that fills in a number, which means another one among quantized values."""
 
 NOT_NEGATIVE = {("", name) for name in ("Relu", "Softmax", "Sigmoid", "HardSigmoid", "Exp", "Abs", "Sqrt", "Softplus")}
 """Operators whose outputs are never below zero."""
 
 _SIGN_KEEPERS = (
     *("Add", "Mul", "Div", "Max", "Cast", "Dropout"),
-    *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax"),
 )
 KEEPS_SIGN = {("", name) for name in _SIGN_KEEPERS}
 """Operators whose outputs are not below zero where none of their float inputs are."""

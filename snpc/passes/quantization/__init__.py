@@ -4,6 +4,9 @@ Files
   dequantize    Dequantization: nodes on quantized values become the float nodes that they stand for.
   float_values  The float values behind quantized ones: constants that are dequantized, and activations before they were
                 quantized.
+  moved_constants
+                Constants that are moved before a node on quantized values reads them: onnxruntime-genai's builder lays
+                the weight of the last layer out anew for the table of embeddings that shares it.
   not_negative  Which values are never below zero.
   summary       What is quantized in a file, in words, and what to do about it.
 """

@@ -13,7 +13,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph import GraphPass, add_constant, attribute_values, make_node, replace_value, run_library_pass
+from snpc.graph import (
+    GraphPass,
+    add_constant,
+    attribute_values,
+    make_node,
+    replace_value,
+    run_library_pass,
+    static_shape,
+)
 from snpc.ops import (
     ADD,
     CAST,
@@ -30,6 +38,7 @@ from snpc.ops import (
     is_quantized_operator,
 )
 from snpc.passes.quantization.float_values import FloatValues, NoFloatForm, Scaling, same_contents, stored
+from snpc.passes.quantization.moved_constants import fold_moved_constants
 from snpc.types import AnyArray
 
 
@@ -37,6 +46,7 @@ class Dequantize(ir.passes.InPlacePass):
     """Make every node on quantized values that a rule knows a float node; drop what nobody reads then."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
+        fold_moved_constants(model)
         values, modified = FloatValues(model.graph), False
         for node in list(model.graph):
             try:
@@ -78,7 +88,7 @@ def rewrite_node(values: FloatValues, node: ir.Node) -> bool:
         return False
     if form.sums:
         return rewrite_sum(values, node, form)
-    operands = [operand_value(values, node, operand) for operand in form.operands]
+    operands = [operand_value(values, node, operand) for operand in form.operands_of(len(node.inputs))]
     bias = None if form.bias is None else operand_value(values, node, form.bias)
     outputs = add_float_node(values, node, form, operands, bias)
     if form.output is not None:
@@ -107,7 +117,7 @@ def add_float_node(
         operands.pop()
     attributes = form.attributes(attribute_values(node))
     names = [values.name(out.name) for out in node.outputs]
-    made = make_node(form.op, operands, attributes, name=values.name(node.name), outputs=names, domain=form.domain)
+    made = make_node(form.op, operands, attributes, name=values.node_name(node), outputs=names, domain=form.domain)
     values.graph.insert_before(node, made)
     if bias is None or not form.adds_bias:
         return list(made.outputs)
@@ -178,19 +188,17 @@ def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir
     tensors = [stored(value) for value in inputs]
     if any(value is not None and tensor is None for value, tensor in zip(inputs, tensors, strict=True)):
         raise NoFloatForm(f"the weight of {node.name} is computed")
+    weight, packed, scales = inputs[0], tensors[0], tensors[1]
+    if weight is None or packed is None or scales is None:
+        raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
     attributes = attribute_values(node)
 
     def contents() -> AnyArray:
-        array = operand.unpack(attributes, tuple(None if t is None else t.numpy() for t in tensors))
-        if array is None:
-            raise NoFloatForm(f"{node.op_type} {node.name} is packed in a way that no rule knows")
-        return array
+        return operand.unpack(attributes, tuple(None if t is None else t.numpy() for t in tensors))
 
-    weight, scales = inputs[0], tensors[1]
-    if weight is None or scales is None:
-        raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
-    shape = ir.Shape(contents().shape)
-    return values.constant((node.op_type, *tensors), contents, weight, ir.TensorType(scales.dtype), shape)
+    shape = ir.Shape(operand.shape(attributes, static_shape(packed), packed.dtype.bitwidth))
+    key = (node.op_type, str(attributes), *tensors)
+    return values.constant(key, contents, weight, ir.TensorType(scales.dtype), shape)
 
 
 # -- integer sums ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import add_constant, copy_node, make_node, static_shape, unused_name
-from snpc.ops import CLIP, COMMUTING, dequantize_array, lookup
+from snpc.ops import CLIP, COMMUTING, FILLING, dequantize_array, lookup
 from snpc.passes.quantization.not_negative import is_never_negative
 from snpc.types import AnyArray
 
@@ -54,11 +54,25 @@ class FloatValues:
         self.constants: dict[tuple[object, ...], ir.Value] = {}
         self.names = {str(v.name) for node in graph for v in node.outputs} | set(graph.initializers)
         self.names |= {str(v.name) for v in graph.inputs}
+        self.node_names = {str(node.name) for node in graph}
 
     def name(self, old: str | None) -> str:
         """A free name for what ``old`` is the quantized form of."""
         name = unused_name(SUFFIXES.sub("", str(old)), self.names)
         self.names.add(name)
+        return name
+
+    def node_name(self, node: ir.Node) -> str:
+        """A free name for the node that ``node`` is the quantized form of: its own, which it gives up, where that does
+        not tell of quantization."""
+        old = str(node.name)
+        name = SUFFIXES.sub("", old)
+        if name == old:
+            node.name = unused_name(f"{old}_quantized", self.node_names)
+            self.node_names.add(str(node.name))
+            return old
+        name = unused_name(name, self.node_names)
+        self.node_names.add(name)
         return name
 
     def float_of(self, value: ir.Value, scaling: Scaling, before: ir.Node) -> ir.Value:
@@ -96,7 +110,7 @@ class FloatValues:
     ) -> ir.Value:
         """A float constant, computed each time it is read: a large model in float need not fit into memory. ``key``:
         what it is made of, the same for equal constants; ``like``: what it is named after."""
-        identity = tuple(part if isinstance(part, int) else id(part) for part in key)
+        identity = tuple(part if isinstance(part, int | str) else id(part) for part in key)
         if identity not in self.constants:
             name = self.name(like.name)
             tensor = ir.LazyTensor(lambda: ir.Tensor(contents(), dtype=kind.dtype), kind.dtype, shape, name=name)
@@ -110,8 +124,9 @@ class FloatValues:
         node, scale = value.producer(), stored(scaling.scale)
         if node is None or (scale is not None and scale.size != 1):
             raise NoFloatForm(f"{value.name} is an input, or moved with a scale per channel")
-        spec = lookup(node.domain, node.op_type)
-        if spec.kind not in ("movement", "concat") and (node.domain, node.op_type) not in COMMUTING:
+        operator = (node.domain, node.op_type)
+        spec = lookup(*operator)
+        if operator in FILLING or (spec.kind not in ("movement", "concat") and operator not in COMMUTING):
             raise NoFloatForm(f"{node.op_type} {node.name} has no float form")
         moving = range(len(node.inputs)) if spec.data is None or spec.kind == "concat" else spec.data
         inputs = list(node.inputs)
@@ -120,7 +135,7 @@ class FloatValues:
             if read is not None:
                 inputs[index] = self.float_of(read, scaling, before)
         names = [self.name(out.name) for out in node.outputs]
-        copy = copy_node(node, inputs, name=str(node.name), outputs=names)
+        copy = copy_node(node, inputs, name=self.node_name(node), outputs=names)
         self.graph.insert_before(before, copy)
         for out, new in zip(node.outputs, copy.outputs, strict=True):
             self.sources[out] = FloatSource(new, scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from snpc.graph import is_stored_constant
-from snpc.ops import CLIP, COMMUTING, KEEPS_SIGN, NOT_NEGATIVE, POW, lookup
+from snpc.ops import CLIP, KEEPS_SIGN, NOT_NEGATIVE, POW, lookup
 
 DEEPEST = 16  # nodes upstream that are looked at
 
@@ -26,7 +26,7 @@ def is_never_negative(value: ir.Value | None, depth: int = 0) -> bool:
     if node.op_type == CLIP:
         return len(node.inputs) > 1 and is_never_negative(node.inputs[1], depth + 1)
     spec = lookup(*operator)
-    if spec.kind in ("movement", "concat") or operator in COMMUTING or operator in KEEPS_SIGN:
+    if spec.kind in ("movement", "concat") or operator in KEEPS_SIGN:
         read = node.inputs if spec.data is None or spec.kind == "concat" else [node.inputs[k] for k in spec.data]
         return all(is_never_negative(v, depth + 1) for v in read if v is not None)
     return False

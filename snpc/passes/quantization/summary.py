@@ -29,6 +29,6 @@ def describe_quantization(model: Model, cost: Cost) -> str:
     named = "; ".join(forms[:3]) + ("; ..." if len(forms) > 3 else "")
     file = shlex.quote(str(model.path))
     return (
-        f"{100 * cost.quantized_params / cost.params:.0f} % of the weights are quantized ({named}): prune their float "
-        f"model with --dequantize, or write it: snpc dequantize {file} -o float.onnx"
+        f"{100 * cost.quantized_params / cost.params:.0f} % of the weights are quantized ({named}): `snpc prune "
+        f"--dequantize` takes their float model, or write it: snpc dequantize {file} -o float.onnx"
     )

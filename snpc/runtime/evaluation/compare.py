@@ -17,7 +17,7 @@ from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
 from snpc.runtime.evaluation.distances import OutputMetric, same_finiteness
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
-from snpc.runtime.evaluation.perplexity import sum_surprise
+from snpc.runtime.evaluation.perplexity import compare_surprise, sum_surprise
 from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -26,7 +26,7 @@ from snpc.runtime.execution import (
 )
 from snpc.runtime.io import read_without_weights, save
 from snpc.temporary import temporary_folder
-from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
+from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
@@ -245,8 +245,7 @@ def with_perplexity(
     if metrics.language is None:
         return tuple(differences)
     head, before = metrics.language
-    after = sum_surprise(head, batches, outputs)
-    found = Perplexity(before.perplexity, after.perplexity, after.tokens)
+    found = compare_surprise(before, sum_surprise(head, batches, outputs))
     return tuple(replace(d, perplexity=found) if d.output == head.logits else d for d in differences)
 
 

@@ -9,14 +9,14 @@ token, and no row depends on later tokens; the original is run once more to see 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from snpc.runtime.calibration import find_ids, find_mask
 from snpc.runtime.evaluation.distances import Domain, log_probabilities
 from snpc.runtime.execution import RunFunction
-from snpc.types import AnyArray, BoolArray, Feeds, FloatArray, IntArray, Model, TensorSpec
+from snpc.types import AnyArray, BoolArray, Feeds, FloatArray, IntArray, Model, Perplexity, TensorSpec
 
 CHUNK_BYTES = 32 << 20  # of log-probabilities in float64 that are held at once
 CAUSAL_TOLERANCE = 1e-2  # by how much earlier logits may move, as a share of the change at the token that is another
@@ -24,19 +24,40 @@ CAUSAL_TOLERANCE = 1e-2  # by how much earlier logits may move, as a share of th
 
 @dataclass(frozen=True)
 class Surprise:
-    """Negative log-likelihood in ``nats``, summed over ``tokens`` that were predicted."""
+    """Negative log-likelihood of the tokens that were predicted. ``samples``: of each (nats, tokens), sums over it."""
 
-    nats: float = 0.0
-    tokens: int = 0
+    samples: tuple[tuple[float, int], ...] = ()
 
     def __add__(self, other: Surprise) -> Surprise:
-        return Surprise(self.nats + other.nats, self.tokens + other.tokens)
+        return Surprise(self.samples + other.samples)
+
+    @property
+    def nats(self) -> float:
+        return sum(nats for nats, _ in self.samples)
+
+    @property
+    def tokens(self) -> int:
+        return sum(tokens for _, tokens in self.samples)
 
     @property
     def perplexity(self) -> float:
         """Infinite where a token was impossible; NaN without tokens."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.nats / self.tokens)) if self.tokens else float("nan")
+
+
+def compare_surprise(before: Surprise, after: Surprise) -> Perplexity:
+    """Of two models on the same samples. The error of the factor is that of a ratio of means over samples, which the
+    difference of both models has: what a text is harder by, both find hard."""
+    growth = np.array([b - a for (a, _), (b, _) in zip(before.samples, after.samples, strict=True)])
+    tokens = np.array([count for _, count in after.samples], np.float64)
+    found = Perplexity(before.perplexity, after.perplexity, after.tokens)
+    count = int((tokens > 0).sum())
+    if count < 2 or not np.isfinite(growth).all():
+        return found
+    residuals = growth - tokens * growth.sum() / tokens.sum()
+    error = np.sqrt(np.sum(residuals**2) * count / (count - 1)) / tokens.sum()
+    return replace(found, error=float(found.factor * error))
 
 
 @dataclass(frozen=True)
@@ -52,14 +73,15 @@ class LanguageHead:
     def surprise(self, feeds: Feeds, outputs: Mapping[str, AnyArray]) -> Surprise:
         """Of one batch. Only a chunk of rows is ever held as log-probabilities."""
         ids, logits = feeds[self.ids], outputs[self.logits]
-        sample, token = np.nonzero(self.predicted(feeds))
-        total, rows = Surprise(), max(1, CHUNK_BYTES // (8 * logits.shape[-1]))
+        predicted = self.predicted(feeds)
+        sample, token = np.nonzero(predicted)
+        nats, rows = np.zeros(len(ids)), max(1, CHUNK_BYTES // (8 * logits.shape[-1]))
         for start in range(0, len(sample), rows):
             s, t = sample[start : start + rows], token[start : start + rows]
             scores = logits[s, t].astype(np.float64)
             likelihoods = log_probabilities(self.domain, scores, np.isfinite(scores))
-            total += Surprise(float(-likelihoods[np.arange(len(s)), ids[s, t + 1]].sum()), len(s))
-        return total
+            np.add.at(nats, s, -likelihoods[np.arange(len(s)), ids[s, t + 1]])
+        return Surprise(tuple(zip(nats.tolist(), predicted.sum(1).tolist(), strict=True)))
 
     def predicted(self, feeds: Feeds) -> BoolArray:
         """[batch, tokens - 1]: is the next token visible, and this one too?"""

@@ -117,7 +117,7 @@ def measure_loss_curves(
 def keeps_most_units(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> bool:
     """Would groups keep at least half of their units on average, were all pruned alike? Below that, trials near the
     plan only may lead to a plan that trials further off would have corrected."""
-    if budget.max_drift is not None:
+    if budget.limits_quality:
         return False
     widths = allocate_widths(groups, scores, replace(budget, uniform=True))
     return float(np.mean([widths[group.id] / group.size for group in groups])) >= 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantFormat, QuantType
 
 import snpc
 from snpc.passes.quantization.dequantize import Dequantize, quantized_operators
 from tests.models.exports import export, load_feeds
-from tests.models.quantized import FORMS, statically
+from tests.models.quantized import FORMS, optimized, statically
 
 Array = npt.NDArray[Any]
 MICROSOFT = "com.microsoft"
@@ -99,6 +101,49 @@ def test_quantized_activations_are_no_longer_rounded(name: str, form: str, tmp_p
     assert relative(floats, original) < 1.05 * relative(quantized, original)
     dense, found = (snpc.analyze(m) for m in (snpc.load(source), model))
     assert [(g.role, g.blocks, g.size) for g in found.groups] == [(g.role, g.blocks, g.size) for g in dense.groups]
+
+
+EVERY_OPERATOR: dict[str, Any] = {"op_types_to_quantize": None}
+IN_OPERATORS = {**EVERY_OPERATOR, "quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8}
+
+
+@pytest.mark.parametrize("options", [EVERY_OPERATOR, IN_OPERATORS], ids=["pairs", "operators"])
+@pytest.mark.parametrize("is_optimized", [False, True], ids=["", "optimized"])
+def test_files_in_which_everything_is_quantized(options: dict[str, Any], is_optimized: bool, tmp_path: Path) -> None:
+    """Sums, concatenations, softmax and activations on bytes, and bytes that are moved."""
+    source, feeds, target = export("vit_timm__ts17"), load_feeds("vit_timm__ts17"), tmp_path / "quantized.onnx"
+    writer = functools.partial(statically, **options)
+    if is_optimized:
+        optimized(source, target, feeds, writer)
+    else:
+        writer(source, target, feeds)
+    model = snpc.dequantize(target, tmp_path / "float.onnx")
+    assert model.dequantization is not None
+    assert model.dequantization.left == {}
+    quantized, floats, original = (outputs_of(p, feeds)[0] for p in (target, tmp_path / "float.onnx", source))
+    assert relative(floats, quantized) < 0.1
+    assert relative(floats, original) < relative(quantized, original)
+    dense, found = (snpc.analyze(m) for m in (snpc.load(source), model))
+    assert [(g.role, g.blocks, g.size) for g in found.groups] == [(g.role, g.blocks, g.size) for g in dense.groups]
+
+
+def test_what_one_reader_needs_quantized_is_there_twice(tmp_path: Path) -> None:
+    """Bytes that an operator without a rule reads stay beside the floats that the others read."""
+    held = {"s": np.float32(0.1), "z": np.uint8(128)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantize"),
+        helper.make_node("Reshape", ["q", "shape"], ["r"], "reshape"),
+        helper.make_node("DequantizeLinear", ["r", "s", "z"], ["a"], "floats"),
+        helper.make_node("Cast", ["r"], ["b"], "codes", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["a", "b"], ["y"], "sum"),
+    ]
+    constants = {**{k: np.asarray(v) for k, v in held.items()}, "shape": np.array([2, 2])}
+    path = graph_of(nodes, {"x": [4]}, constants, tmp_path / "m.onnx")
+    feeds = {"x": np.array([0.31, -0.52, 1.0, 2.04], np.float32)}
+    snpc.dequantize(path, tmp_path / "float.onnx")
+    floats, quantized = (outputs_of(p, feeds)[0] for p in (tmp_path / "float.onnx", path))
+    np.testing.assert_allclose(floats, quantized, atol=0.051)
+    assert not np.array_equal(floats, quantized)
 
 
 def test_a_relu_that_a_range_replaced_comes_back(tmp_path: Path) -> None:
@@ -247,6 +292,42 @@ def test_a_table_that_is_gathered_before_it_is_dequantized(tmp_path: Path) -> No
     (expected,) = outputs_of(path, {"ids": np.arange(9)})
     (table,) = float_weights(path).values()
     np.testing.assert_array_equal(table, expected)
+
+
+def test_a_table_with_two_readers_stays_one(tmp_path: Path) -> None:
+    """Encoder and decoder look up rows of one table."""
+    source = export("encdec__dyn20")
+    FORMS["int4_blocks_and_table"](source, tmp_path / "quantized.onnx", {})
+    model = snpc.dequantize(tmp_path / "quantized.onnx")
+    assert model.dequantization is not None
+    assert model.dequantization.replaced["GatherBlockQuantized"] == 2
+    assert snpc.analyze(model).cost.params == snpc.analyze(snpc.load(source)).cost.params
+
+
+def test_a_table_that_shares_the_weight_of_the_last_layer(tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder writes tied embeddings: one constant, laid out anew for the table."""
+    rng = np.random.default_rng(7)
+    held = {
+        "w": rng.integers(0, 256, (11, 2, 16), dtype=np.uint8),
+        "s": rng.uniform(0.5, 1.5, 22).astype(np.float32),
+        "rows": np.array([11, 32]),
+        "blocks": np.array([11, 2]),
+    }
+    sizes = {"K": 64, "N": 11, "bits": 4, "block_size": 32}
+    look_up = {"gather_axis": 0, "quantize_axis": 1, "block_size": 32, "bits": 4}
+    nodes = [
+        helper.make_node("Reshape", ["w", "rows"], ["table"]),
+        helper.make_node("Reshape", ["s", "blocks"], ["scales"]),
+        helper.make_node("GatherBlockQuantized", ["table", "ids", "scales"], ["h"], domain=MICROSOFT, **look_up),
+        helper.make_node("MatMulNBits", ["h", "w", "s"], ["y"], domain=MICROSOFT, **sizes),
+    ]
+    path, feeds = graph_of(nodes, {"ids": [5]}, held, tmp_path / "m.onnx"), {"ids": np.array([3, 1, 4, 1, 10])}
+    assert snpc.analyze(snpc.load(path)).cost.params == 11 * 64
+    model = snpc.dequantize(path, tmp_path / "float.onnx")
+    assert model.dequantization is not None
+    assert model.dequantization.left == {}
+    floats, quantized = (outputs_of(p, feeds)[0] for p in (tmp_path / "float.onnx", path))
+    np.testing.assert_allclose(floats, quantized, rtol=1e-5, atol=1e-5 * float(np.abs(quantized).max()))
 
 
 def test_values_of_another_scale_stay_quantized(tmp_path: Path) -> None:

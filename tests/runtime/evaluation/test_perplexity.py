@@ -74,9 +74,25 @@ def test_other_domains_and_masks_that_begin_with_a_cache() -> None:
 
 
 def test_sums() -> None:
-    assert (Surprise(1.0, 2) + Surprise(3.0, 2)).perplexity == pytest.approx(np.e)
+    assert (Surprise(((1.0, 2),)) + Surprise(((3.0, 2),))).perplexity == pytest.approx(np.e)
     assert np.isnan(Surprise().perplexity)
-    assert Surprise(1e9, 1).perplexity == np.inf
+    assert Surprise(((1e9, 1),)).perplexity == np.inf
+
+
+def test_the_error_of_the_factor_is_its_spread_over_draws_of_samples() -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(samples: int) -> Perplexity:
+        tokens = rng.integers(20, 60, samples)
+        hard = rng.normal(3.0, 0.5, samples) * tokens  # of both models
+        grown = rng.normal(0.1, 0.05, samples) * tokens
+        counts = tokens.tolist()
+        before, after = (Surprise(tuple(zip(nats.tolist(), counts, strict=True))) for nats in (hard, hard + grown))
+        return perplexity.compare_surprise(before, after)
+
+    draws = [draw(40) for _ in range(400)]
+    assert np.mean([found.error for found in draws]) == pytest.approx(np.std([f.factor for f in draws]), rel=0.15)
+    assert draw(1).error == 0
 
 
 def head_of(model: onnx.ModelProto, ids: np.ndarray = IDS, mask: np.ndarray | None = None) -> LanguageHead | None:
@@ -152,7 +168,7 @@ def test_prune_verify_and_sweep_say_the_perplexity_of_their_files(tmp_path: Path
     assert verdict.quality.perplexity.before == pytest.approx(before, rel=1e-5)
     assert verdict.quality.perplexity.after == pytest.approx(after, rel=1e-5)
     printed = invoke("verify", model, out, "--data", tmp_path / "eval.txt", "--seq-len", 9).stdout
-    assert f"perplexity: {before:.4g} before, {after:.4g} after (x {after / before:.3g}), of 64 tokens" in printed
+    assert f"perplexity: {before:.4g} before, {after:.4g} after (x {after / before:.3g} +- " in printed
 
     words = ("--calib", tmp_path / "calib.npz", "--targets", "macs=0.9", "--iterations", 2, "-o", tmp_path / "sweep")
     for evaluation in ((), ("--eval", tmp_path / "eval.txt", "--seq-len", 9)):
