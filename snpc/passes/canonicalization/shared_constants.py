@@ -6,8 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import add_constant, is_float, make_node, static_shape, unused_name
-from snpc.ops import lookup, rotary_tables
-from snpc.ops.names import GATHER
+from snpc.ops import GATHER, lookup, rotary_tables
 from snpc.types import AnyArray
 
 ORIGIN_KEY = "snpc.origin"
