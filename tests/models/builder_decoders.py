@@ -20,8 +20,8 @@ VOCABULARY, CONTEXT = 64, 64
 @dataclass(frozen=True)
 class BuilderDecoder:
     """Sizes of a decoder. ``rotary``: channels of each head that turn. ``window``: of sliding attention, -1 for none;
-    ``rolling``: the caches are as long as the window. ``packed``: one product makes query, key and value. ``interleaved``:
-    pairs are neighbors."""
+    ``rolling``: the caches are as long as the window. ``packed``: one product makes query, key and value.
+    ``interleaved``: pairs are neighbors."""
 
     layers: int = 2
     hidden: int = 48

@@ -291,8 +291,8 @@ def compare_models(
     metrics: OutputMetrics = RELATIVE_METRICS,
     probes: int = 0,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
-    """(sliced against masked, pruned against original) on ``batches``; ``dense``: outputs of the original, those that are
-    compared.
+    """(sliced against masked, pruned against original) on ``batches``; ``dense``: outputs of the original, those
+    that are compared.
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
     and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
