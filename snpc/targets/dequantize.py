@@ -49,7 +49,9 @@ def dequantize(
     left = quantized_operators(graph)
     replaced = {op: count - left.get(op, 0) for op, count in before.items() if count > left.get(op, 0)}
     if not replaced:
-        raise UserError(f"{loaded.path}: it cannot be dequantized: no rule fits its {operator_counts(left)}")
+        inner = any(node.graph is not loaded.graph.graph for node in loaded.graph.graph.all_nodes())
+        where = "; loops and branches are not looked into" if inner else ""
+        raise UserError(f"{loaded.path}: it cannot be dequantized: no rule fits its {operator_counts(left)}{where}")
     with write_place(loaded, path) as (target, folder):
         save(finalize(graph), target, external=loaded.external)
     written = Path(path) if path is not None else target

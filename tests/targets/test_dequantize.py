@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 import snpc
 from snpc.passes.quantization.dequantize import quantized_operators
@@ -85,6 +85,24 @@ def test_what_no_rule_knows_is_said(quantized: Path, tmp_path: Path) -> None:
     assert record.left == {"MatMulNBits": 1}
     shown = invoke("inspect", tmp_path / "other.onnx", "--dequantize").stdout
     assert "left quantized, as no rule fits: 1 MatMulNBits" in shown
+
+
+def test_branches_are_not_looked_into(tmp_path: Path) -> None:
+    """As in the merged decoders of optimum: with and without a cache."""
+    out = [helper.make_tensor_value_info("f", onnx.TensorProto.FLOAT, [2])]
+    read = helper.make_node("DequantizeLinear", ["q", "s"], ["f"])
+    branch = helper.make_graph([read], "branch", [], out)
+    node = helper.make_node("If", ["flag"], ["y"], then_branch=branch, else_branch=branch)
+    flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    held = [
+        numpy_helper.from_array(np.ones(2, np.int8), "q"),
+        numpy_helper.from_array(np.asarray(0.5, np.float32), "s"),
+    ]
+    graph = helper.make_graph([node], "g", [flag], [y], held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(snpc.UserError, match="no rule fits its 2 DequantizeLinear; loops and branches are not looked"):
+        snpc.dequantize(tmp_path / "m.onnx")
 
 
 def test_the_command_writes_the_float_model(quantized: Path, tmp_path: Path) -> None:

@@ -53,16 +53,16 @@ def unpack(packed: AnyArray, bits: int, count: int) -> AnyArray:
     return whole[..., :count].astype(np.uint8)
 
 
-def dequantize_blocks(attributes: Mapping[str, Any], stored: tuple[AnyArray | None, ...]) -> AnyArray | None:
+def dequantize_blocks(attributes: Mapping[str, Any], stored: tuple[AnyArray | None, ...]) -> AnyArray:
     """[K, N]: the weight of a MatMulNBits. ``stored``: packed weight, scales, zero points, group of each row.
 
-    Without zero points they are in the middle of the range. None for numbers of bits that do not fill bytes.
+    Without zero points they are in the middle of the range. Bits are among ``UNPACKED_BITS``.
     """
     packed, scales, zero_points, groups = stored
     rows, columns, block = (int(attributes[name]) for name in ("K", "N", "block_size"))
     bits = int(attributes.get("bits", 4))
-    if bits not in UNPACKED_BITS or packed is None or scales is None:
-        return None
+    assert packed is not None
+    assert scales is not None
     blocks = math.ceil(rows / block)
     values = unpack(packed.reshape(columns, -1), bits, rows).astype(np.float32)
     scale = scales.reshape(columns, blocks)
@@ -76,16 +76,16 @@ def dequantize_blocks(attributes: Mapping[str, Any], stored: tuple[AnyArray | No
     return np.ascontiguousarray(weight.T.astype(scales.dtype))
 
 
-def dequantize_table(attributes: Mapping[str, Any], stored: tuple[AnyArray | None, ...]) -> AnyArray | None:
+def dequantize_table(attributes: Mapping[str, Any], stored: tuple[AnyArray | None, ...]) -> AnyArray:
     """The table of a GatherBlockQuantized. ``stored``: its rows, scales, zero points.
 
-    Without zero points, they are 0, and the middle of the range where bytes hold the values. None for numbers of bits
-    that do not fill bytes.
+    Without zero points, they are 0, and the middle of the range where bytes hold the values. Bits are among
+    ``UNPACKED_BITS``.
     """
     table, scales, zero_points = stored
     bits, axis = int(attributes.get("bits", 4)), int(attributes.get("quantize_axis", 1))
-    if table is None or scales is None or bits not in UNPACKED_BITS:
-        return None
+    assert table is not None
+    assert scales is not None
     if table.dtype == np.uint8:
         table = unpack(table, bits, table.shape[-1] * 8 // bits)
         if zero_points is None:

@@ -86,10 +86,15 @@ def _values_per_entry(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int
     return math.prod(stored) * bits // min(bits, int(attrs.get("bits", 4)))
 
 
+def unpacked_table_shape(attrs: Mapping[str, Any], stored: Shape, bits: int) -> Shape:
+    """The shape of a table of which the last axis is packed. ``bits``: of a stored entry."""
+    *outer, last = stored
+    return (*outer, _values_per_entry(attrs, (last,), bits))
+
+
 def _gathered_rows_shape(call: OpCall) -> list[Shape]:
-    data, axis = call.shape(0), int(call.attrs.get("gather_axis", 0))
-    *outer, last = data
-    unpacked = (*outer, _values_per_entry(call.attrs, (last,), call.bits[0]))
+    axis = int(call.attrs.get("gather_axis", 0))
+    unpacked = unpacked_table_shape(call.attrs, call.shape(0), call.bits[0])
     return [(*unpacked[:axis], *call.shape(1), *unpacked[axis + 1 :])]
 
 

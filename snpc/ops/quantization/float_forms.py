@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpc.ops import names
-from snpc.ops.quantization.arrays import dequantize_blocks, dequantize_table
+from snpc.ops.quantization.arrays import UNPACKED_BITS, dequantize_blocks, dequantize_table
+from snpc.ops.quantization.costs import unpacked_table_shape
 from snpc.ops.spec import MICROSOFT
-from snpc.types import AnyArray
+from snpc.types import AnyArray, Shape
 
 Attributes = Mapping[str, Any]
 
@@ -53,10 +54,14 @@ class QuantizedBias:
 
 @dataclass(frozen=True)
 class Packed:
-    """A constant that ``unpack`` makes of the stored inputs (None: left out); None where it does not know them."""
+    """A constant that ``unpack`` makes of the stored inputs, weight and scales first (None: left out).
+
+    ``shape``: of that constant, from the attributes, the stored shape of the weight, and the bits of its entries.
+    """
 
     inputs: tuple[int, ...]
-    unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray | None]
+    unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray]
+    shape: Callable[[Attributes, Shape, int], Shape]
 
 
 Operand = Plain | Quantized | QuantizedBias | Packed
@@ -122,8 +127,12 @@ def _softmax_of_one_axis(attributes: Attributes) -> bool:
     return int(attributes.get("opset", 0)) >= 13
 
 
-def _not_prepacked(attributes: Attributes) -> bool:
-    return not attributes.get("weight_prepacked", 0)
+def _fills_bytes(attributes: Attributes) -> bool:
+    return attributes.get("bits", 4) in UNPACKED_BITS and not attributes.get("weight_prepacked", 0)
+
+
+def _product_shape(attributes: Attributes, stored: Shape, bits: int) -> Shape:
+    return int(attributes["K"]), int(attributes["N"])
 
 
 _BLOCKED = Quantized(0, 1, 2, axis="axis", block="block_size")
@@ -152,13 +161,16 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
     (MICROSOFT, "DynamicQuantizeMatMul"): FloatForm(names.MATMUL, (Plain(0), Quantized(1, 2, 3)), {}, bias=Plain(4)),
     (MICROSOFT, "MatMulNBits"): FloatForm(
         names.MATMUL,
-        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks)),
+        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks, _product_shape)),
         {},
         bias=Plain(5),
-        condition=_not_prepacked,
+        condition=_fills_bytes,
     ),
     (MICROSOFT, "GatherBlockQuantized"): FloatForm(
-        names.GATHER, (Packed((0, 2, 3), dequantize_table), Plain(1)), {"gather_axis": "axis"}
+        names.GATHER,
+        (Packed((0, 2, 3), dequantize_table, unpacked_table_shape), Plain(1)),
+        {"gather_axis": "axis"},
+        condition=_fills_bytes,
     ),
     (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT),
     (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),

@@ -13,7 +13,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from snpc.graph import GraphPass, add_constant, attribute_values, make_node, replace_value, run_library_pass
+from snpc.graph import (
+    GraphPass,
+    add_constant,
+    attribute_values,
+    make_node,
+    replace_value,
+    run_library_pass,
+    static_shape,
+)
 from snpc.ops import (
     ADD,
     CAST,
@@ -180,21 +188,17 @@ def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir
     tensors = [stored(value) for value in inputs]
     if any(value is not None and tensor is None for value, tensor in zip(inputs, tensors, strict=True)):
         raise NoFloatForm(f"the weight of {node.name} is computed")
+    weight, packed, scales = inputs[0], tensors[0], tensors[1]
+    if weight is None or packed is None or scales is None:
+        raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
     attributes = attribute_values(node)
 
     def contents() -> AnyArray:
-        array = operand.unpack(attributes, tuple(None if t is None else t.numpy() for t in tensors))
-        if array is None:
-            raise NoFloatForm(f"{node.op_type} {node.name} is packed in a way that no rule knows")
-        return array
+        return operand.unpack(attributes, tuple(None if t is None else t.numpy() for t in tensors))
 
-    weight, scales = inputs[0], tensors[1]
-    if weight is None or scales is None:
-        raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
-    shape = ir.Shape(contents().shape)
-    return values.constant(
-        (node.op_type, str(attributes), *tensors), contents, weight, ir.TensorType(scales.dtype), shape
-    )
+    shape = ir.Shape(operand.shape(attributes, static_shape(packed), packed.dtype.bitwidth))
+    key = (node.op_type, str(attributes), *tensors)
+    return values.constant(key, contents, weight, ir.TensorType(scales.dtype), shape)
 
 
 # -- integer sums ----------------------------------------------------------------------------------------------------
