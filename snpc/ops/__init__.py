@@ -39,6 +39,7 @@ from snpc.ops.attention import (
     attention_geometry,
     head_counts,
     qkv_widths,
+    rotary_tables,
 )
 from snpc.ops.contraction import contraction_entries, letter_sizes, letters_of, matmul_letters, parse_einsum
 from snpc.ops.demands import SizeDemand, unmet_demands
@@ -202,6 +203,7 @@ __all__ = [
     "qkv_widths",
     "reshape_labels",
     "rotary_form",
+    "rotary_tables",
     "rotated_pairs",
     "unmet_demands",
 ]

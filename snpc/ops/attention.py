@@ -20,7 +20,8 @@ class AttentionForm:
     ("columns", where no key is given). ``past``/``present``: inputs and outputs that hold the keys and values of
     earlier steps; one index where both lie in one tensor. ``equal``: keys and values have one width. ``multiple``:
     widths that the kernels take. ``masks`` say which keys count: true, one, or not far below zero. ``one_row``: the
-    tokens of all samples lie in one row, without a batch axis.
+    tokens of all samples lie in one row, without a batch axis. ``one_head_size``: what runs such models
+    (onnxruntime-genai) takes one width for the caches of all layers.
     """
 
     query: int = 0
@@ -36,6 +37,7 @@ class AttentionForm:
     multiple: int = 1
     masks: tuple[int, ...] = ()
     one_row: bool = False
+    one_head_size: bool = False
 
     def others(self, call: OpCall) -> list[int]:
         """Inputs that are not part of the algebra: masks, lengths, and inputs of newer versions."""
@@ -52,12 +54,15 @@ ATTENTION_FORMS = {
     ),
     (MICROSOFT, "PackedMultiHeadAttention"): AttentionForm(bias=3, scores=6, one_row=True),
     (MICROSOFT, "GroupQueryAttention"): AttentionForm(
-        packed="columns", scores=10, past=(3, 4), rotary=(7, 8), equal=True, multiple=8
+        packed="columns", scores=10, past=(3, 4), rotary=(7, 8), equal=True, multiple=8, one_head_size=True
     ),
     (MICROSOFT, "Attention"): AttentionForm(
         key=0, value=0, bias=2, packed="weight", scores=5, past=(4,), present=(1,), masks=(3,)
     ),
 }
+
+
+ROTARY_TABLES = {(MICROSOFT, "RotaryEmbedding"): (2, 3), ("", "RotaryEmbedding"): (1, 2)}
 
 
 def attention_form(call: OpCall, domain: str) -> AttentionForm:
@@ -89,6 +94,13 @@ class AttentionGeometry:
     def columns(self) -> tuple[int, int, int]:
         """Widths of Q, K and V laid flat."""
         return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
+
+
+def rotary_tables(domain: str, op_type: str) -> tuple[int, ...]:
+    """The inputs of a node that are tables of cosines and sines."""
+    if (domain, op_type) in ATTENTION_FORMS:
+        return ATTENTION_FORMS[domain, op_type].rotary
+    return ROTARY_TABLES.get((domain, op_type), ())
 
 
 def head_counts(call: OpCall) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from snpc.graph import GraphPass, PassObserver, run_passes
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
-from snpc.passes.canonicalization.shared_constants import MergeForkedConstants
+from snpc.passes.canonicalization.shared_constants import MergeForkedConstants, ShareRotaryTables
 
 
 class DropStaleShapes(ir.passes.InPlacePass):
@@ -37,6 +37,13 @@ FINALIZATION_PASSES = (
         MergeForkedConstants,
         "merges copies of one constant that ended equal",
         "after dead nodes are gone, whose copies would keep a second initializer alive",
+    ),
+    GraphPass(
+        "share-rotary-tables",
+        "finalize",
+        ShareRotaryTables,
+        "writes what layers kept of one rotary table as selections of its columns",
+        "after equal copies are merged, which need no selection",
     ),
     GraphPass(
         "drop-stale-shapes",

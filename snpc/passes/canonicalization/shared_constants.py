@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import is_float, static_shape, unused_name
-from snpc.ops import lookup
+from snpc.graph import add_constant, is_float, make_node, static_shape, unused_name
+from snpc.ops import GATHER, lookup, rotary_tables
+from snpc.types import AnyArray
 
 ORIGIN_KEY = "snpc.origin"
 
 
 class ForkSharedConstants(ir.passes.InPlacePass):
-    """Give each consumer of a float vector, and each pointwise or normalizing consumer of any float constant, an
-    initializer of its own. The copies share one tensor object."""
+    """Give an initializer of its own to each consumer of a float vector, to each pointwise or normalizing consumer of
+    any float constant, and to each layer that turns queries and keys by a table. The copies share one tensor object."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
@@ -23,7 +25,8 @@ class ForkSharedConstants(ir.passes.InPlacePass):
             vector = is_vector(value)
             for count, (node, index) in enumerate(uses):
                 per_position = lookup(node.domain, node.op_type).kind in ("pointwise", "normalize")
-                if count and node.graph is graph and (vector or per_position):
+                turns = index in rotary_tables(node.domain, node.op_type)
+                if count and node.graph is graph and (vector or per_position or turns):
                     node.replace_input_with(index, fork_constant(graph, value, count))
                     modified = True
         return ir.passes.PassResult(model, modified)
@@ -44,6 +47,50 @@ class MergeForkedConstants(ir.passes.InPlacePass):
             if len(members) > 1 or members[0].name != name:
                 modified = merge_family(graph, name, members) or modified
         return ir.passes.PassResult(model, modified)
+
+
+class ShareRotaryTables(ir.passes.InPlacePass):
+    """Write what layers kept of one rotary table as selections of its columns, where they kept different ones: a table
+    has a row for each position, so that one per layer would be large. Runtimes fold the selection when they load."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, modified = model.graph, False
+        families: dict[str, list[ir.Value]] = {}
+        for value in graph.initializers.values():
+            if value.uses() and all(k in rotary_tables(node.domain, node.op_type) for node, k in value.uses()):
+                families.setdefault(original_name(value), []).append(value)
+        for name, members in families.items():
+            if len(members) > 1 and all(len(static_shape(tensor_of(v))) == 2 for v in members):
+                share_columns(graph, name, members)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def share_columns(graph: ir.Graph, name: str, members: list[ir.Value]) -> None:
+    """Replace tables by selections of the columns of one that has them all."""
+    columns: dict[bytes, int] = {}
+    distinct: list[AnyArray] = []
+    kept = []
+    for value in members:
+        table = np.asarray(tensor_of(value).numpy())
+        for column in table.T:
+            if columns.setdefault(column.tobytes(), len(columns)) == len(distinct):
+                distinct.append(column)
+        kept.append(np.array([columns[column.tobytes()] for column in table.T], np.int64))
+    whole = add_constant(graph, np.stack(distinct, 1), unused_name(f"{name}_columns", graph.initializers))
+    nodes = []
+    for value, index in zip(members, kept, strict=True):
+        label = unused_name(f"{value.name}_selected", graph.initializers)
+        node = make_node(GATHER, [whole, add_constant(graph, index, f"{label}_indices")], {"axis": 1}, name=label)
+        value.replace_all_uses_with(node.outputs[0])
+        del graph.initializers[str(value.name)]
+        nodes.append(node)
+    graph.insert_before(graph[0], nodes)
 
 
 def is_vector(value: ir.Value) -> bool:

@@ -61,9 +61,10 @@ def tie_widths(ties: Sequence[WidthTie], units: Units, drafts: Sequence[GroupDra
     """``drafts`` with the ties between them. Where one that is tied cannot be cut, none can."""
     owner = {int(unit): index for index, draft in enumerate(drafts) for unit in draft.units.reshape(-1)}
     found = [tied_drafts(tie, units, drafts, owner) for tie in ties]
+    firsts = [min(tied.channels) for tied in found if tied.channels and tied.tie.every_layer]
+    pairs = [(min(tied.channels), index) for tied in found for index in tied.channels]
     numbers = number_components(
-        sorted({index for tied in found for index in tied.channels}),
-        [(min(tied.channels), index) for tied in found for index in tied.channels],
+        sorted({index for tied in found for index in tied.channels}), [*pairs, *((firsts[0], k) for k in firsts[1:])]
     )
     result = list(drafts)
     reasons = dict[int, str]()

@@ -128,7 +128,9 @@ def width_tie(
     rotary_width = 2 * tables[0].shape[-1] if do_rotary and tables[0] is not None else 0
     interleaved = bool(context.call.attrs.get("rotary_interleaved", 0))
     steps = kernel_step_starts(key.shape[3], rotary_width, form.multiple, interleaved)
-    return WidthTie(context, key, value, form.multiple * (2 if rotary_width else 1), tuple(steps))
+    multiple = form.multiple * (2 if rotary_width else 1)
+    cached = any(context.node.outputs[k].is_graph_output() for k in form.present if k < len(context.node.outputs))
+    return WidthTie(context, key, value, multiple, tuple(steps), form.one_head_size and cached)
 
 
 def unify_keys_and_values(tie: WidthTie) -> None:

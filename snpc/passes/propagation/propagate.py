@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
-from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup
+from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup, rotary_tables
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
@@ -86,14 +86,16 @@ def register_input(trace: Trace, value: ir.Value, facts: ShapeFacts, because: st
 
 
 def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
-    """Label every axis of a float constant that has more than one entry."""
+    """Label every axis of a float constant that has more than one entry. Of rotary tables the columns alone: there may
+    be a hundred thousand rows, which positions address."""
     shape = facts.shape.get(value)
     if shape is None:
         return
     factors: list[Labels] = []
+    is_table = bool(value.uses()) and all(k in rotary_tables(n.domain, n.op_type) for n, k in value.uses())
     if is_float(facts.dtype.get(value)) and not value.is_graph_output():
         for axis, size in enumerate(shape):
-            if size > 1:
+            if size > 1 and (axis == len(shape) - 1 or not is_table):
                 view = [1] * len(shape)
                 view[axis] = size
                 factors.append(trace.table.label_axis(value, axis, size).reshape(view))

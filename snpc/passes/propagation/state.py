@@ -156,7 +156,8 @@ class WidthTie:
     """Keys and values of a fused node whose kernel takes one width for both, a multiple of ``multiple`` channels.
 
     ``key``, ``value``: [batch, heads, tokens, width]. ``steps``: [width], the first channel of the step of the kernel
-    that each channel belongs to, where both must keep the same positions.
+    that each channel belongs to, where both must keep the same positions. ``every_layer``: the width is that of all
+    nodes of the kind too, whose caches a runtime allocates alike.
     """
 
     context: NodeContext
@@ -164,6 +165,7 @@ class WidthTie:
     value: LabeledValue
     multiple: int
     steps: tuple[int, ...]
+    every_layer: bool = False
 
 
 def prepend_axes(labels: Labels, rank: int) -> Labels:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import snpc
-from snpc.types import FloatArray, Group
+from snpc.types import FloatArray
 from tests.models.builder_decoders import VOCABULARY, BuilderDecoder
 from tests.oracle import Array, prunable, run
 
@@ -36,16 +36,14 @@ def pair_of_channel(form: BuilderDecoder) -> Array:
     return channels // 2 if form.interleaved else channels % (form.width // 2)
 
 
-def defined_loss(form: BuilderDecoder, operands: list[tuple[Array, Array]]) -> FloatArray:
-    """[pairs, pairs]: M of ``snpc.runtime.statistics.score_loss``, summed over layers, samples and heads."""
+def defined_loss(form: BuilderDecoder, query: Array, key: Array) -> FloatArray:
+    """[pairs, pairs]: M of ``snpc.runtime.statistics.score_loss``, summed over samples and heads."""
     pairs = np.eye(form.width // 2)[pair_of_channel(form)]
-    whole = np.zeros((form.width // 2,) * 2)
-    for query, key in operands:
-        q, k = turned(form, query, form.heads), turned(form, key, form.kv_heads)
-        k = np.repeat(k - k.mean(2, keepdims=True), form.heads // form.kv_heads, 1)
-        grams = np.einsum("bhta,bhtc->bhac", q, q) * np.einsum("bhta,bhtc->bhac", k, k)
-        whole += pairs.T @ grams.sum((0, 1)) @ pairs
-    return whole
+    q, k = turned(form, query, form.heads), turned(form, key, form.kv_heads)
+    k = np.repeat(k - k.mean(2, keepdims=True), form.heads // form.kv_heads, 1)
+    grams = np.einsum("bhta,bhtc->bhac", q, q) * np.einsum("bhta,bhtc->bhac", k, k)
+    loss: FloatArray = pairs.T @ grams.sum((0, 1)) @ pairs
+    return loss
 
 
 def operands_of(form: BuilderDecoder, path: Path, feeds: dict[str, Array]) -> list[tuple[Array, Array]]:
@@ -69,10 +67,10 @@ def test_scores_inside_a_node_are_those_of_turned_heads(name: str, tmp_path: Pat
     caches = {spec.name: empty for spec in analysis.model.inputs if spec.name.startswith("past")}
     feeds = {"input_ids": ids, "attention_mask": np.ones((3, TOKENS), np.int64), **caches}
     data = snpc.load_calibration(feeds, analysis.model.inputs, batch=3, held_out=0)
-    (group,) = prunable(analysis.groups, "qk")
-    groups: list[Group] = [group]
+    groups = prunable(analysis.groups, "qk")
     found = snpc.solve_closed_forms(analysis, snpc.measure_statistics(analysis, data, groups), groups)
-    assert found.kinds[group.id] == "score_selection"
-    (measured,) = np.asarray(found.moments[group.id].score_loss)
-    expected = defined_loss(form, operands_of(form, path, feeds))
-    np.testing.assert_allclose(measured, expected, rtol=1e-3, atol=1e-4 * expected.max())
+    for group, operands in zip(groups, operands_of(form, path, feeds), strict=True):
+        assert found.kinds[group.id] == "score_selection"
+        (measured,) = np.asarray(found.moments[group.id].score_loss)
+        expected = defined_loss(form, *operands)
+        np.testing.assert_allclose(measured, expected, rtol=1e-3, atol=1e-4 * expected.max())
