@@ -173,7 +173,7 @@ def dense_perplexity(search: PlanSearch) -> float:
             f"{NO_PERPLEXITY}: no output is logits [batch, tokens, vocabulary] that earlier tokens alone decide; use "
             "--max-drift"
         )
-    return language[1].perplexity
+    return language.dense.perplexity
 
 
 def meet_latency(search: PlanSearch) -> PrunedModel:

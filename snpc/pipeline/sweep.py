@@ -168,7 +168,7 @@ def sweep(
             points = with_quality(points, analysis, evaluation, reference.metrics, execution)
         elif points[-1].agreement is not None:
             language = reference.metrics.language
-            perplexity = language[1].perplexity if language is not None else None
+            perplexity = language.dense.perplexity if language is not None else None
             points[0] = replace(points[0], agreement=1.0, perplexity=perplexity)
         points = with_timings(points, request, analysis.given_sizes, execution)
         points = mark_pareto_front(points)
@@ -290,7 +290,7 @@ def with_quality(
 ) -> list[SweepPoint]:
     """The points as ``evaluation`` judges them. ``metrics``: how the original's outputs were judged before, if they
     were."""
-    source, head = analysis.model.path, metrics.language[0] if metrics.language is not None else None
+    source, head = analysis.model.path, metrics.language.head if metrics.language is not None else None
     dense = evaluate(source, evaluation, execution, head)
     judged = []
     for point in points:

@@ -19,10 +19,9 @@ from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
-    LanguageHead,
+    LanguageJudge,
     MetricRequest,
     OutputMetrics,
-    Surprise,
     cache_interface,
     cached_decoding_error,
     check_structure,
@@ -174,21 +173,30 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
             data = random_data(analysis, sizes)
             outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
         probe = run_probe(analysis, sizes, run) if analysis.reduction is None else None
-        data, metrics = data.first(len(outputs)), OutputMetrics.of(analysis)
+        metrics = OutputMetrics.of(analysis)
         if not data.random_inputs:
-            metrics = replace(metrics, language=find_language(analysis, run, data.batches, outputs))
-    return Reference(data, metrics, outputs, probe=probe)
+            metrics = replace(metrics, language=judge_language(analysis, run, data.batches, outputs, execution))
+    return Reference(data.first(len(outputs)), metrics, outputs, probe=probe)
 
 
-def find_language(
-    analysis: Analysis, run: RunFunction, batches: Sequence[Feeds], outputs: Sequence[Mapping[str, AnyArray]]
-) -> tuple[LanguageHead, Surprise] | None:
-    """The head of a causal language model, and the original's surprise; None for any other model."""
+def judge_language(
+    analysis: Analysis,
+    run: RunFunction,
+    batches: Sequence[Feeds],
+    outputs: Sequence[Mapping[str, AnyArray]],
+    execution: Execution,
+) -> LanguageJudge | None:
+    """The surprise of a causal language model on all batches; None for any other model. ``outputs``: of the first."""
     try:
         head = find_language_head(analysis.model, id_limits(analysis), run, batches[0], outputs[0])
     except UserError:  # it does not run on other ids
         return None
-    return (head, sum_surprise(head, batches, outputs)) if head is not None else None
+    if head is None:
+        return None
+    dense, rest = sum_surprise(head, batches[: len(outputs)], outputs), batches[len(outputs) :]
+    for feeds in execution.track("perplexity, original", rest, len(rest)) if rest else ():
+        dense += head.surprise(feeds, run(feeds))
+    return LanguageJudge(head, dense, rest)
 
 
 def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:

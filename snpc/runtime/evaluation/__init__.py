@@ -50,7 +50,7 @@ from snpc.runtime.evaluation.latency import (
 )
 from snpc.runtime.evaluation.metric_choice import MetricRequest, metrics_identity, with_metrics, with_named_metrics
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
-from snpc.runtime.evaluation.perplexity import LanguageHead, Surprise, find_language_head, sum_surprise
+from snpc.runtime.evaluation.perplexity import LanguageHead, LanguageJudge, find_language_head, sum_surprise
 
 __all__ = [
     "RELATIVE_METRICS",
@@ -59,10 +59,10 @@ __all__ = [
     "BenchResult",
     "EvaluationData",
     "LanguageHead",
+    "LanguageJudge",
     "MetricRequest",
     "OutputMetric",
     "OutputMetrics",
-    "Surprise",
     "TimedArtifact",
     "TimingProtocol",
     "Workload",

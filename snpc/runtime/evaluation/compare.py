@@ -17,7 +17,7 @@ from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
 from snpc.runtime.evaluation.distances import OutputMetric, same_finiteness
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
-from snpc.runtime.evaluation.perplexity import compare_surprise, sum_surprise
+from snpc.runtime.evaluation.perplexity import LanguageJudge, compare_surprise, sum_surprise
 from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -26,7 +26,7 @@ from snpc.runtime.execution import (
 )
 from snpc.runtime.io import read_without_weights, save
 from snpc.temporary import temporary_folder
-from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, TensorSpec, Verdict
+from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
 HALF_PRECISION_TOLERANCE = 2e-2  # fp16 and bf16: rounding alone moves outputs by about a percent
@@ -234,19 +234,22 @@ def judge_outputs(
     )
 
 
-def with_perplexity(
-    differences: Sequence[Difference],
-    metrics: OutputMetrics,
+def measure_perplexity(
+    pruned: Path,
+    judge: LanguageJudge,
     batches: Sequence[Feeds],
     outputs: Sequence[Mapping[str, AnyArray]],
-) -> tuple[Difference, ...]:
-    """The differences with the perplexity of a language model before and after. ``outputs``: the file's, of the
-    ``batches`` that the original was run on."""
-    if metrics.language is None:
-        return tuple(differences)
-    head, before = metrics.language
-    found = compare_surprise(before, sum_surprise(head, batches, outputs))
-    return tuple(replace(d, perplexity=found) if d.output == head.logits else d for d in differences)
+    cut: Mapping[str, SlicedShape],
+    execution: Execution,
+) -> Perplexity:
+    """Of the original and the pruned file. ``outputs``: the file's, of the ``batches`` that are compared; it is run on
+    the rest here, and no outputs of these are kept."""
+    after = sum_surprise(judge.head, batches, outputs)
+    if judge.rest:
+        with file_session(pruned, execution) as run:
+            for feeds in execution.track("perplexity", judge.rest, len(judge.rest)):
+                after += judge.head.surprise(feeds, run(narrow_caches(feeds, cut)))
+    return compare_surprise(judge.dense, after)
 
 
 def max_relative(differences: Sequence[Difference]) -> float:
@@ -307,7 +310,10 @@ def compare_models(
     except UserError as error:  # the original ran
         raise CheckFailed(f"the pruned model does not run, the original does: {error}") from None
     drift = judge_outputs([narrow_caches(outputs, cut) for outputs in dense[probes:]], narrow[probes:], metrics)
-    drift = with_perplexity(drift, metrics, batches[probes:], narrow[probes:])
+    if metrics.language is not None:
+        judge = metrics.language
+        found = measure_perplexity(pruned, judge, batches[probes:], narrow[probes:], cut, execution)
+        drift = tuple(replace(d, perplexity=found) if d.output == judge.head.logits else d for d in drift)
     if rewritten is None:
         return (), drift
     with temporary_folder() as folder:

@@ -19,7 +19,7 @@ from snpc.errors import UserError
 from snpc.graph import ShapeFacts, choose_dim_sizes
 from snpc.passes import Analysis, OutputKind, find_output_kinds
 from snpc.runtime.evaluation.distances import OutputMetric, as_float, log_probabilities
-from snpc.runtime.evaluation.perplexity import LanguageHead, Surprise
+from snpc.runtime.evaluation.perplexity import LanguageJudge
 from snpc.types import AnyArray, BoolArray, ChosenMetric, Difference, FloatArray, Model
 
 ROW_TOLERANCE = 1e-3  # by how much rows of float16 miss a sum of one
@@ -32,13 +32,13 @@ NOT_NUMBERS = "biuOSU"  # kinds of numpy types that are not floating point
 @dataclass(frozen=True)
 class OutputMetrics:
     """The metric of every output. Outputs that are not in ``by_output`` are compared by relative change. ``final``:
-    values were looked at, too. ``limited``: ``change`` is in units of the drift. ``language``: the head of a causal
-    language model, and the original's surprise on the samples that are compared."""
+    values were looked at, too. ``limited``: ``change`` is in units of the drift. ``language``: of a causal language
+    model."""
 
     by_output: Mapping[str, OutputMetric] = field(default_factory=dict)
     final: bool = False
     limited: bool = False
-    language: tuple[LanguageHead, Surprise] | None = field(default=None, compare=False)
+    language: LanguageJudge | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, analysis: Analysis) -> OutputMetrics:

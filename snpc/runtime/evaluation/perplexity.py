@@ -96,6 +96,16 @@ class LanguageHead:
         return np.asarray(feeds[self.mask][:, -ids.shape[1] :] != 0)
 
 
+@dataclass(frozen=True)
+class LanguageJudge:
+    """How a causal language model is judged. ``dense``: the surprise of the original, on the batches whose outputs are
+    compared and on the ``rest``, whose outputs would take too much memory."""
+
+    head: LanguageHead
+    dense: Surprise
+    rest: Sequence[Feeds] = ()
+
+
 def sum_surprise(head: LanguageHead, feeds: Sequence[Feeds], outputs: Sequence[Mapping[str, AnyArray]]) -> Surprise:
     """Of several batches."""
     return sum((head.surprise(fed, made) for fed, made in zip(feeds, outputs, strict=True)), Surprise())

@@ -13,10 +13,12 @@ import onnxruntime as ort
 import pytest
 
 import snpc
-from snpc.runtime.evaluation import LanguageHead, Surprise, perplexity
+from snpc.runtime.evaluation import LanguageHead, perplexity
+from snpc.runtime.evaluation.perplexity import Surprise
 from snpc.types import Perplexity
 from tests.command_line import invoke, reported
 from tests.models.language import Language, as_text, negative_log_likelihoods, write_language_folder
+from tests.patching import patch
 
 SHARP = Language(sharpness=3)
 IDS = SHARP.sample(24, 9)
@@ -195,3 +197,16 @@ def test_the_page_has_a_card(tmp_path: Path) -> None:
     snpc.write_report(result, tmp_path / "report.html")
     assert isinstance(result.quality.perplexity, Perplexity)
     assert f"from {result.quality.perplexity.before:.4g}, now x" in (tmp_path / "report.html").read_text()
+
+
+def test_samples_whose_outputs_are_not_kept_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits over a large vocabulary take too much memory for the comparison of all samples."""
+    calibration = snpc.load_calibration({"input_ids": SHARP.sample(60, 9)}, snpc.load(SHARP.model()).inputs, samples=20)
+    assert calibration.held_out is not None
+    every = snpc.prune(SHARP.model(), ratio=0.3, calibration=calibration)
+    patch(monkeypatch, "snpc.pipeline.verify.MAX_OUTPUT_BYTES", 1)
+    few = snpc.prune(SHARP.model(), ratio=0.3, calibration=calibration)
+    assert (every.quality.samples, few.quality.samples) == (calibration.held_out.samples, 16)
+    assert every.quality.perplexity is not None
+    assert every.quality.perplexity.tokens == 8 * calibration.held_out.samples
+    assert few.quality.perplexity == every.quality.perplexity
