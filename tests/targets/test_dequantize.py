@@ -68,6 +68,18 @@ def test_models_in_memory(quantized: Path) -> None:
     assert result.after.params < 0.85 * result.before.params
 
 
+def test_the_model_of_a_folder(quantized: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    quantized.rename(folder / "model.onnx")
+    (folder / "config.json").write_text("{}")
+    written = snpc.prune_folder(
+        folder, tmp_path / "out", ratio=0.3, method="select", criterion="magnitude", dequantize=True
+    )
+    assert not quantized_operators(snpc.load(written.path / "model.onnx").graph)
+    assert (written.path / "config.json").read_text() == "{}"
+
+
 def test_float_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(snpc.UserError, match="nothing in it is quantized"):
         snpc.dequantize(VIT)
