@@ -38,6 +38,7 @@ from snpc.ops.attention import (
     attention_form,
     attention_geometry,
     head_counts,
+    partly_written,
     qkv_widths,
     rotary_tables,
 )
@@ -200,6 +201,7 @@ __all__ = [
     "names",
     "operator_table",
     "parse_einsum",
+    "partly_written",
     "qkv_widths",
     "reshape_labels",
     "rotary_form",

@@ -96,6 +96,15 @@ class AttentionGeometry:
         return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
 
 
+def partly_written(domain: str, op_type: str, attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    """Outputs of a node whose last rows stay unwritten where few tokens were seen: caches as long as a sliding window.
+
+    What lies there differs from run to run.
+    """
+    form = ATTENTION_FORMS.get((domain, op_type))
+    return form.present if form is not None and attributes.get("sliding_window_cache", 0) else ()
+
+
 def rotary_tables(domain: str, op_type: str) -> tuple[int, ...]:
     """The inputs of a node that are tables of cosines and sines."""
     if (domain, op_type) in ATTENTION_FORMS:

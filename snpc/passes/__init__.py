@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze, analyze_graph, quoted_facts
 from snpc.passes.mac_breakdown import macs_by_role
-from snpc.passes.output_kinds import OutputKind, find_output_kinds
+from snpc.passes.output_kinds import OutputKind, find_output_kinds, partly_written_outputs
 from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "analyze_graph",
     "find_output_kinds",
     "macs_by_role",
+    "partly_written_outputs",
     "quoted_facts",
 ]

@@ -25,8 +25,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, is_stored_constant, opset_version
-from snpc.ops import LOG, Blocked, lookup
+from snpc.graph import ShapeFacts, attribute_values, is_stored_constant, opset_version
+from snpc.ops import LOG, Blocked, lookup, partly_written
 from snpc.passes.propagation import varying_axes
 
 OutputContent = Literal["probabilities", "log_probabilities", "logits", "linear", "cache", "values"]
@@ -259,3 +259,13 @@ def weight_behind(value: ir.Value) -> ir.Value | None:
             return None
         value = node.inputs[0]
     return value if is_stored_constant(value) else None
+
+
+def partly_written_outputs(model: ir.Model) -> frozenset[str]:
+    """Outputs whose last rows hold whatever lay in memory: caches of sliding windows that are not full."""
+    return frozenset(
+        str(node.outputs[k].name)
+        for node in model.graph
+        for k in partly_written(node.domain, node.op_type, attribute_values(node))
+        if k < len(node.outputs) and node.outputs[k].is_graph_output()
+    )

@@ -19,8 +19,9 @@ VOCABULARY, CONTEXT = 64, 64
 
 @dataclass(frozen=True)
 class BuilderDecoder:
-    """Sizes of a decoder. ``rotary``: channels of each head that turn. ``window``: of sliding attention, -1 for none.
-    ``packed``: one product makes query, key and value."""
+    """Sizes of a decoder. ``rotary``: channels of each head that turn. ``window``: of sliding attention, -1 for none;
+    ``rolling``: the caches are as long as the window. ``packed``: one product makes query, key and value.
+    ``interleaved``: pairs are neighbors."""
 
     layers: int = 2
     hidden: int = 48
@@ -32,6 +33,7 @@ class BuilderDecoder:
     window: int = -1
     packed: bool = True
     interleaved: bool = False
+    rolling: bool = False
 
     def write(self, path: Path, seed: int = 0) -> Path:
         """Write the decoder with random weights."""
@@ -63,8 +65,9 @@ class BuilderDecoder:
         return {"cosine": np.cos(angles), "sine": np.sin(angles)}
 
     def text(self) -> str:
-        past = self.caches("past_key_values", "past_sequence_length")
-        present = self.caches("present", "total_sequence_length")
+        length = "sliding" if self.rolling else "sequence"
+        past = self.caches("past_key_values", f"past_{length}_length")
+        present = self.caches("present", f"total_{length}_length")
         return f"""<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>
         decoder (int64[batch_size, sequence_length] input_ids,
                  int64[batch_size, total_sequence_length] attention_mask{past})
@@ -97,7 +100,8 @@ class BuilderDecoder:
             n{n} = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001, stash_type = 1> (x{n}, "{w}norm1")
             {products}
             a{n}, "present.{n}.key", "present.{n}.value" = com.microsoft.GroupQueryAttention
-                <{rotary}num_heads = {self.heads}, kv_num_heads = {self.kv_heads}, local_window_size = {self.window}>
+                <{rotary}num_heads = {self.heads}, kv_num_heads = {self.kv_heads}, local_window_size = {self.window},
+                 sliding_window_cache = {int(self.rolling)}>
                 ({operands}, "past_key_values.{n}.key", "past_key_values.{n}.value", lens, total{tables})
             c{n} = MatMul (a{n}, "{w}o")  y{n} = Add (x{n}, c{n})
             m{n} = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001, stash_type = 1> (y{n}, "{w}norm2")

@@ -21,7 +21,7 @@ from snpc.planning.config import allowed_widths
 from snpc.planning.descent import convex_hull_steps
 from snpc.planning.plan import cuts_of, top_units
 from snpc.planning.plan_file import parse_kept_units
-from snpc.types import Group, Role, Site
+from snpc.types import Cost, Group, Role, Site
 from tests.command_line import VIT
 from tests.models.groups import make_group
 
@@ -32,7 +32,8 @@ def analysis(*groups: Group) -> Analysis:
     """As much of an analysis as planning looks at."""
     model = SimpleNamespace(path=Path("made.onnx"), digest="d" * 64)
     traced_graph = SimpleNamespace(kv_cache=False)
-    parts = {"groups": groups, "pins": (), "model": model, "traced_graph": traced_graph}
+    cost = Cost(1, 1, 1, 1)
+    parts = {"groups": groups, "pins": (), "model": model, "traced_graph": traced_graph, "cost": cost}
     return cast(Analysis, SimpleNamespace(**parts, reduction=None, metrics={}))
 
 

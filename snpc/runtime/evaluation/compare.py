@@ -294,7 +294,8 @@ def compare_models(
     metrics: OutputMetrics = RELATIVE_METRICS,
     probes: int = 0,
 ) -> tuple[tuple[Difference, ...], tuple[Difference, ...]]:
-    """(sliced against masked, pruned against original) on ``batches``; ``dense``: the original's outputs.
+    """(sliced against masked, pruned against original) on ``batches``; ``dense``: outputs of the original, those
+    that are compared.
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
     and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
@@ -320,7 +321,8 @@ def compare_models(
         source = rewritten.source
         save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution, "verification, masked")
-    same = [narrow_caches(outputs, cut) for outputs in masked]
+    compared = [{name: array for name, array in outputs.items() if name in dense[0]} for outputs in masked]
+    same = [narrow_caches(outputs, cut) for outputs in compared]
     equals_mask = batch_differences(same[probes:], narrow[probes : len(same)])
     worst = {d.output: d for d in batch_differences(same[:probes], narrow[:probes])}
     return tuple(max(d, worst.get(d.output, d), key=lambda found: found.relative) for d in equals_mask), drift

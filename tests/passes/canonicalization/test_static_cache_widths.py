@@ -58,3 +58,12 @@ def test_builder_form_is_pruned_without_data(options: tuple[str, ...], tmp_path:
     assert widths == {16 if options else 32}
     checked = CliRunner().invoke(main, ["verify", str(path), str(out)])
     assert checked.exit_code == (1 if options else 0), checked.output
+
+
+def test_rolling_caches_are_not_compared_behind_their_tokens(tmp_path: Path) -> None:
+    """A cache as long as the window has rows that no kernel writes; runs need one that is long enough."""
+    path, out = BuilderDecoder(window=24, rolling=True).write(tmp_path / "decoder.onnx"), tmp_path / "half.onnx"
+    done = CliRunner().invoke(main, ["prune", str(path), "--ratio", "0.5", "--prune-kv-cache", "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "not compared: present.0.key" in done.output
+    assert "sliced equals masked" in done.output
