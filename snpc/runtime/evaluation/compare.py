@@ -15,7 +15,7 @@ from snpc.errors import CheckFailed, UserError
 from snpc.passes.canonicalization import finalize
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
-from snpc.runtime.evaluation.distances import OutputMetric, same_finiteness
+from snpc.runtime.evaluation.distances import OutputMetric, as_float, same_finiteness, sample_pairs
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
 from snpc.runtime.evaluation.perplexity import LanguageJudge, compare_surprise, sum_surprise
 from snpc.runtime.evaluation.uncertainty import with_uncertainty
@@ -142,21 +142,20 @@ def output_difference(name: str, a: AnyArray, b: AnyArray, metric: OutputMetric)
     """The Difference of one output; see ``measure_differences``."""
     if a.shape != b.shape:
         raise CheckFailed(f"output {name}: shape {list(b.shape)} instead of {list(a.shape)}")
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    if x.size and not np.isfinite(x).any():
+    if a.size and not np.isfinite(as_float(a)).any():
         raise CheckFailed(
             f"output {name}: the original has no finite value on these inputs, so nothing can be verified"
         )
-    check_finiteness(name, x, y)
-    finite = np.isfinite(x)
-    x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
-    gap = x - y
-    relative = RELATIVE_METRICS[name].distance(x, y)
-    norms = float(np.linalg.norm(x) * np.linalg.norm(y)) or 1.0
+    check_finiteness(name, as_float(a), as_float(b))
+    largest, products = 0.0, np.zeros(3)
+    for x, y in sample_pairs(a, b, None):  # one by one, since logits over a vocabulary are big
+        finite = np.isfinite(x)
+        x, y = np.where(finite, x, 0.0).reshape(-1), np.where(finite, y, 0.0).reshape(-1)
+        largest = max(largest, float(np.abs(x - y).max(initial=0.0)))
+        products += (x @ y, x @ x, y @ y)
+    cosine = float(products[0]) / (float(np.sqrt(products[1] * products[2])) or 1.0)
     agreement = argmax_agreement(a, b, metric.axis) if metric.domain != "values" else None
-    difference = Difference(
-        name, float(np.abs(gap).max(initial=0.0)), relative, float(x.reshape(-1) @ y.reshape(-1)) / norms, agreement
-    )
+    difference = Difference(name, largest, RELATIVE_METRICS[name].distance(a, b), cosine, agreement)
     if not metric.judged:
         return difference
     distance = metric.distance(a, b)

@@ -32,6 +32,7 @@ INVISIBLE = 1e3  # a logit so far below the largest of its row has no probabilit
 # a softmax at 1 tells little of a sample of which the model is sure, so few samples are noisy: docs/design-notes.md
 PLANNING_TEMPERATURE = 4.0
 LARGEST_LOGARITHM = 100.0  # of what is called a log-probability: a broken model may have any, and must not overflow
+CACHED_ENTRIES = 1 << 15
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 
 
@@ -90,23 +91,32 @@ class OutputMetric:
 
     def of_sample(self, x: FloatArray, y: FloatArray) -> DistanceSums:
         """Of one sample, or of its rows that count."""
+        total = DistanceSums(0.0, 0.0, 0)
+        if not x.size:
+            return total
+        for rows in row_chunks(*class_rows(x, y, self.axis)):
+            total += self.of_rows(*rows)
+        return total
+
+    def of_rows(self, x: FloatArray, y: FloatArray) -> DistanceSums:
+        """Of [rows, classes]."""
         if self.name == "kl":
-            return divergence(self.domain, *class_rows(x, y, self.axis), self.temperature)
+            return divergence(self.domain, x, y, self.temperature)
         if self.name == "cosine":
-            return cosine_distance(*class_rows(x, y, self.axis))
+            return cosine_distance(x, y)
         if self.name == "mismatch":
             return DistanceSums(float(np.sum((x != y) & np.isfinite(x))), 1.0, x.size)
         a, b = self.visible_values(x, y)
         return DistanceSums(float(np.sum((a - b) ** 2)), float(np.sum(a**2)), a.size)
 
     def visible_values(self, x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """What "relative" compares: the values; of log-probabilities the probabilities; of logits those that are not
-        masked. Entries that are not finite are zero in both."""
+        """What "relative" compares of [rows, classes]: the values; of log-probabilities the probabilities; of logits
+        those that are not masked. Entries that are not finite are zero in both."""
         finite = np.isfinite(x) & np.isfinite(y)
         if self.domain == "log_probabilities":
             return tuple(np.where(finite, np.exp(np.where(finite, a, 0.0)), 0.0) for a in (x, y))  # type: ignore[return-value]
-        if self.domain == "logits" and x.ndim:
-            finite &= ~(masked_logits(x, self.axis) & masked_logits(y, self.axis))
+        if self.domain == "logits":
+            finite &= ~(masked_logits(x) & masked_logits(y))
         return np.where(finite, x, 0.0), np.where(finite, y, 0.0)
 
 
@@ -152,6 +162,13 @@ def class_rows(x: FloatArray, y: FloatArray, axis: int) -> tuple[FloatArray, Flo
     if x.ndim == 0:
         return x.reshape(1, 1), y.reshape(1, 1)
     return tuple(np.moveaxis(a, axis, -1).reshape(-1, a.shape[axis]) for a in (x, y))  # type: ignore[return-value]
+
+
+def row_chunks(x: FloatArray, y: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
+    """Neighboring rows of both, so few that what is computed of them stays in the processor's cache."""
+    count = max(CACHED_ENTRIES // max(x.shape[-1], 1), 1)
+    for start in range(0, len(x), count):
+        yield x[start : start + count], y[start : start + count]
 
 
 def divergence(domain: Domain, x: FloatArray, y: FloatArray, temperature: float = 1.0) -> DistanceSums:
@@ -208,10 +225,10 @@ def cosine_distance(x: FloatArray, y: FloatArray) -> DistanceSums:
     return DistanceSums(float(np.sum(np.maximum(1 - cosines, 0))), float(len(x)), len(x))
 
 
-def masked_logits(rows: FloatArray, axis: int) -> BoolArray:
-    """Entries that no softmax sees."""
+def masked_logits(rows: FloatArray) -> BoolArray:
+    """Entries of [rows, classes] that no softmax sees."""
     finite = np.where(np.isfinite(rows), rows, -np.inf)
-    largest = finite.max(axis, keepdims=True, initial=-np.inf)
+    largest = finite.max(-1, keepdims=True, initial=-np.inf)
     return np.asarray(finite < np.where(np.isfinite(largest), largest, 0.0) - INVISIBLE)
 
 
