@@ -114,11 +114,10 @@ def find_outliers(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[st
 def column_maxima(model: Model, folder: Path, feeds: Sequence[Feeds]) -> dict[str, FloatArray]:
     """Largest absolute value in each column of every activation that meets a weight matrix, over the data."""
     copy = model.graph.clone()
-    watched = {node.inputs[0] for node in weight_products(copy) if is_weight_matmul(node)}
-    dtype = next(t.const_value.dtype for t in copy.graph.initializers.values() if t.const_value is not None)
-    for value in watched:
+    watched = {node.inputs[0]: node.inputs[1] for node in weight_products(copy) if is_weight_matmul(node)}
+    for value, weight in watched.items():
         if value is not None and not value.is_graph_output() and not value.is_graph_input():
-            value.dtype = value.dtype or dtype
+            value.dtype = value.dtype or weight.const_value.dtype  # type: ignore[union-attr]
             copy.graph.outputs.append(value)
     path = folder / "watched.onnx"
     graph_outputs = [str(value.name) for value in copy.graph.outputs]

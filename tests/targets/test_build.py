@@ -32,6 +32,7 @@ from snpc.targets.preferred_widths import widths_for_target
 from snpc.targets.quantize import find_outliers
 from snpc.targets.shape_profile import shape_ranges
 from tests.models.exports import export
+from tests.models.language import Language
 from tests.oracle import require
 from tests.patching import patch
 
@@ -496,3 +497,13 @@ def test_a_build_does_not_overwrite_the_model(digits: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"x-ort\.onnx"):
         snpc.build(model, "ort", model)
     assert model.read_bytes() == before
+
+
+def test_int8_of_a_model_whose_first_constant_is_no_float(tmp_path: Path) -> None:
+    """Types of activations are those of the weights that they meet."""
+    language = Language(sharpness=3)
+    onnx.save(language.model(), tmp_path / "model.onnx")
+    assert language.model().graph.initializer[0].data_type == onnx.TensorProto.INT64
+    data = snpc.load_calibration({"input_ids": language.sample(16, 8)}, snpc.load(tmp_path / "model.onnx").inputs)
+    built = snpc.build(tmp_path / "model.onnx", "ort", tmp_path / "int8.onnx", precision="int8", calibration=data)
+    assert built.drift[0].distance < 0.1

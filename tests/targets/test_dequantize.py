@@ -80,6 +80,38 @@ def test_the_model_of_a_folder(quantized: Path, tmp_path: Path) -> None:
     assert (written.path / "config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("form", ["dynamic", "qdq_per_channel", "qdq_optimized", "operators", "uint4_blocks"])
+def test_every_form_is_cut_as_its_float_model_is(form: str, tmp_path: Path) -> None:
+    """Sliced equals masked is checked by the prune itself."""
+    source, amount = export("llama__dyn20"), {"ratio": 0.3, "method": "select", "criterion": "random", "uniform": True}
+    FORMS[form](source, tmp_path / "q.onnx", load_feeds("llama__dyn20"))
+    made = snpc.prune(tmp_path / "q.onnx", tmp_path / "a.onnx", dequantize=True, **amount)  # type: ignore[arg-type]
+    dense = snpc.prune(source, tmp_path / "b.onnx", **amount)  # type: ignore[arg-type]
+    assert made.verification.equals_mask
+    assert made.after.macs == dense.after.macs < dense.before.macs
+    assert [made.plan.kept_width(g) for g in made.plan.analysis.groups] == [
+        dense.plan.kept_width(g) for g in dense.plan.analysis.groups
+    ]
+
+
+def test_a_weight_that_the_graph_quantizes_is_taken_as_it_is_stored(tmp_path: Path) -> None:
+    """As quantization-aware training exports it."""
+    weight = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["f"]),
+        helper.make_node("MatMul", ["x", "f"], ["y"]),
+    ]
+    held = {"w": weight, "s": np.asarray(0.02, np.float32), "z": np.asarray(0, np.int8)}
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2, k]) for n, k in (("x", 8), ("y", 4))]
+    constants = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    (value,) = snpc.dequantize(tmp_path / "m.onnx").graph.graph.initializers.values()
+    assert value.const_value is not None
+    np.testing.assert_array_equal(value.const_value.numpy(), weight)
+
+
 def test_float_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(snpc.UserError, match="nothing in it is quantized"):
         snpc.dequantize(VIT)
@@ -97,6 +129,18 @@ def test_what_no_rule_knows_is_said(quantized: Path, tmp_path: Path) -> None:
     assert record.left == {"MatMulNBits": 1}
     shown = invoke("inspect", tmp_path / "other.onnx", "--dequantize").stdout
     assert "left quantized, as no rule fits: 1 MatMulNBits" in shown
+
+
+def test_damaged_scales_are_refused_in_one_line(quantized: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantized)
+    node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
+    scales = next(t for t in model.graph.initializer if t.name == node.input[2])
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales).reshape(-1)[:-1].copy(), scales.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    said = invoke("dequantize", tmp_path / "m.onnx", "-o", tmp_path / "float.onnx", code=2).stderr
+    assert "do not fit a weight of shape" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "float.onnx").exists()
 
 
 def test_branches_are_not_looked_into(tmp_path: Path) -> None:

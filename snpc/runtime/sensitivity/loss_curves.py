@@ -94,7 +94,8 @@ def measure_loss_curves(
     ):
         store = SpillableStore(memory_budget(execution.memory_limit))
         pools: list[list[TrialBatch]] = []
-        samples = sample_pools(calibration, SAMPLES_PER_WIDTH if near_plan else CURVE_SAMPLES)
+        size = SAMPLES_PER_WIDTH if near_plan else CURVE_SAMPLES
+        samples = sample_pools(calibration, size)
         for pool in samples:
             pools.append([])
             for feeds in pool:
@@ -102,7 +103,7 @@ def measure_loss_curves(
                 metrics = metrics.for_values({name: states[-1][name] for name in model.outputs})
                 metrics = metrics.for_limit() if limited else metrics
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
-        stage = trial_stage(closed_forms, scores, calibration, limited, execution)
+        stage = trial_stage(closed_forms, scores, calibration, (size, limited), execution)
         measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage, advance)
         if execution.executor is not None:
             measurement.workers = trial_workers(model, folder, samples, pools, execution)
@@ -215,15 +216,19 @@ class CurveMeasurement:
 
 
 def trial_stage(
-    closed_forms: ClosedForms, scores: UnitScores, calibration: Calibration, limited: bool, execution: Execution
+    closed_forms: ClosedForms,
+    scores: UnitScores,
+    calibration: Calibration,
+    kind: tuple[int, bool],
+    execution: Execution,
 ) -> StoredStage:
-    """Where trials are stored, for all budgets. Losses tell the closed forms, and what these were fitted to, from
-    others."""
+    """Where trials are stored, for all budgets that are tried alike. ``kind``: on how many samples, and whether a drift
+    is limited. Losses tell the closed forms, and what these were fitted to, from others."""
     if execution.work is None:
         return NOT_STORED
     analysis = closed_forms.analysis
     fitted = (closed_forms.identity, scores.values, scores.method)
-    judged = (metrics_identity(analysis), limited)
+    judged = (metrics_identity(analysis), *kind)
     return execution.stored_stage("trials", calibration.identity, fitted, judged)
 
 

@@ -131,7 +131,7 @@ def largest_gap(one: dict[str, Array], two: dict[str, Array]) -> float:
 def test_layers_are_fitted_without_padded_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # padded, the samples are one batch, which has no halves to choose a ridge by
     fixed = RidgeChoice(RESIDUAL_DAMPING, {})
-    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.choose_ridge", lambda halves: fixed)
+    monkeypatch.setattr("snpc.runtime.closed_form.layerwise.choose_ridge", lambda *_: fixed)
     analysis = analysis_of(name)
     data = [calibration(name, garbage) for garbage in (0, 1, None)]
     decision = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data[0], method="auto")
