@@ -299,7 +299,9 @@ def inputs_with_cache_widths(
     paths: Sequence[Path], inputs: Sequence[tuple[TensorSpec, ...]]
 ) -> list[tuple[TensorSpec, ...]]:
     """``inputs`` of the models; where one names the width of a cache and another has a number, as the graph has it."""
-    names = {spec.name for specs in inputs for spec in specs if is_past(spec) and isinstance(spec.shape[-1], int)}
+    names = {
+        spec.name for specs in inputs for spec in specs if is_cache_input(spec) and isinstance(spec.shape[-1], int)
+    }
     return [
         load(path).inputs
         if any(spec.name in names and isinstance(spec.shape[-1], str) for spec in specs)
@@ -309,14 +311,14 @@ def inputs_with_cache_widths(
     ]
 
 
-def is_past(spec: TensorSpec) -> bool:
+def is_cache_input(spec: TensorSpec) -> bool:
     """Does an input hold past keys or values, [.., tokens, width]?"""
     return "past" in spec.name.lower() and len(spec.shape) > 3
 
 
 def narrow_past(feed: Feeds, specs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
     """``feed`` with as many columns of past keys and values as a model takes."""
-    widths = {spec.name: spec.shape[-1] for spec in specs if is_past(spec) and isinstance(spec.shape[-1], int)}
+    widths = {spec.name: spec.shape[-1] for spec in specs if is_cache_input(spec) and isinstance(spec.shape[-1], int)}
     return {name: array[..., : widths[name]] if name in widths else array for name, array in feed.items()}
 
 
@@ -333,7 +335,7 @@ def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]])
                 has, lacks = (labels[0], label) if name in merged else (label, labels[0])
                 raise UserError(f"{has} and {lacks} cannot run on the same inputs: only {has} has {name!r}")
         for name, spec in merged.items():
-            if is_past(spec) and is_past(named[name]):
+            if is_cache_input(spec) and is_cache_input(named[name]):
                 widest = max((s.shape[-1] for s in (spec, named[name])), key=lambda n: n if isinstance(n, int) else 0)
                 merged[name], named[name] = (replace(s, shape=(*s.shape[:-1], widest)) for s in (spec, named[name]))
             _check_compatible(labels[0], merged[name], label, named[name])
