@@ -53,7 +53,10 @@ def dequantize(
         where = "; loops and branches are not looked into" if inner else ""
         raise UserError(f"{loaded.path}: it cannot be dequantized: no rule fits its {operator_counts(left)}{where}")
     with write_place(loaded, path) as (target, folder):
-        save(finalize(graph), target, external=loaded.external)
+        try:
+            save(finalize(graph), target, external=loaded.external)
+        except UserError as error:
+            raise UserError(f"{loaded.path}: {error}") from None
     written = Path(path) if path is not None else target
     differences, compared = compare_with_quantized(loaded, written, calibration, execution)
     record = Dequantization(loaded.path, replaced, left, differences, compared)

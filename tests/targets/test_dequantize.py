@@ -131,6 +131,18 @@ def test_what_no_rule_knows_is_said(quantized: Path, tmp_path: Path) -> None:
     assert "left quantized, as no rule fits: 1 MatMulNBits" in shown
 
 
+def test_damaged_scales_are_refused_in_one_line(quantized: Path, tmp_path: Path) -> None:
+    model = onnx.load(quantized)
+    node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
+    scales = next(t for t in model.graph.initializer if t.name == node.input[2])
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales).reshape(-1)[:-1].copy(), scales.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    said = invoke("dequantize", tmp_path / "m.onnx", "-o", tmp_path / "float.onnx", code=2).stderr
+    assert "do not fit a weight of shape" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "float.onnx").exists()
+
+
 def test_branches_are_not_looked_into(tmp_path: Path) -> None:
     """As in the merged decoders of optimum: with and without a cache."""
     out = [helper.make_tensor_value_info("f", onnx.TensorProto.FLOAT, [2])]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from snpc.errors import UserError
 from snpc.types import AnyArray
 
 UNPACKED_BITS = (2, 4, 8)  # several weights, or one, fill a byte
@@ -19,7 +20,7 @@ def dequantize_array(
     """As DequantizeLinear defines it, computed in float32, in the type of ``scale``.
 
     ``scale`` and ``zero_point`` are scalars, vectors along ``axis``, or of the rank of ``quantized`` with an entry per
-    ``block`` entries along ``axis``. Raises ValueError where their shapes fit none of these.
+    ``block`` entries along ``axis``. Raises UserError where their shapes fit none of these.
     """
     values = quantized.astype(np.int32) if quantized.dtype.itemsize < 4 and is_integer(quantized) else quantized
     if zero_point is not None:
@@ -34,15 +35,20 @@ def is_integer(array: AnyArray) -> bool:
 
 
 def spread(parameter: AnyArray, shape: tuple[int, ...], axis: int, block: int) -> AnyArray:
-    """A scale or zero point in a shape that broadcasts to ``shape``. Raises ValueError where there is none."""
+    """A scale or zero point in a shape that broadcasts to ``shape``. Raises UserError where there is none."""
     if parameter.size == 1:
         return parameter.reshape(())
     axis %= len(shape)
-    if block and parameter.ndim == len(shape):
+    blocks = tuple(-(-size // block) if block and k == axis else size for k, size in enumerate(shape))
+    if block and parameter.shape == blocks:
         return parameter.repeat(block, axis).take(np.arange(shape[axis]), axis)
     if parameter.size == shape[axis]:
         return parameter.reshape([-1 if k == axis else 1 for k in range(len(shape))])
-    raise ValueError(f"{parameter.shape} scales do not fit {shape} along axis {axis}")
+    raise misfit(parameter.shape, shape)
+
+
+def misfit(scales: tuple[int, ...], weight: tuple[int, ...]) -> UserError:
+    return UserError(f"scales of shape {list(scales)} do not fit a weight of shape {list(weight)}: the file is damaged")
 
 
 def unpack(packed: AnyArray, bits: int, count: int) -> AnyArray:
@@ -64,6 +70,8 @@ def dequantize_blocks(attributes: Mapping[str, Any], stored: tuple[AnyArray | No
     assert packed is not None
     assert scales is not None
     blocks = math.ceil(rows / block)
+    if packed.size * 8 < rows * columns * bits or packed.size % columns or scales.size != columns * blocks:
+        raise misfit(scales.shape, (rows, columns))
     values = unpack(packed.reshape(columns, -1), bits, rows).astype(np.float32)
     scale = scales.reshape(columns, blocks)
     zero: AnyArray = np.full((columns, blocks), 1 << (bits - 1), np.float32)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def needs_equal_positions(tie: WidthTie, units: Units) -> bool:
     """Whether keys and values cannot lose units of their own."""
     key, value = (channel_units(part, units) for part in (tie.key, tie.value))
+    if tie.key.shape[3] != tie.value.shape[3]:  # a damaged file: what unifies them says so
+        return True
     if key is None or value is None or np.intersect1d(key, value).size:
         return True
     return channels_per_unit(key, units) * channels_per_unit(value, units) == 0

@@ -21,6 +21,8 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
+    ENGINE_SUFFIXES,
+    OPENVINO_SUFFIX,
     TIMING_STAGE,
     Advance,
     Execution,
@@ -32,6 +34,7 @@ from snpc.runtime.execution import (
     ignore_advance,
     open_runner,
 )
+from snpc.runtime.io import load
 from snpc.types import AnyArray, Feeds, FloatArray, Shape, TensorSpec, shape_text
 
 TimedCall = Callable[[], object]
@@ -177,17 +180,20 @@ def bench(
     """Time the models in turn and compare each with the first.
 
     ``data``: random inputs of these sizes, one feed, or several (the first 16 are used). First, each model runs
-    once on the first feed, for the outputs that are compared. UserError: a model that does not load or run, models with
-    different inputs, or sizes that no input can have.
+    once on the first feed, for the outputs that are compared. Past keys and values may be narrower in some models,
+    which get the first columns. UserError: a model that does not load or run, models with different inputs, or sizes
+    that no input can have.
     """
     if not paths:
         raise UserError("no model to time: name at least one ONNX file")
     labels = _model_labels(paths)
     runners = [open_runner(path, execution=execution) for path in execution.track("loading", paths, len(paths))]
-    inputs = common_inputs(labels, [runner.inputs for runner in runners])
+    own = inputs_with_cache_widths(paths, [runner.inputs for runner in runners])
+    inputs = common_inputs(labels, own)
     feeds, seed = _read_feeds(inputs, data), data.seed if isinstance(data, RandomInputs) else 0
-    outputs = [runner.run(feeds[0]) for runner in runners]
-    calls = [[runner.prepare(feed) for feed in feeds] for runner in runners]
+    own_feeds = [[narrow_past(feed, specs) for feed in feeds] for specs in own]
+    outputs = [runner.run(feeds_of[0]) for runner, feeds_of in zip(runners, own_feeds, strict=True)]
+    calls = [[runner.prepare(feed) for feed in feeds_of] for runner, feeds_of in zip(runners, own_feeds, strict=True)]
     warming = protocol.warmup / max(protocol.iterations, 1)
     with execution.progress.stage(TIMING_STAGE, 1.0 + warming) as advance:
         run_rounds(calls, iterations=protocol.warmup, advance=lambda share: advance(warming * share))
@@ -289,8 +295,38 @@ def compare_outputs(first: Feeds, other: Feeds) -> tuple[OutputDiff, ...]:
     )
 
 
+def inputs_with_cache_widths(
+    paths: Sequence[Path], inputs: Sequence[tuple[TensorSpec, ...]]
+) -> list[tuple[TensorSpec, ...]]:
+    """``inputs`` of the models; where one names the width of a cache and another has a number, as the graph has it."""
+    names = {
+        spec.name for specs in inputs for spec in specs if is_cache_input(spec) and isinstance(spec.shape[-1], int)
+    }
+    return [
+        load(path).inputs
+        if any(spec.name in names and isinstance(spec.shape[-1], str) for spec in specs)
+        and path.suffix not in (OPENVINO_SUFFIX, *ENGINE_SUFFIXES)
+        else specs
+        for path, specs in zip(paths, inputs, strict=True)
+    ]
+
+
+def is_cache_input(spec: TensorSpec) -> bool:
+    """Does an input hold past keys or values, [.., tokens, width]?"""
+    return "past" in spec.name.lower() and len(spec.shape) > 3
+
+
+def narrow_past(feed: Feeds, specs: Sequence[TensorSpec]) -> dict[str, AnyArray]:
+    """``feed`` with as many columns of past keys and values as a model takes."""
+    widths = {spec.name: spec.shape[-1] for spec in specs if is_cache_input(spec) and isinstance(spec.shape[-1], int)}
+    return {name: array[..., : widths[name]] if name in widths else array for name, array in feed.items()}
+
+
 def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]]) -> tuple[TensorSpec, ...]:
-    """Inputs of the first model, with every size that any model fixes. UserError: two models with different inputs."""
+    """Inputs of the first model, with every size that any model fixes, and the widest past keys and values.
+
+    UserError: two models with different inputs.
+    """
     merged = {spec.name: spec for spec in inputs[0]}
     for label, specs in zip(labels[1:], inputs[1:], strict=True):
         named = {spec.name: spec for spec in specs}
@@ -299,7 +335,10 @@ def common_inputs(labels: Sequence[str], inputs: Sequence[Sequence[TensorSpec]])
                 has, lacks = (labels[0], label) if name in merged else (label, labels[0])
                 raise UserError(f"{has} and {lacks} cannot run on the same inputs: only {has} has {name!r}")
         for name, spec in merged.items():
-            _check_compatible(labels[0], spec, label, named[name])
+            if is_cache_input(spec) and is_cache_input(named[name]):
+                widest = max((s.shape[-1] for s in (spec, named[name])), key=lambda n: n if isinstance(n, int) else 0)
+                merged[name], named[name] = (replace(s, shape=(*s.shape[:-1], widest)) for s in (spec, named[name]))
+            _check_compatible(labels[0], merged[name], label, named[name])
         # Equal axis names have equal sizes: what the other model fixes in one input is fixed in all inputs.
         pairs = [pair for name, spec in merged.items() for pair in zip(spec.shape, named[name].shape, strict=True)]
         fixed_sizes = {a: b for a, b in pairs if isinstance(a, str) and a and isinstance(b, int)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import numpy_helper, parser
 
 import snpc
 from snpc.errors import UserError
@@ -110,3 +111,20 @@ def test_prefill_and_steps_equal_the_uncached_logits(tmp_path: Path) -> None:
 def test_half_of_a_tie_is_refused(budget: snpc.Budget, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"takes one head size: give --roles with both roles"):
         snpc.plan(analysis_of("rotary", tmp_path), budget, method="select")
+
+
+def test_unequal_widths_of_a_file_are_pinned(tmp_path: Path) -> None:
+    """No kernel takes them, so nothing is tied, and nothing is cut."""
+    text = """<ir_version: 10, opset_import: ["": 17, "com.microsoft": 1]>
+    step (float[B, N, 16] x, float[B, 4, P, 8] pk, float[B, 4, P, 6] pv)
+        => (float[B, N, 16] y, float[B, 4, T, 8] nk, float[B, 4, T, 6] nv) {
+        q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+        c, nk, nv = com.microsoft.MultiHeadAttention <num_heads = 4> (q, k, v, , , , pk, pv)
+        y = MatMul(c, wo)
+    }"""
+    model = parser.parse_model(text)
+    for name, shape in {"wq": (16, 32), "wk": (16, 32), "wv": (16, 24), "wo": (24, 16)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    analysis = snpc.analyze(snpc.load(model), prune_kv_cache=True)
+    assert not prunable(analysis.groups, "qk", "vo")
+    assert not any(g.tie for g in analysis.groups)

@@ -330,6 +330,34 @@ def test_a_table_that_shares_the_weight_of_the_last_layer(tmp_path: Path) -> Non
     np.testing.assert_allclose(floats, quantized, rtol=1e-5, atol=1e-5 * float(np.abs(quantized).max()))
 
 
+@pytest.mark.parametrize("per_column", [False, True])
+def test_fused_attention(per_column: bool, tmp_path: Path) -> None:
+    """QAttention, as onnxruntime's transformer optimizer and its quantizer write it."""
+    rng = np.random.default_rng(8)
+    columns = 48 if per_column else 1
+    held = {
+        "s": np.asarray(0.02, np.float32),
+        "z": np.asarray(120, np.uint8),
+        "w": rng.integers(-127, 128, (16, 48), dtype=np.int8),
+        "b": rng.standard_normal(48).astype(np.float32),
+        "ws": rng.uniform(0.002, 0.006, columns).astype(np.float32),
+        "wz": np.zeros(columns, np.int8),
+    }
+    if not per_column:
+        held |= {"ws": held["ws"].reshape(()), "wz": held["wz"].reshape(())}
+    names = ["q", "w", "b", "s", "ws", "", "z", "wz"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("QAttention", names, ["y"], domain=MICROSOFT, num_heads=4, unidirectional=1),
+    ]
+    path = graph_of(nodes, {"x": [2, 5, 16]}, held, tmp_path / "m.onnx")
+    snpc.dequantize(path, tmp_path / "float.onnx")
+    feeds = {"x": rng.uniform(-2, 2, (2, 5, 16)).astype(np.float32)}  # within the range of its bytes
+    assert [n.op_type for n in onnx.load(tmp_path / "float.onnx").graph.node] == ["Attention"]
+    floats, quantized = (outputs_of(p, feeds)[0] for p in (tmp_path / "float.onnx", path))
+    assert relative(floats, quantized) < 0.01
+
+
 def test_values_of_another_scale_stay_quantized(tmp_path: Path) -> None:
     """Bytes that are read with another scale than they were written with are multiplied; no rule says so."""
     held = {"s": np.float32(0.1), "t": np.float32(0.2), "z": np.uint8(0)}

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import snpc
 from snpc.cli.tables import fitting_columns
 from snpc.errors import UserError
 from snpc.runtime.evaluation.bench import (
@@ -31,6 +32,7 @@ from snpc.runtime.evaluation.bench import (
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.feeds import RandomInputs
 from snpc.types import Feeds, TensorSpec
+from tests.models.builder_decoders import BuilderDecoder
 
 
 def chain(path: Path, *, width: int, layers: int, hidden: int | None = None, seed: int = 0) -> Path:
@@ -403,3 +405,24 @@ class TestRefusals:
 def test_a_narrow_terminal_goes_without_what_is_spare(room: int, left: str) -> None:
     columns = fitting_columns(room, "abcd", [4, 4, 4, 4], ("b", "none", "c"))
     assert "".join("abcd"[k] for k in columns) == left
+
+
+def test_models_with_narrower_caches_are_timed_beside_the_original(tmp_path: Path) -> None:
+    """Each is given the columns that it takes, also where the file has a name for the width of its caches."""
+    path = BuilderDecoder().write(tmp_path / "decoder.onnx")
+    analysis = snpc.analyze(snpc.load(path), prune_kv_cache=True)
+    half = snpc.apply(snpc.plan(analysis, snpc.Budget(0.5), method="select"), tmp_path / "half.onnx").path
+    inputs = RandomInputs(dim_sizes={"sequence_length": 1, "past_sequence_length": 4, "total_sequence_length": 5})
+    quick = TimingProtocol(warmup=0, iterations=1, duration=None)
+    for order in ((path, half), (half, path), (half, half)):
+        result = bench(order, inputs, protocol=quick)
+        assert result.shapes["past_key_values.0.key"] == (1, 2, 4, 16 if order[1] == order[0] else 32)
+        found = {diff.name: diff.max_abs for diff in result.speedups[0].outputs}
+        assert found["logits"] is not None
+        assert (found["logits"] == 0) == (order[0] == order[1])
+
+
+def test_pictures_of_other_sizes_are_no_caches() -> None:
+    one, other = (TensorSpec("pixels", np.dtype(np.float32), ("N", 3, n, n)) for n in (224, 192))
+    with pytest.raises(UserError, match="the shapes differ"):
+        common_inputs(["a", "b"], [(one,), (other,)])
