@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -46,16 +47,37 @@ def open_cluster(text: str) -> Iterator[Executor]:
         yield client.get_executor()
 
 
-def start_workers(distributed: Any, count: int) -> Any:
-    """A cluster of so many worker processes on this machine, of one thread each. Several clusters can run at once."""
-    return distributed.LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        memory_limit=0,  # --memory-limit bounds what snpc holds
-        dashboard_address="127.0.0.1:0",  # any free port: the scheduler serves its state over HTTP in any case
-        scheduler_kwargs={"dashboard": False},
-        silence_logs=logging.CRITICAL,
-    )
+@contextmanager
+def start_workers(distributed: Any, count: int) -> Iterator[Any]:
+    """A cluster of so many worker processes on this machine, of one thread each. Several clusters can run at once.
+
+    Dask writes what its workers get into the environment of this process, such as one thread for BLAS; afterwards the
+    environment is as it was.
+    """
+    with (
+        restored_environment(),
+        distributed.LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            memory_limit=0,  # --memory-limit bounds what snpc holds
+            dashboard_address="127.0.0.1:0",  # any free port: the scheduler serves its state over HTTP in any case
+            scheduler_kwargs={"dashboard": False},
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield cluster
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """The variables of this process's environment are afterwards what they were before."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def import_distributed() -> Any:

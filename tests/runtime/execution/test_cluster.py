@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_two_clusters_at_once() -> None:
     distributed = pytest.importorskip("distributed")
     with start_workers(distributed, 0) as one, start_workers(distributed, 0) as other:
         assert one.scheduler_address != other.scheduler_address
+
+
+def test_a_cluster_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask sets the threads of its workers in this process, too."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    with start_workers(distributed, 1):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow
