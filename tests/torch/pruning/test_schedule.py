@@ -151,7 +151,7 @@ def test_objectives_that_are_not_whole_are_refused(more: tuple[Any, ...], messag
 def environment() -> dict[str, str]:
     """As many threads as here: sums are split among them."""
     root, threads = str(Path(snpc.__file__).parents[1]), str(torch.get_num_threads())
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": threads}
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
 RUNS = {
