@@ -51,7 +51,7 @@ def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
 
     Raises UserError where there is no such model, or several and none is named.
     """
-    models = sorted(p.relative_to(path) for place in MODEL_PLACES for p in (path / place).glob("*.onnx"))
+    models = models_in(path)
     model = chosen_model(path, models, file)
     forms = [other for other in models if other != model and is_form_of(other, model)]
     own = files_of(path, [model])
@@ -64,7 +64,12 @@ def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
 
 def main_model(path: Path) -> Path:
     """The model that a folder is about. Raises UserError as ``find_model_folder`` does."""
-    return find_model_folder(path).model_path
+    return path / chosen_model(path, models_in(path), None)
+
+
+def models_in(path: Path) -> list[Path]:
+    """Model files where tools put them, by their paths in the folder."""
+    return sorted(p.relative_to(path) for place in MODEL_PLACES for p in (path / place).glob("*.onnx"))
 
 
 def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
@@ -92,8 +97,8 @@ def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
 def models_with_same_weights(folder: ModelFolder) -> tuple[Path, ...]:
     """Other models of the folder that hold most of the weights of the one that is cut, as a decoder with a past and one
     without do. They must be cut alike."""
-    own = weight_digests(folder.model_path)
     candidates = [other for other in folder.others if other.suffix == ".onnx"]
+    own = weight_digests(folder.model_path) if candidates else set()
     return tuple(o for o in candidates if 2 * len(own & weight_digests(folder.path / o)) > len(own))
 
 

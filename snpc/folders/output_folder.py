@@ -13,7 +13,7 @@ from snpc.errors import CheckFailed, UserError
 from snpc.folders.model_folder import CONFIGS, ModelFolder, models_with_same_weights, read_json
 from snpc.folders.runtime_config import updated_config, width_changes
 from snpc.pipeline import PrunedModel
-from snpc.runtime.io import load, write_errors
+from snpc.runtime.io import write_errors
 from snpc.temporary import TemporaryFolder
 
 
@@ -55,7 +55,7 @@ class OutputFolder:
         Raises UserError where that fails; then nothing is at ``target``.
         """
         changed, unsaid, copied = {}, {}, []
-        changes = width_changes(result.plan, result.plan.analysis.model, load(self.model_path))
+        changes = width_changes(result.plan, result.inputs)
         for file in self.source.others:
             place = self.staged / file
             with write_errors(self.target):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpc.planning import SlicePlan
-from snpc.types import Model, Role
+from snpc.types import Role, TensorSpec
 
 CACHE_INPUT = re.compile(r"(past|cache).*(key|value|\.k|\.v|_k|_v)", re.IGNORECASE)
 HEAD_KEYS = ("head_size", "head_dim", "d_kv", "kv_channels")
@@ -50,17 +50,21 @@ class ConfigUpdate:
     unsaid: tuple[str, ...] = ()
 
 
-def width_changes(plan: SlicePlan, original: Model, pruned: Model) -> list[WidthChange]:
-    """Of caches, by the inputs of both models, and of the roles that configurations know, by the plan."""
-    return [*cache_changes(original, pruned), *(c for role in ROLE_KEYS for c in role_changes(plan, role))]
+def width_changes(plan: SlicePlan, inputs: Sequence[TensorSpec]) -> list[WidthChange]:
+    """Of caches, by the original's inputs and those of the pruned model, ``inputs``; of the roles that configurations
+    know, by the plan."""
+    return [
+        *cache_changes(plan.analysis.model.inputs, inputs),
+        *(c for role in ROLE_KEYS for c in role_changes(plan, role)),
+    ]
 
 
-def cache_changes(original: Model, pruned: Model) -> Iterator[WidthChange]:
+def cache_changes(original: Sequence[TensorSpec], pruned: Sequence[TensorSpec]) -> Iterator[WidthChange]:
     """Inputs ``past_key_values.0.key`` [batch, heads, past, width] that got narrower."""
-    before = {spec.name: spec.shape for spec in original.inputs}
+    before = {spec.name: spec.shape for spec in original}
     widths = [
         (shape[-1], spec.shape[-1])
-        for spec in pruned.inputs
+        for spec in pruned
         if CACHE_INPUT.search(spec.name) and len(shape := before.get(spec.name, ())) == 4
     ]
     for wide in sorted({a for a, b in widths if isinstance(a, int) and isinstance(b, int) and a != b}):

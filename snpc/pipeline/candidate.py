@@ -35,7 +35,7 @@ from snpc.runtime.io import (
 )
 from snpc.runtime.statistics import SampledRows
 from snpc.temporary import TemporaryFolder
-from snpc.types import ClosedFormKind, Cost, Quality, Verdict
+from snpc.types import ClosedFormKind, Cost, Model, Quality, TensorSpec, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -95,8 +95,8 @@ class PrunedModel:
     """How a drift or a latency was met, where candidates had to be measured for it."""
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     data: Calibration | None = field(default=None, repr=False, compare=False)
-    cache_bytes: tuple[int, int] = (0, 0)
-    """Bytes of the key/value caches per token, before and after; 0 of a model without caches."""
+    inputs: tuple[TensorSpec, ...] = ()
+    """Of the pruned model; caches may be narrower than the original's."""
     sampled_rows: tuple[SampledRows, ...] = ()
     """Where second moments are not from all rows of the calibration data."""
 
@@ -104,6 +104,11 @@ class PrunedModel:
     def quality(self) -> Quality:
         """How close the outputs are to the original's."""
         return self.verification.quality
+
+    @property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Bytes of the key/value caches per token, before and after; 0 of a model without caches."""
+        return cache_bytes_per_token(self.plan.analysis.model.inputs), cache_bytes_per_token(self.inputs)
 
     @property
     def model(self) -> Path | InMemoryModel:
@@ -117,10 +122,11 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class CandidateModel:
-    """A verified model in a staging folder. ``reference``: what it was compared with."""
+    """A verified model in a staging folder, with its ``inputs``. ``reference``: what it was compared with."""
 
     slices: SlicePlan
     path: Path
+    inputs: tuple[TensorSpec, ...]
     after: Cost
     verdict: Verdict
     closed_forms: Mapping[str, ClosedFormKind]
@@ -170,10 +176,11 @@ def write_candidate(
         reference = reference or candidate_reference(plan)
         verdict = verify_candidate(temporary, rewritten, reference, plan)
     with stopwatch.stage("report"):
-        after = cost_of_file(temporary, analysis)
+        written = load(temporary)
+        after = cost_of_file(written, analysis)
     kinds = {**plan.closed_forms.kinds} if plan.closed_forms is not None and refits else {}
     kinds |= {group.id: "refit" for group in approximate_groups(slices) if refits}
-    return CandidateModel(slices, temporary, after, verdict, kinds, reference)
+    return CandidateModel(slices, temporary, written.inputs, after, verdict, kinds, reference)
 
 
 def publish_candidate(
@@ -198,15 +205,14 @@ def publish_candidate(
         candidate.closed_forms,
         search,
         data=plan.calibration,
-        cache_bytes=(cache_bytes_per_token(analysis.model.inputs), cache_bytes_per_token(load(target).inputs)),
+        inputs=candidate.inputs,
         sampled_rows=plan.statistics.sampled_rows if plan.statistics is not None else (),
     )
 
 
-def cost_of_file(path: Path, analysis: Analysis) -> Cost:
-    """Parameters, MACs, bytes and nodes of the file as it lies on disk."""
-    model = load(path)
+def cost_of_file(model: Model, analysis: Analysis) -> Cost:
+    """Parameters, MACs, bytes and nodes of the file that ``model`` was loaded from, as it lies on disk."""
     if analysis.reduction is not None:
         analysis.reduction.name_decision_sizes(model.graph)
     cost = cost_of(model.graph, infer_graph(model.graph, dict(analysis.dim_sizes)))
-    return replace(cost, bytes=file_bytes(path), nodes=model.nodes)
+    return replace(cost, bytes=file_bytes(model.path), nodes=model.nodes)
