@@ -94,7 +94,6 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     import snpc
     from snpc.passes.canonicalization.finalize import finalize
     from snpc.passes.slicing.rewrite import rewrite_model
-    from snpc.pipeline.verify import verify_candidate
     from snpc.planning.plan import cuts_of
 
     watch, target = Watch(), folder / "pruned.onnx"
@@ -104,7 +103,7 @@ def measure(model: Path, ratio: float, folder: Path) -> Watch:
     plan = watch.run("plan", lambda: snpc.make_slice_plan(scores, snpc.Budget(ratio)))
     rewritten = watch.run("rewrite", lambda: rewrite_model(analysis.traced_graph, cuts_of(plan)))
     watch.run("write", lambda: snpc.save(finalize(rewritten.model), target))
-    watch.run("verify", lambda: verify_candidate(analysis, target, rewritten, None))
+    watch.run("verify", lambda: snpc.verify(model, target))
     return watch
 
 
