@@ -60,7 +60,7 @@ def trace_linear_path(
     spec = lookup(node.domain, node.op_type)
     if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
         trace_linear_path(path, node.inputs[0], group_labels, trace, facts, model)
-    elif spec.kind == "concat" and any(part is not None and movement_root(part) in trace.caches for part in node.inputs):
+    elif spec.kind == "concat" and any(is_cache(part, trace) for part in node.inputs):
         for part, labels in parts_behind_cache(node, group_labels, trace):
             trace_linear_path(path, part, labels, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
@@ -106,6 +106,10 @@ def trace_linear_term(
         raise NotLinear
 
 
+def is_cache(value: ir.Value | None, trace: Trace) -> bool:
+    return value is not None and movement_root(value) in trace.caches
+
+
 def parts_behind_cache(
     node: ir.Node, group_labels: frozenset[int], trace: Trace
 ) -> Iterator[tuple[ir.Value, frozenset[int]]]:
@@ -114,7 +118,7 @@ def parts_behind_cache(
     wanted_labels = np.fromiter(group_labels, np.int64)
     result = trace.values[node.outputs[0]]
     for part in node.inputs:
-        if part is None or movement_root(part) in trace.caches:
+        if part is None or is_cache(part, trace):
             continue
         labels = [
             own[np.isin(joined, wanted_labels)]
