@@ -61,8 +61,8 @@ def trace_linear_path(
     if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
         trace_linear_path(path, node.inputs[0], group_labels, trace, facts, model)
     elif spec.kind == "concat" and any(is_cache(part, trace) for part in node.inputs):
-        for part, labels in parts_behind_cache(node, group_labels, trace):
-            trace_linear_path(path, part, labels, trace, facts, model)
+        for added, labels in parts_behind_cache(node, group_labels, trace):
+            trace_linear_path(path, added, labels, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:
             beside = spec.kind == "concat" and part is not None and not label_set(trace.values[part]) & group_labels
