@@ -121,10 +121,10 @@ class Budget:
     as stays within it. ``max_ppl``: the same for the perplexity of a language model.
 
     ``roles``, ``include`` and ``exclude`` (regular expressions searched in group ids) choose the groups. Widths are
-    multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``head_sizes``: channels per
-    head that kernels of fused nodes with caches run fast; narrower heads there are of these, if there is a narrower one.
-    ``max_ratio``: role -> the largest fraction of a group's units that is removed. ``uniform`` removes the same fraction of every group;
-    otherwise units are ranked across groups by the loss that their removal causes.
+    multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``head_sizes``: channels
+    per head that kernels of fused nodes with caches run fast; narrower heads there are of these, if there is a narrower
+    one. ``max_ratio``: role -> the largest fraction of a group's units that is removed. ``uniform`` removes the same
+    fraction of every group; otherwise units are ranked across groups by the loss that their removal causes.
 
     ``allocator`` "dimap" derives the widths from the weights alone (``planning.dimap``).
 

@@ -34,7 +34,7 @@ __all__ = [
     "check_build",
     "dequantize",
     "find_target",
-    "timed_artifact",
     "slower_decoding_text",
+    "timed_artifact",
     "widths_for_target",
 ]
