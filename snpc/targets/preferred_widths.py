@@ -31,7 +31,7 @@ def widths_for_target(target: str | None, execution: Execution = DEFAULT_EXECUTI
 
 
 def slower_decoding_text(before: int, after: int) -> str:
-    """What it costs on a GPU that a decoder's heads of ``before`` channels have ``after``, in words; empty if nothing."""
+    """What it costs on a GPU that a decoder's heads of ``before`` channels have ``after``, in words; "" if nothing."""
     if before not in DECODING_HEADS or after in DECODING_HEADS:
         return ""
     sizes = ", ".join(map(str, DECODING_HEADS))
