@@ -321,6 +321,18 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
 
 
+def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:
+    """Raise UserError where the data fills caches whose channels the plan rotates."""
+    rotated = plan.closed_forms.bases if plan.closed_forms is not None else {}
+    caches = {str(value.name) for value in plan.analysis.traced_graph.trace.caches}
+    if calibration is None or not any(plan.analysis.group(g).cached for g in rotated) or not calibration.fills(caches):
+        return
+    raise UserError(
+        f"{calibration.source}: its caches hold keys and values of the original, and the pruned model's caches have "
+        "another basis; give data with empty caches, or with token ids alone"
+    )
+
+
 def declared_interface(analysis: Analysis) -> tuple[TensorSpec, ...]:
     """Inputs and outputs as the canonical graph declares them."""
     return (*analysis.model.inputs, *analysis.model.outputs)
@@ -397,6 +409,7 @@ def verify(
         notes = (f"sliced against masked is not compared: the plan was made with {plan.other_data}",)
     elif plan is not None:
         calibration = calibration or plan.calibration
+        check_caches_fit(plan, calibration)
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
