@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -81,9 +81,19 @@ class DenseValues:
         self.batches: list[dict[str, AnyArray]] = []
         self.on_workers: DistributedBatchValues | None = None
 
-    def add(self, outputs: Mapping[str, AnyArray]) -> None:
-        """The values of the next batch."""
-        self.batches.append({dense_name(name): self.store.keep(outputs[name]) for name in self.names})
+    def put(self, number: int, values: Mapping[str, AnyArray]) -> None:
+        """Values of the batch of this number: all, or some."""
+        self.take(number, {dense_name(name): self.store.keep(array) for name, array in values.items()})
+
+    def take(self, number: int, batch: Mapping[str, AnyArray]) -> None:
+        """Values under the names that batches keep them by."""
+        self.batches += [{} for _ in range(number + 1 - len(self.batches))]
+        self.batches[number] |= batch
+
+    def batches_of(self, names: Collection[str]) -> list[dict[str, AnyArray]]:
+        """Of every batch, the values of these names."""
+        wanted = {dense_name(name) for name in names}
+        return [{name: array for name, array in batch.items() if name in wanted} for batch in self.batches]
 
     def keep_in(self, stage: StoredStage) -> None:
         """Store them with the statistics that were measured beside them."""
