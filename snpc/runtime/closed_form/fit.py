@@ -45,7 +45,15 @@ from snpc.runtime.closed_form.elimination import (
     eliminate_by_score_loss,
 )
 from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
-from snpc.runtime.execution import SILENT, Progress, SpillableStore, track
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    SILENT,
+    Execution,
+    Progress,
+    SpillableStore,
+    memory_budget,
+    track,
+)
 from snpc.runtime.statistics import (
     ConsumerMoments,
     GroupMoments,
@@ -57,6 +65,8 @@ from snpc.runtime.statistics import (
     required_statistics,
 )
 from snpc.types import AnyArray, ClosedFormKind, FloatArray, Group, IntArray
+
+WEIGHT_BYTES = 256 << 20  # of fitted weights that stay in memory
 
 ROTATED: tuple[ClosedFormKind, ...] = ("low_rank_qk", "low_rank_vo")
 """The kinds that change the basis of a group, so that it keeps its first units."""
@@ -168,6 +178,7 @@ def solve_closed_forms(
             else:
                 solved = elimination_orders(analysis, group, moments)
                 orders[group.id] = tuple(store_factors(order, store) for order in solved)
+    moment_set.moments.release()
     return ClosedForms(
         analysis,
         moment_set.kinds,
@@ -268,24 +279,35 @@ def in_rotated_order(closed_forms: ClosedForms, plan: SlicePlan) -> SlicePlan:
     return replace(plan, keep=keep)
 
 
-def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
-    """The model at full size, every weight fitted for the plan on the activations of the dense model."""
-    source = closed_forms.analysis.traced_graph
-    return trace_graph(
-        apply_edits(source, closed_form_edits(closed_forms, plan)), source.dim_sizes, kv_cache=source.kv_cache
-    )
+def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan, execution: Execution = DEFAULT_EXECUTION) -> TracedGraph:
+    """The model at full size, every weight fitted for the plan on the activations of the dense model. Fitted weights
+    beyond ``execution.memory_limit`` lie in temporary files."""
+    source, store = closed_forms.analysis.traced_graph, weight_store(execution)
+    edits = closed_form_edits(closed_forms, plan, store=store)
+    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
+
+
+def weight_store(execution: Execution) -> SpillableStore:
+    """Where fitted weights lie: they are read once or twice."""
+    return SpillableStore(min(memory_budget(execution.memory_limit) // 4, WEIGHT_BYTES))
 
 
 def closed_form_edits(
-    closed_forms: ClosedForms, plan: SlicePlan, earlier: Mapping[str, AnyArray] | None = None
+    closed_forms: ClosedForms,
+    plan: SlicePlan,
+    earlier: Mapping[str, AnyArray] | None = None,
+    store: SpillableStore | None = None,
 ) -> WeightEdits:
-    """Every edit of the plan; ``earlier``: contents of the constants that were changed before.
+    """Every edit of the plan; ``earlier``: contents of the constants that were changed before. ``store``: where weights
+    lie; None: in memory.
 
     Units of linear layers are rotated first, the last layer first: what is refitted in front of them, and added to a
     bias there, is in their new basis. Consumers of whole heads come next: the basis of the values is solved for what is
     left of them.
     """
     edits = WeightEdits({name: [start_from(array)] for name, array in (earlier or {}).items()})
+    if store is not None:
+        edits.keep = store.keep
     analysis = closed_forms.analysis
     position = {node: index for index, node in enumerate(analysis.traced_graph.model.graph)}
 
@@ -303,6 +325,8 @@ def closed_form_edits(
                 fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
             elif kind in ROTATED:
                 apply_basis(edits, closed_forms, group, len(rows[0]))
+    if isinstance(closed_forms.moments, LazyMoments) and store is not None:
+        closed_forms.moments.release()
     return edits
 
 

@@ -196,6 +196,10 @@ class LazyMoments(Mapping[str, GroupMoments]):
             self.last = (group_id, group_moments(self.kinds[group_id], sums, odd))
         return self.last[1]
 
+    def release(self) -> None:
+        """Forget what was read last, which may be a gigabyte."""
+        self.last = None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)
 

@@ -222,7 +222,9 @@ def run_measurement(
     requests = choose_strides(analysis, calibration, requests, masked)
     streamed = is_streamed(analysis, execution)
     budget = memory_budget(execution.memory_limit)
-    totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(SUM_BYTES if streamed else budget // 2))
+    totals = StatisticAccumulator(
+        frozenset(kinds), judge, SpillableStore(min(SUM_BYTES, budget // 4) if streamed else budget // 2)
+    )
     if streamed:
         measurement = StreamedMeasurement(analysis, calibration, requests, kinds, dense, execution)
         measure_segments(measurement, totals, stage)
