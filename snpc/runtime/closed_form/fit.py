@@ -178,7 +178,7 @@ def solve_closed_forms(
             else:
                 solved = elimination_orders(analysis, group, moments)
                 orders[group.id] = tuple(store_factors(order, store) for order in solved)
-    moment_set.moments.release()
+    release_moments(moment_set.moments)
     return ClosedForms(
         analysis,
         moment_set.kinds,
@@ -325,9 +325,15 @@ def closed_form_edits(
                 fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
             elif kind in ROTATED:
                 apply_basis(edits, closed_forms, group, len(rows[0]))
-    if isinstance(closed_forms.moments, LazyMoments) and store is not None:
-        closed_forms.moments.release()
+    if store is not None:
+        release_moments(closed_forms.moments)
     return edits
+
+
+def release_moments(moments: Mapping[str, GroupMoments]) -> None:
+    """Forget those that were computed when they were read."""
+    if isinstance(moments, LazyMoments):
+        moments.release()
 
 
 def start_from(contents: AnyArray) -> Callable[[FloatArray], FloatArray]:
