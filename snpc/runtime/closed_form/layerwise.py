@@ -49,14 +49,16 @@ from snpc.runtime.closed_form.stages import (
     residual_errors,
     schedule_stages,
 )
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, SpillableStore
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, StageEntry, StoredStage
 from snpc.runtime.statistics import (
     Instrument,
     PaddingMasks,
     consumer_moments,
     find_padding,
+    is_streamed,
     keep_token_masks,
+    measure_dense_values,
     moment_about,
     probe_row_counters,
     token_mask_runner,
@@ -173,6 +175,10 @@ def first_values(
     names = tuple(stage.error.value for stage in stages)
     if dense is not None and not (dense.calibration is calibration and set(names) <= set(dense.names)):
         dense = None
+
+    if dense is None and is_streamed(fit.analysis, execution):
+        dense = DenseValues(names, calibration, memory_budget(execution.memory_limit) // 2)
+        measure_dense_values(fit.analysis, dense, execution)
 
     def batches() -> Iterator[dict[str, AnyArray]]:
         with token_mask_runner(fit.analysis.traced_graph, fit.padding, execution) as masks:

@@ -18,7 +18,14 @@ from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
 from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up, must_stream, unpacked_size
 from snpc.runtime.calibration import Calibration, DataPart
-from snpc.runtime.execution import DEFAULT_EXECUTION, Advance, Execution, SpillableStore, memory_budget
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Advance,
+    Execution,
+    SpillableStore,
+    ignore_advance,
+    memory_budget,
+)
 from snpc.runtime.io import NOT_STORED, StageEntry, StoredStage, atomic_write
 from snpc.runtime.statistics.distributed_measure import (
     StatisticObserver,
@@ -314,6 +321,18 @@ def measure_segments(measurement: StreamedMeasurement, totals: StatisticAccumula
                 names = [(half, group, name) for half, group, name, _ in entries]
                 stage.put(f"sums of {part.name}", names, {str(k): array for k, (*_, array) in enumerate(entries)})
             totals.merge(found)
+
+
+def measure_dense_values(analysis: Analysis, dense: DenseValues, execution: Execution) -> None:
+    """Let ``dense`` take its values from a pass over its data, segment after segment."""
+    measurement = StreamedMeasurement(analysis, dense.calibration, (), (), dense, execution)
+    measurement.begin()
+    for part in measurement.segments:
+        measurement.measure(part, observe_nothing, ignore_advance)
+
+
+def observe_nothing(requests: Sequence[StatisticRequest], number: int, outputs: Mapping[str, AnyArray]) -> None:
+    """Nothing is asked for."""
 
 
 def stored_segments(measurement: StreamedMeasurement, stage: StoredStage) -> list[StageEntry]:
