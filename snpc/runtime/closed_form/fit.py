@@ -171,13 +171,15 @@ def solve_closed_forms(
         kind = moment_set.kinds.get(group.id)
         if kind is None:
             continue
-        moments = moment_set.moments[group.id]
-        with solving(group.id):
+        with solving(group.id):  # nothing of one group is held while the next is solved
             if kind in ROTATED:
-                bases[group.id] = low_rank_bases(analysis.traced_graph, analysis.weights[group.id], moments)
+                weights = analysis.weights[group.id]
+                bases[group.id] = low_rank_bases(analysis.traced_graph, weights, moment_set.moments[group.id])
             else:
-                solved = elimination_orders(analysis, group, moments)
-                orders[group.id] = tuple(store_factors(order, store) for order in solved)
+                orders[group.id] = tuple(
+                    store_factors(order, store)
+                    for order in elimination_orders(analysis, group, moment_set.moments[group.id])
+                )
     release_moments(moment_set.moments)
     return ClosedForms(
         analysis,

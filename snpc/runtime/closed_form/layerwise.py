@@ -258,11 +258,11 @@ def fit_stage(
     Returns what was added to weight and bias.
     """
     keep = fit.kept_units(stage.error)
-    sums = values.run(measuring_program(fit, stage, len(keep)))
+    measured = [values.run(measuring_program(fit, stage, len(keep)))]
     if known is not None:
         correction, bias = known.arrays["weight"], known.arrays["bias"]
     else:
-        correction, bias = solve_residual_error(sums, len(keep))
+        correction, bias = solve_residual_error(measured.pop(), len(keep))
     compensate(fit, stage.error, keep, correction, bias)
     if not last:
         values.run(correcting_program(fit, stage, correction, bias))
@@ -319,14 +319,18 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
 def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, FloatArray]:
     """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units, with the ridge
     that carries over from one half of the batches to the other, up to ``MAX_RESIDUAL_DAMPING``; of one batch, with
-    ``RESIDUAL_DAMPING``."""
+    ``RESIDUAL_DAMPING``. ``sums`` are empty afterwards: those of a wide layer are gigabytes."""
     moments = consumer_moments([unpack_symmetric(sums.total(GRAM))])
     (mean,), total = moments.means, sums.total(TOTAL).reshape(-1) / moments.count
     cross = sums.total(CROSS).reshape(width, -1) - moments.count * np.outer(mean, total)
+    sums.even.clear()
     ridge = RESIDUAL_DAMPING
     if sums.odd:
         odd = odd_regression(sums, mean, total)
-        halves = Regression(moments.moment, cross) - odd, odd
+        sums.odd.clear()
+        even = Regression(moments.moment, cross) - odd
+        halves = even.for_search(), odd.for_search()
+        del even, odd
         ridge = min(choose_ridge(halves, RESIDUAL_RIDGES, RESIDUAL_DAMPING).ridge, MAX_RESIDUAL_DAMPING)
     correction = solve_ridge(moments.moment, cross, ridge)
     return correction, total - mean @ correction

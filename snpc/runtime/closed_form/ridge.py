@@ -55,6 +55,11 @@ class Regression:
         matrix.flat[:: len(matrix) + 1] += ridge * self.mean_diagonal + 1e-12
         return current_algebra().solve_positive_definite(matrix, self.cross)
 
+    def for_search(self) -> Regression:
+        """What a search of the ridge needs of it: half of the memory, and few targets (``combine_targets``)."""
+        targets = combine_targets(self.cross).astype(np.float32, copy=False)
+        return Regression(self.moment.astype(np.float32, copy=False), targets)
+
     @property
     def mean_diagonal(self) -> float:
         return float(np.trace(self.moment, dtype=np.float64)) / max(len(self.moment), 1)
@@ -98,7 +103,9 @@ def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, 
     """
     targets = combine_targets(weight)
     whole, half = (refit_regression(part, targets, keep) for part in (moment, odd))
-    choice = choose_ridge((whole - half, half))
+    halves = (whole - half).for_search(), half.for_search()
+    del whole, half  # as large as all else together
+    choice = choose_ridge(halves)
     return replace(choice, ridge=choice.ridge * REFIT_SHARE)
 
 
@@ -110,9 +117,7 @@ def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES,
     as forty. Up to ``PROBES`` random combinations of the targets stand for all of them, the same for every ridge. With
     more than ``BOTH_WAYS`` regressors, only the first half is fitted, and the second judges.
     """
-    first, second = (
-        Regression(half.moment.astype(np.float32), combine_targets(half.cross).astype(np.float32)) for half in halves
-    )
+    first, second = (half.for_search() for half in halves)
 
     both = len(first.moment) <= BOTH_WAYS
 

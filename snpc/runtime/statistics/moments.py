@@ -189,6 +189,7 @@ class LazyMoments(Mapping[str, GroupMoments]):
 
     def __getitem__(self, group_id: str) -> GroupMoments:
         if self.last is None or self.last[0] != group_id:
+            self.last = None  # before the next are made
             sums, odd = (
                 {StatisticKey.parse(name): array for name, array in part.get(group_id, {}).items()}
                 for part in (self.sums, self.odd)

@@ -128,7 +128,7 @@ def test_where_no_segment_fits_nothing_is_run_and_that_is_said(
     assert any("strict shape inference" in line for line in verdict["structure"])
 
 
-@pytest.mark.parametrize("effort", ["quick", "normal"])
+@pytest.mark.parametrize("effort", ["quick", pytest.param("normal", marks=pytest.mark.slow)])
 def test_weights_are_fitted_without_a_session_of_the_whole(
     effort: snpc.Effort, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
