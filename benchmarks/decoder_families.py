@@ -97,9 +97,8 @@ def with_flat_caches(model: Any) -> tuple[Any, list[tuple[int, ...]]]:
     from transformers import DynamicCache
 
     ids = torch.ones(1, 3, dtype=torch.int64)
-    shapes = [
-        tuple(t.shape) for layer in model(ids, use_cache=True).past_key_values.layers for t in (layer.keys, layer.values)
-    ]
+    layers = model(ids, use_cache=True).past_key_values.layers
+    shapes = [tuple(tensor.shape) for layer in layers for tensor in (layer.keys, layer.values)]
 
     class FlatCaches(torch.nn.Module):
         def __init__(self) -> None:
@@ -162,20 +161,19 @@ def decoding_error(path: Path) -> float:
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(3, VOCABULARY, (1, 12))
     inputs = {i.name: i for i in session.get_inputs()}
-    empty = {
-        name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for name, i in inputs.items() if name.startswith("past")
-    }
+    caches = [name for name in inputs if name.startswith("past")]
+    empty = {name: np.zeros((1, inputs[name].shape[1], 0, inputs[name].shape[3]), np.float32) for name in caches}
 
-    def logits_of(part: Any, caches: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        length = part.shape[1] + next(iter(caches.values())).shape[2]
-        feeds = {"input_ids": part, "attention_mask": np.ones((1, length), np.int64), **caches}
+    def logits_of(part: Any, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        length = part.shape[1] + next(iter(past.values())).shape[2]
+        feeds = {"input_ids": part, "attention_mask": np.ones((1, length), np.int64), **past}
         found = session.run(None, {name: value for name, value in feeds.items() if name in inputs})
-        return found[0], dict(zip(empty, found[1:], strict=True))
+        return found[0], dict(zip(caches, found[1:], strict=True))
 
     whole, _ = logits_of(ids, empty)
-    caches, steps = empty, []
+    past, steps = empty, []
     for part in (ids[:, :7], *np.split(ids[:, 7:], 5, 1)):
-        logits, caches = logits_of(part, caches)
+        logits, past = logits_of(part, past)
         steps.append(logits)
     return float(np.linalg.norm(np.concatenate(steps, 1) - whole) / np.linalg.norm(whole))
 
