@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Bloom": {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY},
     "CodeGen": {**OLDER, "rotary_dim": 8},
     "Cohere": GROUPED,
-    "Falcon": {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": VOCABULARY},
+    "Falcon": {k: v for k, v in PLAIN.items() if k != "intermediate_size"},
     "GPT2": {**OLDER, "n_positions": 64},
     "GPTJ": {**OLDER, "rotary_dim": 8},
     "GPTNeo": {
