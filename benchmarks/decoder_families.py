@@ -107,9 +107,7 @@ def with_flat_caches(model: Any) -> tuple[Any, list[tuple[int, ...]]]:
 
         def forward(self, input_ids: Any, attention_mask: Any, *caches: Any) -> Any:
             past = DynamicCache(list(zip(caches[::2], caches[1::2], strict=True)))
-            given = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past, use_cache=True
-            )
+            given = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past, use_cache=True)
             return (given.logits, *(t for layer in given.past_key_values.layers for t in (layer.keys, layer.values)))
 
     return FlatCaches(), shapes
