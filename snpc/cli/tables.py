@@ -415,6 +415,9 @@ def print_finetuned(result: FinetuneResult) -> None:
     if not result.helped:
         given = "given" if result.training.reinit == "none" else "new"
         print_line(f"training did not help: the {given} weights are kept")
+    if result.training.sparsify:
+        zeros, weights = result.sparsity
+        print_line(f"{zeros:,} of {weights:,} weights in matrices are zero ({zeros / max(weights, 1):.1%})")
     print_line(f"written file: {'; '.join(result.structure)}")
     for line in output_lines(result.before):
         print_line(f"before: {line}")
