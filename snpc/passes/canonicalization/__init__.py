@@ -18,6 +18,8 @@ Files
                          not know.
   inline_functions       Inlines model-local functions. How many nodes that makes is counted first: functions that call
                          others twice each grow to 2^depth nodes from a file of two kilobytes.
+  rotary_tables          Rotary tables that layers share: each layer, and each head, selects columns of its own of
+                         them.
   shared_constants       Constants with several consumers: forked for the analysis, merged again before writing.
   static_cache_widths    Static widths of KV caches: exporters declare the width of a cache as dynamic, though the node
                          that reads it takes one.
@@ -29,6 +31,7 @@ from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, c
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC, infer_shapes
+from snpc.passes.canonicalization.rotary_tables import selects_columns
 from snpc.passes.canonicalization.shared_constants import original_name
 
 __all__ = [
@@ -40,4 +43,5 @@ __all__ = [
     "finalize",
     "infer_shapes",
     "original_name",
+    "selects_columns",
 ]
