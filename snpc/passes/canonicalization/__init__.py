@@ -31,7 +31,6 @@ from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, c
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC, infer_shapes
-from snpc.passes.canonicalization.rotary_tables import selects_columns
 from snpc.passes.canonicalization.shared_constants import original_name
 
 __all__ = [
@@ -43,5 +42,4 @@ __all__ = [
     "finalize",
     "infer_shapes",
     "original_name",
-    "selects_columns",
 ]

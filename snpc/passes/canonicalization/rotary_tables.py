@@ -20,20 +20,21 @@ import onnx_ir as ir
 
 from snpc.graph import (
     Attribute,
+    ColumnSelection,
     ShapeFacts,
     add_constant,
     alternative_dim_sizes,
     base_dim_sizes,
     infer_graph,
     make_node,
+    mark_selection,
     movement_root,
+    selection_at,
     share_int64_constant,
     unused_name,
 )
 from snpc.ops import COS, GATHER, MUL, RESHAPE, SIN, TRANSPOSE, lookup, rotary_tables
-from snpc.types import IntArray, Shape
-
-TABLE_WIDTH_KEY = "snpc.table_width"  # on the indices of a selection: how many columns the table has
+from snpc.types import Shape
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ForkRotaryTables(ir.passes.InPlacePass):
         uses = [use for node, index in found if (use := table_use(node, index, facts)) is not None]
         names = {str(node.name) for node in graph}
         for use in uses:
-            select_columns(graph, use, names)
+            insert_selection(graph, use, names)
         return ir.passes.PassResult(model, bool(uses))
 
 
@@ -177,16 +178,16 @@ def is_scalar(value: ir.Value) -> bool:
 
 def table_use(node: ir.Node, index: int, facts: list[ShapeFacts]) -> TableUse | None:
     """The use of a table, by the shapes at two sizes of the dynamic dimensions; None where these do not tell."""
-    product = is_product(node)
-    shapes = [[at.shape.get(v) if v is not None else None for v in node.inputs] for at in facts]
-    tables = [shape for found in shapes if (shape := found[index])]
-    widths = {table[-1] for table in tables}
-    heads = {heads_of(table, found[1 - index]) for table, found in zip(tables, shapes, strict=False) if product}
-    if len(tables) < len(facts) or len(widths) > 1 or widths == {1}:
+    table, turned = node.inputs[index], node.inputs[1 - index] if is_product(node) else None
+    assert table is not None
+    shapes = [at.shape.get(table) or () for at in facts]
+    width = shapes[0][-1] if shapes[0] else 0
+    if width < 2 or any(shape[-1:] != (width,) for shape in shapes):
         return None
-    if len(heads) != 1:
-        return TableUse(node, index, len(tables[0]), widths.pop())
-    return TableUse(node, index, len(tables[0]), widths.pop(), *heads.pop())
+    heads = {
+        heads_of(shape, at.shape.get(turned)) if turned else (1, 1) for shape, at in zip(shapes, facts, strict=True)
+    }
+    return TableUse(node, index, len(shapes[0]), width, *(heads.pop() if len(heads) == 1 else ()))
 
 
 def heads_of(table: Shape, turned: Shape | None) -> tuple[int, int]:
@@ -199,16 +200,16 @@ def heads_of(table: Shape, turned: Shape | None) -> tuple[int, int]:
     return (turned[broadcast[0]], broadcast[0]) if len(broadcast) == 1 else (1, 1)
 
 
-# -- writing and reading them ----------------------------------------------------------------------------------------
+# -- writing them -----------------------------------------------------------------------------------------------------
 
 
-def select_columns(graph: ir.Graph, use: TableUse, names: set[str]) -> None:
+def insert_selection(graph: ir.Graph, use: TableUse, names: set[str]) -> None:
     """Put a selection in front of one use. ``names`` of nodes are taken; those of the new ones join them."""
     table = use.node.inputs[use.index]
     assert table is not None
     name = f"{use.node.name}_columns"
     indices = add_constant(graph, np.tile(np.arange(use.width), use.heads), unused_name(name, graph.initializers))
-    indices.meta[TABLE_WIDTH_KEY] = use.width
+    mark_selection(indices, use.width)
     nodes = [named_node(names, GATHER, [table, indices], {"axis": use.rank - 1}, name)]
     if use.heads > 1:
         shape = np.array([0 if use.rank == 4 else 1, -1, use.heads, use.width])
@@ -226,60 +227,6 @@ def named_node(
     name = unused_name(name, names)
     names.add(name)
     return make_node(op, inputs, attributes, name=name)
-
-
-@dataclass(frozen=True)
-class ColumnSelection:
-    """A selection in a graph. ``columns``: [heads, columns that are read]; ``nodes``: those that make it."""
-
-    table: ir.Value
-    table_width: int
-    columns: IntArray
-    nodes: tuple[ir.Node, ...]
-
-    @property
-    def output(self) -> ir.Value:
-        return self.nodes[-1].outputs[0]
-
-    @property
-    def same_in_all_heads(self) -> bool:
-        return bool((self.columns == self.columns[0]).all())
-
-    @property
-    def key(self) -> object:
-        """Equal for selections that need one value only."""
-        if self.same_in_all_heads:
-            return self.table, self.columns[0].tobytes()
-        return self.table, self.columns.tobytes(), self.columns.shape, len(self.nodes)
-
-
-def selects_columns(indices: ir.Value) -> bool:
-    """Whether a stored constant says which columns of a rotary table are read."""
-    return TABLE_WIDTH_KEY in indices.meta
-
-
-def selection_at(node: ir.Node) -> ColumnSelection | None:
-    """The selection that starts with ``node``, if one does and a cut has left it in this form."""
-    if (node.domain, node.op_type) != ("", GATHER):
-        return None
-    table, indices = node.inputs
-    if table is None or indices is None or indices.const_value is None or not selects_columns(indices):
-        return None
-    nodes, heads = [node], 1
-    reshape = only_consumer(node.outputs[0], RESHAPE)
-    if reshape is not None and (target := reshape.inputs[1]) is not None and target.const_value is not None:
-        nodes.append(reshape)
-        heads = int(target.const_value.numpy()[2])
-        transpose = only_consumer(reshape.outputs[0], TRANSPOSE)
-        nodes += [transpose] if transpose is not None else []
-    columns = np.asarray(indices.const_value.numpy()).reshape(heads, -1)
-    return ColumnSelection(table, int(indices.meta[TABLE_WIDTH_KEY]), columns, tuple(nodes))
-
-
-def only_consumer(value: ir.Value, op: str) -> ir.Node | None:
-    """The one node that reads ``value``, if it is of this operator."""
-    users = list(value.consumers())
-    return users[0] if len(users) == 1 and (users[0].domain, users[0].op_type) == ("", op) else None
 
 
 def simplified(graph: ir.Graph, selection: ColumnSelection, indices: dict[tuple[int, bytes], ir.Value]) -> ir.Value:

@@ -12,9 +12,16 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
+from snpc.graph import (
+    ShapeFacts,
+    has_subgraphs,
+    is_float,
+    opset_version,
+    selects_columns,
+    shape_source,
+    unknown_shape_reason,
+)
 from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup, rotary_tables
-from snpc.passes.canonicalization import selects_columns
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
