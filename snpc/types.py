@@ -100,11 +100,17 @@ class Model:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     dequantization: Dequantization | None = None
     """How it was made of a quantized file, if it was."""
+    companions: tuple[Model, ...] = field(default=(), repr=False)
+    """Models with the same weights, which are cut alike: a decoder that goes on from the caches of this one."""
+    merged: Path | None = None
+    """The file that holds this model and its only companion as branches, if one does; ``path`` is a copy then."""
 
     @property
     def source(self) -> Path:
-        """The user's file: that which was dequantized, where one was."""
-        return self.path if self.dequantization is None else self.dequantization.source
+        """The user's file: that which was dequantized, or that holds both branches, where there is one."""
+        if self.dequantization is not None:
+            return self.dequantization.source
+        return self.merged or self.path
 
 
 @dataclass(frozen=True)
