@@ -37,7 +37,7 @@ def test_other_precisions_of_the_model_are_its_forms(tmp_path: Path) -> None:
 
 def test_genai_config_names_the_model(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "llama", "decoder.onnx", {"genai_config.json": GENAI_CONFIG})
-    write_decoder(folder / "vision.onnx", external=False)
+    write_other_model(folder / "vision.onnx")
     found = find_model_folder(folder)
     assert found.model == Path("decoder.onnx")
     assert "vision.onnx" in names(found.others)
