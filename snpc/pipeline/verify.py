@@ -12,8 +12,9 @@ import numpy as np
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze, partly_written_outputs
-from snpc.passes.slicing import RewrittenModel, rewrite_model
+from snpc.passes.slicing import RewrittenModel
 from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.quantized import rewrite_as_stored
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
@@ -396,7 +397,7 @@ def verify(
     elif plan is not None:
         calibration = calibration or plan.calibration
         slices, source = with_refitted_weights(plan)
-        rewritten = rewrite_model(source, cuts_of(slices))
+        rewritten, _ = rewrite_as_stored(analysis, source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
     structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
     structure = (*structure, *check_cached_decoding(analysis, pruned_model, execution))

@@ -76,6 +76,14 @@ class NameNodes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
+FORK_SHARED_CONSTANTS = GraphPass(
+    "fork-shared-constants",
+    "canonicalize",
+    ForkSharedConstants,
+    "gives each consumer of a shared vector a copy of its own",
+    "last: the copies are named after initializers that stay",
+)
+
 CANONICALIZATION_PASSES = (
     GraphPass(
         "inline-functions",
@@ -147,13 +155,7 @@ CANONICALIZATION_PASSES = (
         "declares the width of KV caches as static, where fused attention knows it and the file has a name for it",
         "after branches and functions, which may hold the attention",
     ),
-    GraphPass(
-        "fork-shared-constants",
-        "canonicalize",
-        ForkSharedConstants,
-        "gives each consumer of a shared vector a copy of its own",
-        "last: the copies are named after initializers that stay",
-    ),
+    FORK_SHARED_CONSTANTS,
 )
 
 

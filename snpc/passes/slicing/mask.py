@@ -73,13 +73,16 @@ def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
     return True
 
 
-def mask_model(model: ir.Model, trace: Trace, removed: RemovedUnits) -> ir.Model:
-    """A copy of ``model`` with the removed units masked; shapes stay."""
+def mask_model(
+    model: ir.Model, trace: Trace, removed: RemovedUnits, contents: Mapping[str, AnyArray] | None = None
+) -> ir.Model:
+    """A copy of ``model`` with the removed units masked; shapes stay. ``contents``: of constants, in place of their
+    own."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
     for statistic in affected_statistics(trace, removed):
         mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
-    for name, array in mask_constants(trace, removed).items():
+    for name, array in {**(contents or {}), **mask_constants(trace, removed, contents)}.items():
         value = copy.graph.initializers[name]
         dtype = value.const_value.dtype if value.const_value is not None else None
         value.const_value = ir.Tensor(array, dtype=dtype, name=name)

@@ -14,7 +14,8 @@ from onnx import shape_inference
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.canonicalization import finalize
 from snpc.passes.propagation import SlicedShape
-from snpc.passes.slicing import RewrittenModel, mask_model
+from snpc.passes.quantization import with_float_graph
+from snpc.passes.slicing import RewrittenModel
 from snpc.runtime.evaluation.distances import OutputMetric, as_float, same_finiteness, sample_pairs
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
 from snpc.runtime.evaluation.perplexity import LanguageJudge, compare_surprise, sum_surprise
@@ -24,7 +25,7 @@ from snpc.runtime.execution import (
     Execution,
     file_session,
 )
-from snpc.runtime.io import read_without_weights, save
+from snpc.runtime.io import load, read_without_weights, save
 from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
@@ -268,6 +269,13 @@ def run_batches(
         return [run(feeds) for feeds in (execution.track(stage, batches, len(batches)) if stage else batches)]
 
 
+def run_dequantized(path: Path, batches: Sequence[Feeds], execution: Execution) -> list[dict[str, AnyArray]]:
+    """Outputs per batch of the float model that a quantized file stands for."""
+    with temporary_folder() as folder:
+        save(finalize(with_float_graph(load(path)).graph), folder / "float.onnx", external=True)
+        return run_batches(folder / "float.onnx", batches, execution)
+
+
 def run_until(
     run: Callable[[Feeds], dict[str, AnyArray]], batches: Iterable[Feeds], max_bytes: float
 ) -> list[dict[str, AnyArray]]:
@@ -297,7 +305,9 @@ def compare_models(
     that are compared.
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
-    and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
+    and with refitted weights if there are any; empty where ``rewritten`` is None. Of a file that is written quantized,
+    the float models that both stand for: rounded activations turn a difference in the last bit into one of a step, in
+    everything behind. ``masked_feeds``: feeds of the masked
     original for the first batches, to which that is limited (with token decisions it has more inputs). ``metrics``: of
     pruned against original. ``probes``: so many of the first batches are there for sliced against masked only.
     """
@@ -317,13 +327,15 @@ def compare_models(
         return (), drift
     with temporary_folder() as folder:
         path = folder / "masked.onnx"
-        source = rewritten.source
-        save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
+        save(finalize(rewritten.masked()), path, external=True)
         masked = run_batches(path, masked_feeds or batches, execution, "verification, masked")
     compared = [{name: array for name, array in outputs.items() if name in dense[0]} for outputs in masked]
     same = [narrow_caches(outputs, cut) for outputs in compared]
-    equals_mask = batch_differences(same[probes:], narrow[probes : len(same)])
-    worst = {d.output: d for d in batch_differences(same[:probes], narrow[:probes])}
+    sliced = narrow[: len(same)]
+    if rewritten.rounded is not None:
+        sliced = run_dequantized(pruned, [narrow_caches(feeds, cut) for feeds in batches[: len(same)]], execution)
+    equals_mask = batch_differences(same[probes:], sliced[probes:])
+    worst = {d.output: d for d in batch_differences(same[:probes], sliced[:probes])}
     return tuple(max(d, worst.get(d.output, d), key=lambda found: found.relative) for d in equals_mask), drift
 
 
