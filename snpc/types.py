@@ -200,7 +200,7 @@ class Group:
 
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
-    of a fused node whose kernel takes one width. Each has its own units.
+    of a fused node whose kernel takes one width. Each has its own units. ``cached``: the units lie in a KV cache.
     """
 
     id: str
@@ -219,6 +219,7 @@ class Group:
     channels: int = 1
     step: int = 1
     tie: str = ""
+    cached: bool = False
 
     @property
     def prunable(self) -> bool:

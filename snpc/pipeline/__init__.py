@@ -8,8 +8,6 @@ Files
   planner          Plans: what the closed forms and the criterion say of each unit, the width of each group, and the
                    units that stay.
   prune            The one call: load, analyze, reduce tokens, plan, apply.
-  quantized        Quantized files in, quantized files out: a cut of the float graph is written with the nodes and codes
-                   of the file.
   refit            Refitting: the weights of the full-size model, changed so that the cut of a plan loses least.
   report_json      Results as JSON: analysis, plan, pruned model, verdict.
   score            Scores: a criterion's value for every unit of every group, from the weights and from calibration

@@ -14,8 +14,8 @@ from snpc.errors import CheckFailed
 from snpc.graph import cost_of, infer_graph
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
+from snpc.passes.slicing import rewrite_as_stored
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.quantized import rewrite_as_stored
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
 from snpc.planning import SlicePlan, cuts_of
@@ -111,6 +111,14 @@ class PrunedModel:
         return cache_bytes_per_token(self.plan.analysis.model.inputs), cache_bytes_per_token(self.inputs)
 
     @property
+    def head_size(self) -> tuple[int, int] | None:
+        """Channels per head of the fused nodes that take one head size, before and after, where it becomes smallest;
+        None where there is no such node, or none is cut."""
+        tied = [g for g in self.plan.analysis.groups if g.tie and g.id in self.plan.keep]
+        sizes = [(g.size * g.channels, self.plan.kept_width(g) * g.channels) for g in tied]
+        return min(sizes, key=lambda size: size[1], default=None)
+
+    @property
     def model(self) -> Path | InMemoryModel:
         """The pruned model as the type that ``load`` took: ``onnx.ModelProto``, ``onnx_ir.Model`` or a graph of
         onnx-graphsurgeon. Of a path: the path of the written file, an ``onnx.ModelProto`` where none was written."""
@@ -166,7 +174,7 @@ def write_candidate(
         with stopwatch.stage("refit"):
             slices, source = with_refitted_weights(plan)
     with stopwatch.stage("rewrite"):
-        rewritten, graph = rewrite_as_stored(analysis, source, cuts_of(slices), plan.execution.observer)
+        rewritten, graph = rewrite_as_stored(analysis.model, source, cuts_of(slices), plan.execution.observer)
         if analysis.reduction is not None:
             analysis.reduction.finalize(graph)
         finalize(graph, plan.execution.observer)

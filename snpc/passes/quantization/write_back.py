@@ -21,9 +21,7 @@ from snpc.passes.quantization.float_values import stored
 from snpc.types import QuantizedForm
 
 
-def write_back(
-    form: QuantizedForm, whole: ir.Model, model: ir.Model, constants: Mapping[str, CutConstant]
-) -> ir.Model:
+def write_back(form: QuantizedForm, whole: ir.Model, model: ir.Model, constants: Mapping[str, CutConstant]) -> ir.Model:
     """``model``, a cut of the float graph ``whole``, in place: with the quantized nodes of ``form``, on ``constants``.
 
     Raises CheckFailed where the cut has changed a node that cannot be put back.
@@ -343,5 +341,3 @@ def is_conversion(node: ir.Node) -> bool:
     """Whether a node rounds its input, or makes floats of codes."""
     form = float_form(node.domain, node.op_type)
     return (node.domain, node.op_type) in DYNAMIC_QUANTIZERS or (form is not None and form.op is None)
-
-

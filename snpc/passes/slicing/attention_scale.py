@@ -137,9 +137,7 @@ def plan_score_scale(
     return scale / after
 
 
-def keep_score_scale(
-    plan: ScalePlan, model: ir.Model, facts: ShapeFacts, contraction: Contraction, old: int
-) -> None:
+def keep_score_scale(plan: ScalePlan, model: ir.Model, facts: ShapeFacts, contraction: Contraction, old: int) -> None:
     """Write the scale of width ``old`` into ``plan``, where the graph or the node would compute another."""
     node = contraction.node
     if lookup(node.domain, node.op_type).kind == "attention":

@@ -37,13 +37,14 @@ class RewrittenModel:
     """The sliced model. ``source``: the graph that was sliced, packed projections split where need be.
 
     ``rounded``: of a model that is written quantized, what its constants stand for, at their full size, where that
-    differs from those of ``source``; None of any other.
+    differs from those of ``source``; None of any other. ``as_stored``: how many other quantized constants it has.
     """
 
     model: ir.Model
     source: TracedGraph
     removed: RemovedUnits
     rounded: Mapping[str, AnyArray] | None = None
+    as_stored: int = 0
 
     def masked(self) -> ir.Model:
         """The masked model that the sliced one must equal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -12,10 +12,11 @@ import onnx
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.canonicalization import finalize
+from snpc.graph import infer_graph
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.quantization import with_float_graph
 from snpc.passes.slicing import RewrittenModel
+from snpc.runtime.batches import open_file, open_graph, run_each
 from snpc.runtime.evaluation.distances import OutputMetric, as_float, same_finiteness, sample_pairs
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
 from snpc.runtime.evaluation.perplexity import LanguageJudge, compare_surprise, sum_surprise
@@ -23,10 +24,8 @@ from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
-    file_session,
 )
-from snpc.runtime.io import load, read_without_weights, save
-from snpc.temporary import temporary_folder
+from snpc.runtime.io import load, read_without_weights
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -246,9 +245,10 @@ def measure_perplexity(
     the rest here, and no outputs of these are kept."""
     after = sum_surprise(judge.head, batches, outputs)
     if judge.rest:
-        with file_session(pruned, execution) as run:
-            for feeds in execution.track("perplexity", judge.rest, len(judge.rest)):
-                after += judge.head.surprise(feeds, run(narrow_caches(feeds, cut)))
+        narrow = [narrow_caches(feeds, cut) for feeds in judge.rest]
+        with open_file(pruned, execution) as run:
+            for feeds, made in zip(judge.rest, run_each(run, narrow, execution, "perplexity"), strict=True):
+                after += judge.head.surprise(feeds, made)
     return compare_surprise(judge.dense, after)
 
 
@@ -262,32 +262,29 @@ def run_batches(
 ) -> list[dict[str, AnyArray]]:
     """Outputs per batch, by name. Basic optimizations only: wrong fusions of onnxruntime are not what is checked here.
 
-    ``stage``: the name of the run as a stage of ``execution.progress``; None: it is part of one. bfloat16 runs as
-    float32 where onnxruntime has no bfloat16 arithmetic.
+    ``stage``: as of ``run_each``. bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
-    with file_session(path, execution) as run:
-        return [run(feeds) for feeds in (execution.track(stage, batches, len(batches)) if stage else batches)]
+    with open_file(path, execution) as run:
+        return list(run_each(run, batches, execution, stage))
 
 
 def run_dequantized(path: Path, batches: Sequence[Feeds], execution: Execution) -> list[dict[str, AnyArray]]:
     """Outputs per batch of the float model that a quantized file stands for."""
-    with temporary_folder() as folder:
-        save(finalize(with_float_graph(load(path)).graph), folder / "float.onnx", external=True)
-        return run_batches(folder / "float.onnx", batches, execution)
+    graph = with_float_graph(load(path)).graph
+    with open_graph(graph, infer_graph(graph, {}, measure=False), execution) as run:
+        return list(run_each(run, batches, execution))
 
 
-def run_until(
-    run: Callable[[Feeds], dict[str, AnyArray]], batches: Iterable[Feeds], max_bytes: float
-) -> list[dict[str, AnyArray]]:
-    """Outputs per batch. No further batch is run once they are larger than ``max_bytes``, apart from the first
-    ``VERIFICATION_BATCHES``."""
+def take_until(results: Iterable[dict[str, AnyArray]], max_bytes: float) -> list[dict[str, AnyArray]]:
+    """The first results, outputs per batch. No further one is made once they are larger than ``max_bytes``, apart from
+    the first ``VERIFICATION_BATCHES``."""
     outputs: list[dict[str, AnyArray]] = []
     size = 0
-    for number, feeds in enumerate(batches):
-        if number >= VERIFICATION_BATCHES and size > max_bytes:
+    for result in results:
+        outputs.append(result)
+        size += sum(array.nbytes for array in result.values())
+        if len(outputs) >= VERIFICATION_BATCHES and size > max_bytes:
             break
-        outputs.append(run(feeds))
-        size += sum(array.nbytes for array in outputs[-1].values())
     return outputs
 
 
@@ -325,10 +322,8 @@ def compare_models(
         drift = tuple(replace(d, perplexity=found) if d.output == judge.head.logits else d for d in drift)
     if rewritten is None:
         return (), drift
-    with temporary_folder() as folder:
-        path = folder / "masked.onnx"
-        save(finalize(rewritten.masked()), path, external=True)
-        masked = run_batches(path, masked_feeds or batches, execution, "verification, masked")
+    with open_graph(rewritten.masked(), rewritten.source.facts, execution) as run:
+        masked = list(run_each(run, masked_feeds or batches, execution, "verification, masked"))
     compared = [{name: array for name, array in outputs.items() if name in dense[0]} for outputs in masked]
     same = [narrow_caches(outputs, cut) for outputs in compared]
     sliced = narrow[: len(same)]

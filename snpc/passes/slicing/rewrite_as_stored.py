@@ -1,4 +1,4 @@
-"""Quantized files in, quantized files out: a cut of the float graph is written with the nodes and codes of the file."""
+"""Rewriting for a file: that of a quantized one has the nodes and codes of the file in place of the float ones."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import PassObserver
-from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.quantization import CutConstant, cut_constants, write_back
-from snpc.passes.slicing import Cuts, RewrittenModel, rewrite_model
-from snpc.types import AnyArray, IntArray, QuantizedForm
+from snpc.passes.slicing.rewrite import RewrittenModel, rewrite_model
+from snpc.passes.slicing.slice import Cuts
+from snpc.types import AnyArray, IntArray, Model
 
 
 def rewrite_as_stored(
-    analysis: Analysis, source: TracedGraph, cuts: Cuts, observer: PassObserver | None = None
+    model: Model, source: TracedGraph, cuts: Cuts, observer: PassObserver | None = None
 ) -> tuple[RewrittenModel, ir.Model]:
     """(the rewrite of ``source``, the graph to write): the sliced graph itself, or of a quantized file what stands for
-    it. ``source``: that of the analysis, or one with refitted weights."""
-    form = analysis.model.quantized
+    it there, codes that are only sliced bit for bit.
+
+    ``source``: the traced graph of ``model``, or that with refitted weights.
+    """
+    form = model.quantized
     rewritten = rewrite_model(source, cuts, observer, keep_scales=form is not None)
-    return (rewritten, rewritten.model) if form is None else quantize_again(analysis.model.graph, form, rewritten)
-
-
-def quantize_again(
-    whole: ir.Model, form: QuantizedForm, rewritten: RewrittenModel
-) -> tuple[RewrittenModel, ir.Model]:
-    """(the cut of the float graph ``whole``, with what rounding makes of its constants; the same as a quantized
-    graph)."""
+    if form is None:
+        return rewritten, rewritten.model
     keep = rewritten.kept_positions()
     constants = cut_constants(form, rewritten.model, keep)
     rounded = {
         name: full_size(rewritten, name, cut, keep.get(name, {})) for name, cut in constants.items() if not cut.sliced
     }
-    written = write_back(form, whole, rewritten.model.clone(), constants)
-    return replace(rewritten, rounded=rounded), written
+    written = write_back(form, model.graph, rewritten.model.clone(), constants)
+    return replace(rewritten, rounded=rounded, as_stored=len(constants) - len(rounded)), written
 
 
 def full_size(rewritten: RewrittenModel, name: str, cut: CutConstant, keep: Mapping[int, IntArray]) -> AnyArray:
