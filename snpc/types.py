@@ -338,6 +338,22 @@ class Difference:
         return "good" if self.distance <= good else "fair" if self.distance <= fair else "poor"
 
 
+@dataclass(frozen=True)
+class Requantization:
+    """How the constants of a quantized file were cut: ``sliced`` are made of stored codes and scales, bit for bit;
+    ``requantized`` were rounded anew, in the same scheme. ``differences``: what that rounding changes in the outputs of
+    the pruned float model; none where nothing was rounded, or nothing was run."""
+
+    sliced: int
+    requantized: int
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """The largest relative change of an output."""
+        return max((difference.relative for difference in self.differences), default=0.0)
+
+
 Grade = Literal["good", "fair", "poor", "unknown"]
 GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
 GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
@@ -397,6 +413,8 @@ class Verdict:
     compared: str
     tolerance: float
     not_run: str = ""
+    requantization: Requantization | None = None
+    """How the codes of a quantized file were cut; None of a float file, or of one whose plan is not known."""
 
     @property
     def max_abs_diff(self) -> float | None:

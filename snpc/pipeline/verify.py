@@ -30,6 +30,7 @@ from snpc.runtime.evaluation import (
     compare_on_equal_selections,
     find_language_head,
     find_selectors,
+    measure_requantization,
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
@@ -315,10 +316,15 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
     if cache_interface(analysis.model) is not None:
         structure = (*structure, *check_cached_decoding(analysis, load(path), plan.execution))
     try:
-        return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+        verdict = compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
     except CheckFailed as error:
         advice = selection_advice(rewritten) if reference.data.random_inputs else ""
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
+    if rewritten.rounded is None:
+        return verdict
+    first = reference.data.first(masked_batches(reference.data.sizes)).batches
+    measured = measure_requantization(rewritten, path, first, reference.metrics, plan.execution)
+    return replace(verdict, requantization=measured)
 
 
 def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:

@@ -5,7 +5,8 @@ Files
                not.
   costs        What nodes on quantized or re-laid-out values cost. snpc does not look through them, but counts them.
   float_forms  Which float operator a node on quantized values stands for, and what its operands are.
-  layouts      How quantized arrays lie in a file: as tensors of codes, in the blocks of MatMulNBits, or as packed tables.
+  layouts      How quantized arrays lie in a file: as tensors of codes, in the blocks of MatMulNBits, or as packed
+               tables.
   schemes      Quantized arrays that can be cut, and quantized anew: codes with their scales and zero points, and their
                range.
 """

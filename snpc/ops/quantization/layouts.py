@@ -16,11 +16,13 @@ Layout = Literal["tensor", "product", "table", "bias"]
 """Of a constant: codes in its shape; the weight [K, N] of a MatMulNBits; the table of a GatherBlockQuantized; a bias of
 int32, whose scale is a product of two."""
 
-Stored = Mapping[str, AnyArray]
+StoredParts = Mapping[str, AnyArray]
 """Part ("codes", "scale", "zero") -> what the file holds. A bias has the scale of its input too ("input_scale")."""
 
 
-def read_stored(layout: Layout, stored: Stored, attributes: Mapping[str, Any], axis: int, block: int) -> QuantizedArray:
+def read_stored(
+    layout: Layout, stored: StoredParts, attributes: Mapping[str, Any], axis: int, block: int
+) -> QuantizedArray:
     """The codes in the shape of the float constant, with scales and zero points to match. ``attributes``: of the node
     that reads them; ``axis`` and ``block``: of codes in their own shape."""
     match layout:
@@ -32,13 +34,15 @@ def read_stored(layout: Layout, stored: Stored, attributes: Mapping[str, Any], a
             return read_table(stored, attributes)
         case "bias":
             alpha = np.float32(attributes.get("alpha", 1))
-            scale = (stored["input_scale"].astype(np.float32) * stored["scale"].astype(np.float32) * alpha).reshape(-1)
+            scale: AnyArray = (
+                stored["input_scale"].astype(np.float32) * stored["scale"].astype(np.float32) * alpha
+            ).reshape(-1)
             scale = scale.reshape(()) if scale.size == 1 else scale
             return read_tensor({"codes": stored["codes"], "scale": scale}, -1, 0)
 
 
 def write_stored(
-    layout: Layout, array: QuantizedArray, stored: Stored, attributes: Mapping[str, Any]
+    layout: Layout, array: QuantizedArray, stored: StoredParts, attributes: Mapping[str, Any]
 ) -> dict[str, AnyArray]:
     """The parts of ``array`` as ``stored`` lies in the file."""
     match layout:
@@ -63,7 +67,7 @@ def middle(low: int, high: int) -> int:
     return (low + high + 1) // 2
 
 
-def read_tensor(stored: Stored, axis: int, block: int) -> QuantizedArray:
+def read_tensor(stored: StoredParts, axis: int, block: int) -> QuantizedArray:
     codes, scale = stored["codes"], stored["scale"]
     low, high = code_range(codes.dtype)
     zero = stored.get("zero", np.zeros((), np.float32))
@@ -71,7 +75,7 @@ def read_tensor(stored: Stored, axis: int, block: int) -> QuantizedArray:
     return QuantizedArray(codes.astype(np.int64), scale, zero.astype(np.float32), axis, block, low, high, symmetric)
 
 
-def read_product(stored: Stored, attributes: Mapping[str, Any]) -> QuantizedArray:
+def read_product(stored: StoredParts, attributes: Mapping[str, Any]) -> QuantizedArray:
     rows, columns, block = (int(attributes[name]) for name in ("K", "N", "block_size"))
     bits = int(attributes.get("bits", 4))
     blocks, center = -(-rows // block), 1 << (bits - 1)
@@ -89,7 +93,7 @@ def read_product(stored: Stored, attributes: Mapping[str, Any]) -> QuantizedArra
     return QuantizedArray(codes, scale, zero.astype(np.float32), 0, block, 0, high, "zero" not in stored)
 
 
-def write_product(array: QuantizedArray, stored: Stored, bits: int) -> dict[str, AnyArray]:
+def write_product(array: QuantizedArray, stored: StoredParts, bits: int) -> dict[str, AnyArray]:
     """Codes beyond the last row are zero points."""
     rows, columns = array.codes.shape
     blocks = array.scale.shape[0]
@@ -106,7 +110,7 @@ def write_product(array: QuantizedArray, stored: Stored, bits: int) -> dict[str,
     return parts
 
 
-def read_table(stored: Stored, attributes: Mapping[str, Any]) -> QuantizedArray:
+def read_table(stored: StoredParts, attributes: Mapping[str, Any]) -> QuantizedArray:
     codes, scale, bits = stored["codes"], stored["scale"], int(attributes.get("bits", 4))
     zero, packed = stored.get("zero"), stored["codes"].dtype == np.uint8
     low, high = (0, (1 << bits) - 1) if packed else code_range(codes.dtype)
@@ -121,7 +125,7 @@ def read_table(stored: Stored, attributes: Mapping[str, Any]) -> QuantizedArray:
     )
 
 
-def write_table(array: QuantizedArray, stored: Stored, bits: int) -> dict[str, AnyArray]:
+def write_table(array: QuantizedArray, stored: StoredParts, bits: int) -> dict[str, AnyArray]:
     parts = {"codes": array.codes, "scale": array.scale, "zero": array.zero}
     if stored["codes"].dtype != np.uint8:
         return parts

@@ -57,7 +57,7 @@ def cut_constants(form: QuantizedForm, model: ir.Model, keep: Mapping[str, Keep]
         if original_name(value) in form.constants
     }
     cut: dict[str, CutConstant] = {}
-    for name, (value, constant) in sorted(found.items(), key=lambda entry: is_bias(form, entry[1][1])):
+    for name, (value, constant) in sorted(found.items(), key=lambda entry: shares_scale(form, entry[1][1])):
         tensor = value.const_value
         assert tensor is not None
         before = {part: stored_array(form, initializer) for part, initializer in constant.parts.items()}
@@ -68,7 +68,7 @@ def cut_constants(form: QuantizedForm, model: ir.Model, keep: Mapping[str, Keep]
     return cut
 
 
-def is_bias(form: QuantizedForm, constant: StoredConstant) -> bool:
+def shares_scale(form: QuantizedForm, constant: StoredConstant) -> bool:
     """Whether a constant has the scale of a weight, which has to be known first."""
     return constant.layout == "bias" or stored_array(form, constant.parts["codes"]).dtype == np.int32
 

@@ -43,7 +43,6 @@ from snpc.passes.quantization.moved_constants import fold_moved_constants
 from snpc.passes.quantization.record import ConstantRecord, Place
 from snpc.types import AnyArray
 
-
 ROW_GROUPS = 4  # inputs of MatMulNBits in front of the group of each row
 
 
@@ -86,7 +85,8 @@ def is_written_back(node: ir.Node) -> bool:
     if not has_float_form(node) or (form is not None and not form.written_back):
         return False
     tensors = [stored(value) for value in node.inputs]
-    has_groups = len(tensors) > ROW_GROUPS and any(isinstance(operand, Packed) for operand in form.operands if form)
+    is_packed = form is not None and any(isinstance(operand, Packed) for operand in form.operands)
+    has_groups = is_packed and len(tensors) > ROW_GROUPS and tensors[ROW_GROUPS] is not None
     return not has_groups and not any(t is not None and t.dtype.name.startswith("FLOAT8") for t in tensors)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -160,10 +161,11 @@ class Writer:
         """The float node in the place of a stored one."""
         return self.nodes.get(self.form.stand_ins.get(str(node.name), ""))
 
-    def new_attributes(self, node: ir.Node) -> dict[str, object]:
+    def new_attributes(self, node: ir.Node) -> dict[str, Any]:
         """Attributes of a stored node that the cut has changed."""
         stand_in, form = self.stand_in(node), float_form(node.domain, node.op_type)
-        own, found = attribute_values(node), {}
+        own: Mapping[str, Any] = attribute_values(node)
+        found: dict[str, Any] = {}
         if stand_in is not None:
             given = attribute_values(stand_in)
             keep = {name: name for name in own} if form is None or form.keep is None else form.keep
@@ -211,8 +213,8 @@ class Writer:
         found = self.replaced.get(name) or self.floats.get(name)
         if found is None:
             raise CheckFailed(
-                f"{name} is gone after this cut, and quantized nodes read it; try --uniform, or --dequantize, which takes "
-                "the float model"
+                f"{name} is gone after this cut, and quantized nodes read it; try --uniform, or --dequantize, which "
+                "takes the float model"
             )
         return found
 
@@ -243,7 +245,7 @@ class Writer:
     @cached_property
     def converted(self) -> dict[str, ir.Value]:
         """Float value -> the stored one that is the same, rounded."""
-        twins = {}
+        twins: dict[str, ir.Value] = {}
         for node in self.form.graph.graph:
             if not self.is_kept(node) and is_conversion(node) and not self.is_reader(node):
                 twins |= {
