@@ -13,7 +13,7 @@ import numpy as np
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze, partly_written_outputs
-from snpc.passes.slicing import RewrittenModel, rewrite_model
+from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
@@ -33,6 +33,7 @@ from snpc.runtime.evaluation import (
     decoder_interface,
     find_language_head,
     find_selectors,
+    measure_requantization,
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
@@ -322,10 +323,15 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
             *check_cached_decoding((analysis.model, analysis.model), (pruned, pruned), plan.execution),
         )
     try:
-        return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+        verdict = compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
     except CheckFailed as error:
         advice = selection_advice(rewritten) if reference.data.random_inputs else ""
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
+    if rewritten.rounded is None:
+        return verdict
+    first = reference.data.first(masked_batches(reference.data.sizes)).batches
+    measured = measure_requantization(rewritten, path, first, reference.metrics, plan.execution)
+    return replace(verdict, requantization=measured)
 
 
 def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:
@@ -431,7 +437,7 @@ def verify(
         calibration = calibration or plan.calibration
         check_caches_fit(plan, calibration)
         slices, source = with_refitted_weights(plan)
-        rewritten = rewrite_model(source, cuts_of(slices))
+        rewritten, _ = rewrite_as_stored(analysis.model, source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
     structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
     structure = (

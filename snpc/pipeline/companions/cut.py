@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx_ir as ir
+
 from snpc.errors import UserError
 from snpc.passes import Analysis, Companion
 from snpc.passes.companions import transferred_edits
 from snpc.passes.grouping import TracedGraph, trace_graph
-from snpc.passes.slicing import RewrittenModel, rewrite_model
+from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
 from snpc.passes.weights import UnsupportedWeightForm, apply_edits
 from snpc.planning import SlicePlan, cuts_of
 
@@ -50,5 +52,6 @@ class FittedPlan:
             return traced
         return trace_graph(apply_edits(traced, edits), traced.dim_sizes, kv_cache=traced.kv_cache)
 
-    def rewrite(self) -> RewrittenModel:
-        return rewrite_model(self.source, cuts_of(self.slices))
+    def rewrite(self) -> tuple[RewrittenModel, ir.Model]:
+        """See ``rewrite_as_stored``."""
+        return rewrite_as_stored(self.analysis.model, self.source, cuts_of(self.slices))

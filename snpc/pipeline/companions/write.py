@@ -43,10 +43,10 @@ def write_companions(fitted: FittedPlan, written: Path, execution: Execution) ->
 
 def write_companion(fitted: FittedPlan, companion: Companion, written: Path, execution: Execution) -> WrittenCompanion:
     model, own = companion.analysis.model, fitted.of_companion(companion)
-    rewritten = own.rewrite()
-    finalize(rewritten.model, execution.observer)
+    rewritten, graph = own.rewrite()
+    finalize(graph, execution.observer)
     path = written.parent / companion.name
-    save(rewritten.model, path, model.external)
+    save(graph, path, model.external)
     pruned = load(path)
     checks = (
         masked_check(companion.analysis, path, rewritten, execution),

@@ -25,7 +25,7 @@ def test_the_same_units_stay_in_both() -> None:
     plan = magnitude_plan()
     fitted = FittedPlan(plan.slices, plan.analysis.traced_graph)
     (companion,) = plan.analysis.companions
-    own, other = (part.rewrite().model.graph.initializers for part in (fitted, fitted.of_companion(companion)))
+    own, other = (part.rewrite()[0].model.graph.initializers for part in (fitted, fitted.of_companion(companion)))
     compared = 0
     for name, original in companion.alignment.constants.items():
         ours, theirs = other[name].const_value, own[original].const_value
