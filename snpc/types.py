@@ -27,12 +27,12 @@ AnyArray = npt.NDArray[Any]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
-Role = Literal["qk", "vo", "ffn", "head", "conv", "residual", "other"]
-ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other")
+Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other"]
+ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other")
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
-PinKind = Literal["hard", "norm", "sum"]
+PinKind = Literal["hard", "norm", "sum", "choice"]
 ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized"]
 ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
@@ -138,7 +138,7 @@ class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
     ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, possibly within a head only.
+    compared over, possibly within a head only; "choice": some of its positions are chosen for each token, as experts are.
     """
 
     tensor: str
@@ -160,7 +160,8 @@ class Group:
 
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
-    of a fused node whose kernel takes one width. Each has its own units.
+    of a fused node whose kernel takes one width. Each has its own units. ``least``: units of a block that must stay:
+    of experts as many as a router chooses.
     """
 
     id: str
@@ -179,6 +180,7 @@ class Group:
     channels: int = 1
     step: int = 1
     tie: str = ""
+    least: int = 1
 
     @property
     def prunable(self) -> bool:

@@ -22,6 +22,8 @@ Files
                  they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
+  routing        Routing of tokens to experts: positions that are chosen along an axis, one-hot rows of them, and experts
+                 in one node.
   spec           The schema of the operator table.
 """
 
@@ -112,6 +114,7 @@ from snpc.ops.quantization import (
 )
 from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
+from snpc.ops.routing import most_chosen, one_hot_axis, routing_entries
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
 __all__ = [
@@ -198,7 +201,9 @@ __all__ = [
     "letters_of",
     "lookup",
     "matmul_letters",
+    "most_chosen",
     "names",
+    "one_hot_axis",
     "operator_table",
     "parse_einsum",
     "partly_written",
@@ -222,6 +227,7 @@ def operator_table() -> dict[tuple[str, str], OpSpec]:
         normalization_entries,
         attention_entries,
         rotary_entries,
+        routing_entries,
         opaque_entries,
     )
     for entries in families:

@@ -77,6 +77,7 @@ def build_groups(
                 channels=draft.channels if draft.tie else builder.channels(draft, numbers),
                 step=draft.step,
                 tie=f"tie.{draft.tie}" if draft.tie else "",
+                least=draft.least,
             )
         )
     return tuple(groups)
@@ -91,8 +92,8 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     """How the units of a group may be transformed before they are cut, and why not more freely."""
     if is_approximate(draft):
         return "select", APPROXIMATE_REASON if draft.role == "residual" else NORMALIZED_INSIDE_REASON
-    if draft.role == "head":
-        return "select", "whole heads"
+    if draft.role in ("head", "experts"):
+        return "select", "whole heads" if draft.role == "head" else "whole experts"
     if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):
         return "select", "a nonlinear operator between producer and consumer"
     if draft.flags & LabelFlag.CACHED:
