@@ -33,7 +33,7 @@ ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residu
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
 PinKind = Literal["hard", "norm", "sum", "choice"]
-ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized"]
+ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized", "expert"]
 ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
 refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
@@ -126,11 +126,14 @@ class Probe:
     """An activation that shows a group's units during calibration.
 
     ``units`` has the tensor's rank, is 1 on axes the units do not vary on, and holds unit numbers (-1: none).
+    Of kind "expert": what experts add to their tokens, a row each. All rows are of the one unit in ``units``, or
+    ``chosen`` is the tensor that names the expert of each row, whose number ``units`` [experts] translates.
     """
 
     kind: ProbeKind
     tensor: str
     units: IntArray = field(repr=False)
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ class Group:
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
     of a fused node whose kernel takes one width. Each has its own units. ``least``: units of a block that must stay:
-    of experts as many as a router chooses.
+    of experts as many as a router chooses. ``owned``: by unit, constants that go with it as a whole: the weights of an
+    expert that has nodes of its own.
     """
 
     id: str
@@ -181,6 +185,7 @@ class Group:
     step: int = 1
     tie: str = ""
     least: int = 1
+    owned: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     @property
     def prunable(self) -> bool:

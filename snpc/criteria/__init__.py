@@ -16,6 +16,8 @@ What can be measured, for a probe kind K of query, key, value, context, hidden (
     ffn, conv, residual,      hidden
     other
     head                      context, as "energy" only: [samples, 1, heads], summed over the head's width
+    experts                   expert, as "routed" only: [2, experts], sums over the tokens of an expert of the norm of
+                              what it adds to them, and the number of these tokens
 
 With torch, of a gate on each unit (a factor: one as the model is, zero where the unit is gone), for every role:
 
@@ -37,6 +39,7 @@ Files
   mixed       The default where there is data: for each role the criterion that was measured to keep most.
   movement    Movement: which units training would make larger, and which smaller.
   random      Random: the floor that every other criterion has to beat.
+  reap        REAP: how much an expert adds to the tokens that are routed to it (arXiv 2510.13999).
   relevance   Layer-wise relevance propagation: how much of the answer came through a unit.
   snp         SNP: keep the attention scores, drop what others already say (ECCV 2024, arXiv 2404.11630).
   taylor      First and second order models of what the loss does when a unit goes.
@@ -57,6 +60,7 @@ from snpc.criteria.magnitude import Magnitude
 from snpc.criteria.mixed import Mixed
 from snpc.criteria.movement import Gum, Movement
 from snpc.criteria.random import Random
+from snpc.criteria.reap import Reap
 from snpc.criteria.relevance import Relevance
 from snpc.criteria.snp import Snp
 from snpc.criteria.taylor import Linear, Quadratic, Taylor
@@ -105,7 +109,7 @@ class Description(NamedTuple):
 
 
 _CLASSES: tuple[type[Criterion], ...] = (
-    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Relevance, Snp, Taylor,
+    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Reap, Relevance, Snp, Taylor,
 )  # fmt: skip
 _BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType({cls.name: cls for cls in _CLASSES})
 

@@ -170,6 +170,11 @@ class Budget:
             )
         if self.ratio is None and "head" in self.roles:
             raise UserError("--target, --max-drift and --max-ppl choose widths themselves: leave out the role head")
+        if self.ratio is None and "experts" in self.roles:
+            raise UserError(
+                "--target, --max-drift and --max-ppl rank by measured losses, and none is measured of whole experts: give "
+                "--ratio, or leave out the role experts"
+            )
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(
                 f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"

@@ -22,6 +22,7 @@ from snpc.graph import (
 from snpc.ops import lookup
 from snpc.passes.canonicalization import original_name
 from snpc.passes.grouping.drafts import GroupDraft, is_approximate
+from snpc.passes.grouping.experts import expert_probes, owned_constants
 from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
 from snpc.types import (
@@ -59,6 +60,8 @@ def build_groups(
         freedom, freedom_reason = freedom_and_reason(draft)
         sites = builder.sites(numbers)
         macs, params = builder.count_macs_and_params(numbers, sites)
+        owned = owned_constants(trace, units, numbers) if draft.role == "experts" else ()
+        params += sum(int(model.graph.initializers[name].const_value.size) for part in owned for name in part)  # type: ignore[union-attr]
         groups.append(
             Group(
                 id=name,
@@ -78,6 +81,7 @@ def build_groups(
                 step=draft.step,
                 tie=f"tie.{draft.tie}" if draft.tie else "",
                 least=draft.least,
+                owned=owned,
             )
         )
     return tuple(groups)
@@ -247,6 +251,8 @@ class GroupBuilder:
         """The probes of a group: activations in which its units are observed."""
         probes: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
+        if draft.role == "experts":
+            return expert_probes(self.trace, self.units, self.facts, numbers)
         for contraction, side, letters, index in self.contractions(numbers):
             if side.constant and not side.projected:
                 continue

@@ -72,6 +72,8 @@ def propagate_expert_reading(context: NodeContext, inputs: Sequence[LabeledValue
     assert context.spec.move is not None and context.spec.index_axis is not None
     axis = context.spec.index_axis(context.call)
     assert axis is not None
+    if data.constant:
+        context.trace.expert_reads[context.node] = indices.routing.chosen
     table = context.trace.table
     out: list[Labels] = []
     for labels in data.factors:

@@ -96,6 +96,8 @@ class Trace:
     width_ties: list[WidthTie] = field(default_factory=list)
     caches: dict[ir.Value, Labels] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
+    expert_reads: dict[ir.Node, Labels] = field(default_factory=dict)
+    """Nodes that read the weights of one expert for each token, with the [experts] labels of the router."""
     expert_outputs: dict[ir.Node, int] = field(default_factory=dict)
     """Nodes that add to some tokens what one expert makes of them, with the label of the expert."""
 

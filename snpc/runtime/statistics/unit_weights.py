@@ -21,7 +21,19 @@ def criterion_inputs(analysis: Analysis, group: Group, sums: Mapping[str, FloatA
     produce, consume = head_rows(analysis, group) if group.role == "head" else ({}, {})
     if not produce and not consume:  # heads with an axis of their own are units like others
         produce, consume = group_weight_rows(analysis, group)
+    if group.owned:
+        consume = {**consume, "owned": owned_norms(analysis, group)}
     return CriterionInputs(group.role, group.blocks, group.size, produce, consume, sums, samples)
+
+
+def owned_norms(analysis: Analysis, group: Group) -> FloatArray:
+    """[units, 1]: the norm of all constants that a unit has for itself."""
+    initializers = analysis.traced_graph.model.graph.initializers
+    squares = [
+        sum(float(np.square(np.asarray(initializers[name].const_value.numpy(), np.float64)).sum()) for name in names)  # type: ignore[union-attr]
+        for names in group.owned
+    ]
+    return np.sqrt(np.array(squares))[:, None]
 
 
 def unit_weight_energies(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatArray]:
