@@ -16,8 +16,8 @@ What can be measured, for a probe kind K of query, key, value, context, hidden (
     ffn, conv, residual,      hidden
     other
     head                      context, as "energy" only: [samples, 1, heads], summed over the head's width
-    experts                   expert, as "routed" only: [2, experts], sums over the tokens of an expert of the norm of
-                              what it adds to them, and the number of these tokens
+    experts                   expert, as "routed" only: [parts, 2, experts], sums over the tokens of an expert of the
+                              norm of what it adds to them, and the number of these tokens
 
 With torch, of a gate on each unit (a factor: one as the model is, zero where the unit is gone), for every role:
 

@@ -8,12 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from snpc.criteria.activation import Activation
-from snpc.errors import UserError
+from snpc.criteria.activation import ROUTED, Activation
 from snpc.types import CriterionInputs, FloatArray, Role
-
-ROUTED = "routed:expert"
-
 
 @dataclass(frozen=True)
 class Reap:
@@ -33,7 +29,9 @@ class Reap:
 
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """``{"routed:expert": [2, experts]}``: sums of norms, and numbers of tokens."""
-        return dict(batch) if role == "experts" else Activation().observe(role, batch)
+        if role != "experts":
+            return Activation().observe(role, batch)
+        return {ROUTED: np.asarray(batch[ROUTED].sum(axis=0))} if ROUTED in batch else {}
 
     def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size]"""
@@ -46,14 +44,10 @@ class Reap:
 
 
 def weight_scores(inputs: CriterionInputs) -> FloatArray:
-    """[blocks, size]: the norm of an expert's rows in the router times that of all its weights."""
-    units = inputs.blocks * inputs.size
-    norms = []
+    """[blocks, size]: the norm of an expert's rows in the router times that of all its weights; a side without weights
+    counts as one."""
+    score = np.ones(inputs.blocks * inputs.size)
     for rows in (inputs.produce, inputs.consume):
-        total = np.zeros(units)
-        for weight in rows.values():
-            total += np.square(weight).sum(axis=1)
-        norms.append(np.sqrt(total))
-    if not norms[0].any() or not norms[1].any():
-        raise UserError("experts have no weights that can be compared: leave out the role experts")
-    return (norms[0] * norms[1]).reshape(inputs.blocks, inputs.size)
+        if rows:
+            score *= np.sqrt(np.sum([np.square(weight).sum(axis=1) for weight in rows.values()], axis=0))
+    return score.reshape(inputs.blocks, inputs.size)

@@ -39,7 +39,7 @@ def routing_entries() -> list[OpSpec]:
             axes=_chosen_axis, reason=DATA_DEPENDENT,
         ),
         OpSpec(
-            "OneHot", "one_hot", "the axis that it adds has the labels of the positions that its indices name",
+            "OneHot", "one_hot", "indices that name experts: its new axis has their labels; others have none",
             recompute=_one_hot_depth,
         ),
         OpSpec(

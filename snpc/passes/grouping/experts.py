@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, is_float
+from snpc.graph import is_float
 from snpc.ops import lookup
 from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import LabelFlag, LabelPin, Trace
@@ -67,7 +67,7 @@ def constants_behind(node: ir.Node) -> set[ir.Value]:
     return constants
 
 
-def expert_probes(trace: Trace, units: Units, facts: ShapeFacts, numbers: Mapping[int, int]) -> tuple[Probe, ...]:
+def expert_probes(trace: Trace, units: Units, numbers: Mapping[int, int]) -> tuple[Probe, ...]:
     """What the experts of a group add to their tokens: a value of each expert, or one of all for each layer."""
     probes = []
     for node, label in trace.expert_outputs.items():
@@ -82,19 +82,19 @@ def expert_probes(trace: Trace, units: Units, facts: ShapeFacts, numbers: Mappin
         own = units.unit_of_label[trace.expert_reads[nodes[0]]]
         if all(int(unit) in numbers for unit in own):
             translated = np.array([numbers[int(unit)] for unit in own])
-            outputs = weighted_outputs(trace, facts, nodes, indices)
+            outputs = weighted_outputs(trace, nodes, indices)
             probes += [Probe("expert", str(v.name), translated, str(indices.name)) for v in outputs]
     return tuple(probes)
 
 
-def weighted_outputs(trace: Trace, facts: ShapeFacts, nodes: list[ir.Node], indices: ir.Value) -> Iterator[ir.Value]:
+def weighted_outputs(trace: Trace, nodes: list[ir.Node], indices: ir.Value) -> Iterator[ir.Value]:
     """Results of products with weights that ``nodes`` read, times the gate of each token: one row for each of
     ``indices``."""
     read = {str(v.name) for v in moved_from([node.outputs[0] for node in nodes])}
     products = {
         str(c.node.outputs[0].name) for c in trace.contractions if {c.left.name, c.right.name} & read and c.has_weight
     }
-    rows = np.prod(facts.shape.get(indices) or (0,), dtype=np.int64)
+    rows = np.prod(trace.values[indices].shape, dtype=np.int64)
     for value, labeled in trace.values.items():
         node = value.producer()
         spec = lookup(node.domain, node.op_type) if node is not None else None

@@ -252,7 +252,7 @@ class GroupBuilder:
         probes: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
         if draft.role == "experts":
-            return expert_probes(self.trace, self.units, self.facts, numbers)
+            return expert_probes(self.trace, self.units, numbers)
         for contraction, side, letters, index in self.contractions(numbers):
             if side.constant and not side.projected:
                 continue

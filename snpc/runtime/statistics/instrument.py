@@ -264,7 +264,7 @@ class Instrument:
         return self.reduce(op.REDUCE_SUM, self.node(op.MUL, [rows, rows]), [1])
 
     def routed(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[2, experts]: the sum of the norms of what each expert adds to its tokens, and the number of its tokens."""
+        """[1, 2, experts]: the sum of the norms of what each expert adds to its tokens, and the number of its tokens."""
         value = self.cast_float32(self.activation(probe.tensor))
         squares = self.reduce(op.REDUCE_SUM, self.node(op.MUL, [value, value]), [-1])
         norms = self.node(op.SQRT, [self.node(op.RESHAPE, [squares, self.ints([-1, 1])])])
@@ -276,7 +276,8 @@ class Instrument:
         is_own = self.node(op.EQUAL, [self.reshape(numbers, -1, 1), self.ints(range(blocks * size))])
         shares = self.cast_float32(is_own)
         sums = self.reduce(op.REDUCE_SUM, self.node(op.MUL, [norms, shares]), [0], keep=True)
-        return self.node(op.CONCAT, [sums, self.reduce(op.REDUCE_SUM, shares, [0], keep=True)], axis=0)
+        both = self.node(op.CONCAT, [sums, self.reduce(op.REDUCE_SUM, shares, [0], keep=True)], axis=0)
+        return self.reshape(both, 1, 2, blocks * size)
 
     def gram(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[samples, blocks, size, size]: X'X over the rows of a sample."""
