@@ -165,7 +165,7 @@ class Group:
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
     of a fused node whose kernel takes one width. Each has its own units. ``least``: units of a block that must stay:
     of experts as many as a router chooses. ``owned``: by unit, constants that go with it as a whole: the weights of an
-    expert that has nodes of its own.
+    expert that has nodes of its own. ``cached``: the units lie in a KV cache.
     """
 
     id: str
@@ -186,6 +186,7 @@ class Group:
     tie: str = ""
     least: int = 1
     owned: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    cached: bool = False
 
     @property
     def prunable(self) -> bool:

@@ -33,7 +33,7 @@ from snpc.report import (
 )
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
-from snpc.targets import BuildResult
+from snpc.targets import BuildResult, slower_decoding_text
 from snpc.types import Cost, FloatArray, Group, Model, Quality, Verdict
 
 if TYPE_CHECKING:  # this needs torch
@@ -337,6 +337,9 @@ def print_result(result: PrunedModel) -> None:
         + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    slower = slower_decoding_text(*result.head_size) if result.head_size else ""
+    if slower:
+        print_note(slower)
     for sampled in result.sampled_rows:
         print_line(sampled.describe())
     inside = [g.id for g in result.plan.analysis.groups if g.normalized_inside and g.id in result.plan.keep]

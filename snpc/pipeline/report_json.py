@@ -42,6 +42,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "search": asdict(result.search) if result.search else None,
         **both,
         "cache_bytes_per_token": dict(zip(("before", "after"), result.cache_bytes, strict=True)),
+        "head_size": dict(zip(("before", "after"), result.head_size, strict=True)) if result.head_size else None,
         "macs_at": dict(plan.analysis.dim_sizes),
         "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "groups": groups_json(plan, result.closed_forms),

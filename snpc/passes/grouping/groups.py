@@ -38,7 +38,7 @@ from snpc.types import (
     SiteKind,
 )
 
-CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED | LabelFlag.CACHED
+CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED
 
 
 def build_groups(
@@ -82,6 +82,7 @@ def build_groups(
                 tie=f"tie.{draft.tie}" if draft.tie else "",
                 least=draft.least,
                 owned=owned,
+                cached=bool(draft.flags & LabelFlag.CACHED),
             )
         )
     return tuple(groups)
@@ -100,8 +101,6 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
         return "select", "whole heads" if draft.role == "head" else "whole experts"
     if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):
         return "select", "a nonlinear operator between producer and consumer"
-    if draft.flags & LabelFlag.CACHED:
-        return "select", "stored in a KV cache"
     if draft.flags & LabelFlag.NONLINEAR:
         return "select", "a nonlinear operator or a normalization between producer and consumer"
     if draft.flags & LabelFlag.GATED:
