@@ -141,7 +141,8 @@ class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
     ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, possibly within a head only; "choice": some of its positions are chosen for each token, as experts are.
+    compared over, possibly within a head only; "choice": some of its positions are chosen for each
+    token, as experts are.
     """
 
     tensor: str

@@ -109,7 +109,8 @@ class Description(NamedTuple):
 
 
 _CLASSES: tuple[type[Criterion], ...] = (
-    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Reap, Relevance, Snp, Taylor,
+    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Reap, Relevance, Snp,
+    Taylor,
 )  # fmt: skip
 _BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType({cls.name: cls for cls in _CLASSES})
 

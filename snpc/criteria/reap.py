@@ -11,6 +11,7 @@ import numpy as np
 from snpc.criteria.activation import ROUTED, Activation
 from snpc.types import CriterionInputs, FloatArray, Role
 
+
 @dataclass(frozen=True)
 class Reap:
     """Of experts the mean, over the tokens routed to them, of gate times norm of the output; else as activation.

@@ -22,8 +22,7 @@ Files
                  they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
-  routing        Routing of tokens to experts: positions that are chosen along an axis, one-hot rows of them, and experts
-                 in one node.
+  routing        Routing of tokens to experts: positions that are chosen along an axis, and one-hot rows of them.
   spec           The schema of the operator table.
 """
 

@@ -1,5 +1,4 @@
-"""Routing of tokens to experts: positions that are chosen along an axis, one-hot rows of them, and experts in one node.
-"""
+"""Routing of tokens to experts: positions that are chosen along an axis, and one-hot rows of them."""
 
 from __future__ import annotations
 

@@ -174,8 +174,8 @@ class Budget:
             raise UserError("--target, --max-drift and --max-ppl choose widths themselves: leave out the role head")
         if self.ratio is None and "experts" in self.roles:
             raise UserError(
-                "--target, --max-drift and --max-ppl rank by measured losses, and none is measured of whole experts: give "
-                "--ratio, or leave out the role experts"
+                "--target, --max-drift and --max-ppl rank by measured losses, and none is measured of whole experts: "
+                "give --ratio, or leave out the role experts"
             )
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(

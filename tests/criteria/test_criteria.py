@@ -52,7 +52,12 @@ SPECS = (
     "snp:average=grams",
     "taylor",
 )
-KINDS: Mapping[Role, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("context", "value"), "head": ("context",), "experts": ("expert",)}
+KINDS: Mapping[Role, tuple[str, ...]] = {
+    "qk": ("query", "key"),
+    "vo": ("context", "value"),
+    "head": ("context",),
+    "experts": ("expert",),
+}
 
 # --- a group made of random numbers -----------------------------------------------------------------------------------
 

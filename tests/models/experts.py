@@ -102,7 +102,7 @@ def _build_deepseek(attention: str) -> Model:
 
 
 def _unrolled(layer: Any) -> nn.Module:
-    """A layer of experts as transformers 4 has it, a module each, with the loop over all of them that optimum writes."""
+    """A layer of experts as transformers 4 has it, a module each, in the loop that optimum writes."""
     import torch
     from torch import nn
     from torch.nn import functional

@@ -3,8 +3,8 @@
 Files
   drafts             Group drafts: units with the same sites, with role, pins and [blocks, size] grid, before they get
                      names.
-  experts            Whole experts as units: what pins them, how many must stay, what is theirs alone, and where they are
-                     observed.
+  experts            Whole experts as units: what pins them, how many must stay, what is theirs alone, and where they
+                     are observed.
   feasibility        Whether a group can be cut at all: every tensor that its blocks share with others must stay
                      rectangular.
   groups             From drafts to groups: names, sites, probes, freedom, and the cost that each group accounts for.

@@ -264,12 +264,14 @@ class Instrument:
         return self.reduce(op.REDUCE_SUM, self.node(op.MUL, [rows, rows]), [1])
 
     def routed(self, probe: Probe, blocks: int, size: int) -> ir.Value:
-        """[1, 2, experts]: the sum of the norms of what each expert adds to its tokens, and the number of its tokens."""
+        """[1, 2, experts]: the sum of the norms of what each expert adds to its tokens, and the number of these."""
         value = self.cast_float32(self.activation(probe.tensor))
         squares = self.reduce(op.REDUCE_SUM, self.node(op.MUL, [value, value]), [-1])
         norms = self.node(op.SQRT, [self.node(op.RESHAPE, [squares, self.ints([-1, 1])])])
         if probe.chosen:
-            numbers = self.node(op.GATHER, [self.ints(probe.units.tolist()), self.reshape(self.values[probe.chosen], -1)])
+            numbers = self.node(
+                op.GATHER, [self.ints(probe.units.tolist()), self.reshape(self.values[probe.chosen], -1)]
+            )
         else:
             count = self.shape_slice(norms, 0, 1)
             numbers = self.node(op.EXPAND, [self.ints(probe.units.reshape(-1).tolist()), count])
