@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 
 import snpc
 from snpc.passes.weights import closed_form_kinds
@@ -30,7 +31,6 @@ from snpc.runtime.closed_form.ridge import REFIT_SHARE, choose_refit_ridge, refi
 from snpc.runtime.statistics import StatisticRequest, required_statistics, statistic_requests
 from snpc.runtime.statistics.measure import measure_batches
 from snpc.runtime.statistics.moments import moment_about
-from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 from snpc.types import FloatArray, Group, IntArray
 
 STRIDES = (1, 2, 4, 8)

@@ -61,7 +61,7 @@ def build_groups(
         sites = builder.sites(numbers)
         macs, params = builder.count_macs_and_params(numbers, sites)
         owned = owned_constants(trace, units, numbers) if draft.role == "experts" else ()
-        params += sum(int(model.graph.initializers[name].const_value.size) for part in owned for name in part)  # type: ignore[union-attr]
+        params += sum(weight_size(model.graph.initializers[name]) for part in owned for name in part)
         groups.append(
             Group(
                 id=name,
@@ -86,6 +86,12 @@ def build_groups(
             )
         )
     return tuple(groups)
+
+
+def weight_size(value: ir.Value) -> int:
+    """How many entries a constant has."""
+    assert value.const_value is not None
+    return int(value.const_value.size)
 
 
 def to_pin(pin: LabelPin) -> Pin:

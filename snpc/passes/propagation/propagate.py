@@ -490,7 +490,7 @@ def addressed_axes(context: NodeContext, inputs: Sequence[LabeledValue | None]) 
     assert context.spec.axes is not None
     if context.spec.index_axis is not None:
         axis = context.spec.index_axis(call)
-        if not axis and repeats_rows(context.node.inputs[1], axis, context.trace.values):
+        if axis == 0 and repeats_rows(context.node.inputs[1], axis, context.trace.values):
             return {axis}
     return set(context.spec.axes(call))
 

@@ -117,7 +117,7 @@ def selected_labels(context: NodeContext, data: LabeledValue) -> Labels:
     axis, indices = context.spec.index_axis(context.call), context.call.value(1)
     for labels in data.factors:
         if varying_axes(labels) == {axis} and indices is not None:
-            return labels.reshape(-1)[np.asarray(indices).reshape(-1)]
+            return labels.reshape(-1).take(np.asarray(indices).reshape(-1))
     return np.zeros(0, np.int32)
 
 

@@ -153,7 +153,9 @@ def drop_removed_experts(model: ir.Model, trace: Trace, removed: RemovedUnits) -
     dropped = [n.name for n, label in trace.expert_outputs.items() if removed.removed[removed.unit_of_label[label]]]
     for name in dropped:
         node = nodes[name]
-        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        data = node.inputs[0]
+        assert data is not None
+        node.outputs[0].replace_all_uses_with(data)
     if dropped:
         EliminateDeadNodes()(model)
 

@@ -29,11 +29,13 @@ def criterion_inputs(analysis: Analysis, group: Group, sums: Mapping[str, FloatA
 def owned_norms(analysis: Analysis, group: Group) -> FloatArray:
     """[units, 1]: the norm of all constants that a unit has for itself."""
     initializers = analysis.traced_graph.model.graph.initializers
-    squares = [
-        sum(float(np.square(np.asarray(initializers[name].const_value.numpy(), np.float64)).sum()) for name in names)  # type: ignore[union-attr]
-        for names in group.owned
-    ]
-    return np.sqrt(np.array(squares))[:, None]
+    norms = np.zeros((len(group.owned), 1))
+    for unit, names in enumerate(group.owned):
+        for name in names:
+            tensor = initializers[name].const_value
+            assert tensor is not None
+            norms[unit] = np.hypot(norms[unit], np.linalg.norm(tensor.numpy().astype(np.float64)))
+    return norms
 
 
 def unit_weight_energies(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatArray]:
