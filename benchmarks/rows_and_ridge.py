@@ -25,6 +25,7 @@ from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 
 import snpc
 from snpc.passes.weights import closed_form_kinds
+from snpc.runtime.batches import unpack_symmetric
 from snpc.runtime.closed_form.algebra import relative_ridge, unit_columns
 from snpc.runtime.closed_form.elimination import LeastSquaresSystem, eliminate
 from snpc.runtime.closed_form.ridge import REFIT_SHARE, choose_refit_ridge, refit_regression

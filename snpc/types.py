@@ -199,6 +199,31 @@ class Group:
         return self.approximate and self.role != "residual"
 
 
+SublayerKind = Literal["attention", "feed-forward", "convolution"]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A layer beside the residual stream: it reads ``stream``, and its output ``branch`` is added in ``summed``, all
+    three names of values.
+
+    ``macs`` and ``params``: what goes with it. ``reason``: why it cannot go; "" where it can.
+    """
+
+    name: str
+    kind: SublayerKind
+    stream: str
+    branch: str
+    summed: str
+    macs: int
+    params: int
+    reason: str = ""
+
+    @property
+    def removable(self) -> bool:
+        return not self.reason
+
+
 @dataclass(frozen=True)
 class QuantizedWeights:
     """How many of a model's parameters are quantized in one ``form``, such as "MatMulNBits int4, blocks of 32"."""

@@ -210,6 +210,17 @@ def print_groups(analysis: Analysis) -> None:
     print_line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
 
 
+def print_sublayers(analysis: Analysis) -> None:
+    """The layers beside the residual stream, what goes with each, and why some cannot go."""
+    cost = analysis.cost
+    rows = [
+        (s.name, s.kind, format_share(s.macs, cost.macs), format_share(s.params, cost.params), s.reason or "can go")
+        for s in analysis.sublayers
+    ]
+    if rows:
+        print_table("layers", ("layer", "kind", "MACs", "params", "whole"), rows, right=(2, 3))
+
+
 def print_token_points(analysis: Analysis) -> None:
     """After which blocks tokens can be dropped or merged, and why not after the others."""
     for count, leading, points in token_spans(analysis):

@@ -197,6 +197,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "nodes": analysis.cost.nodes,
         "macs_at": dict(analysis.dim_sizes),
         "groups": groups,
+        "sublayers": [{**asdict(sublayer), "removable": sublayer.removable} for sublayer in analysis.sublayers],
         "pins": pins_json(analysis),
         "tokens": tokens_json(analysis),
     }

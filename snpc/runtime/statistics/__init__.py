@@ -54,6 +54,7 @@ from snpc.runtime.statistics.padding import (
     probe_row_counters,
     token_mask_runner,
 )
+from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.rows import SampledRows
 from snpc.runtime.statistics.statistics import (
     Statistics,
@@ -94,6 +95,7 @@ __all__ = [
     "find_padding",
     "group_moments",
     "group_weight_rows",
+    "infer_probe_layout",
     "keep_token_masks",
     "load_statistics",
     "measure_statistics",
