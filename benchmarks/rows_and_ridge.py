@@ -21,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 
 import snpc
 from snpc.passes.weights import closed_form_kinds
