@@ -6,7 +6,7 @@ import numpy as np
 
 from snpc.ops.spec import OpCall, OpSpec, ParameterUpdate, TensorCut
 
-DATA_DEPENDENT = "which positions are read or written depends on the data"
+CHOSEN_BY_DATA = "which positions are read or written depends on the data"
 
 
 def _chosen_axis(call: OpCall) -> tuple[int, ...]:
@@ -35,14 +35,14 @@ def routing_entries() -> list[OpSpec]:
     return [
         OpSpec(
             "TopK", "choose", "positions along its axis are compared; its indices name those chosen", data=(0,),
-            axes=_chosen_axis, reason=DATA_DEPENDENT,
+            axes=_chosen_axis, reason=CHOSEN_BY_DATA,
         ),
         OpSpec(
             "OneHot", "one_hot", "indices that name experts: its new axis has their labels; others have none",
             recompute=_one_hot_depth,
         ),
         OpSpec(
-            "NonZero", "opaque", f"pinned: {DATA_DEPENDENT}; of a row of OneHot: the tokens of one expert",
-            reason=DATA_DEPENDENT, counts_data=True,
+            "NonZero", "opaque", f"pinned: {CHOSEN_BY_DATA}; of a row of OneHot: the tokens of one expert",
+            reason=CHOSEN_BY_DATA, counts_data=True,
         ),
     ]  # fmt: skip

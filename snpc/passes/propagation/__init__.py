@@ -43,17 +43,16 @@ from snpc.passes.propagation.removal import (
     to_cut,
 )
 from snpc.passes.propagation.state import (
-    Comparison,
     Contraction,
     LabeledValue,
     NormalizationStatistic,
+    RoutingComparison,
     Trace,
     WidthTie,
 )
 from snpc.passes.propagation.statistics import moves_from_own_axis, statistic_paths
 
 __all__ = [
-    "Comparison",
     "Contraction",
     "Cover",
     "LabelFlag",
@@ -64,6 +63,7 @@ __all__ = [
     "NormalizationStatistic",
     "NotRectangular",
     "RemovedUnits",
+    "RoutingComparison",
     "SlicedShape",
     "Trace",
     "WidthTie",

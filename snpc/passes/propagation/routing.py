@@ -15,11 +15,11 @@ from snpc.ops import Labels, lookup, most_chosen, one_hot_axis
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.state import (
     NOT_ROUTED,
-    Comparison,
     Factors,
     LabeledValue,
     NodeContext,
     Routing,
+    RoutingComparison,
 )
 
 
@@ -41,7 +41,7 @@ def compare_positions(context: NodeContext, data: LabeledValue, labels: Labels, 
     """Record that positions with ``labels``, which vary on one axis, are compared with each other. Experts can go
     nevertheless: in the masked model they lose every comparison."""
     (axis,) = varying_axes(labels)
-    context.trace.comparisons.append(Comparison(context.node, labels, axis - labels.ndim, context.dtype, most))
+    context.trace.comparisons.append(RoutingComparison(context.node, labels, axis - labels.ndim, context.dtype, most))
     context.pin(data, labels, context.spec.reason, axis, "choice")
 
 

@@ -95,7 +95,7 @@ class Trace:
     statistics: list[NormalizationStatistic] = field(default_factory=list)
     width_ties: list[WidthTie] = field(default_factory=list)
     caches: dict[ir.Value, Labels] = field(default_factory=dict)
-    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons: list[RoutingComparison] = field(default_factory=list)
     expert_reads: dict[ir.Node, Labels] = field(default_factory=dict)
     """Nodes that read the weights of one expert for each token, with the [experts] labels of the router."""
     expert_outputs: dict[ir.Node, int] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class NormalizationStatistic:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RoutingComparison:
     """Positions with ``labels`` of the first input of a node, of type ``dtype``, that are compared along ``axis``
     (negative: counted from the right). ``most``: how many of them are chosen, 0 where they get shares of a whole."""
 

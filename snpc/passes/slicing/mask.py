@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from snpc.graph import add_constant, make_node, static_shape, unused_name
 from snpc.ops import CAST, WHERE, lookup
-from snpc.passes.propagation import Comparison, LabeledAxis, LabelFlag, RemovedUnits, Trace, affected_statistics
+from snpc.passes.propagation import LabeledAxis, LabelFlag, RemovedUnits, RoutingComparison, Trace, affected_statistics
 from snpc.passes.slicing.masked_statistics import mask_statistic
 from snpc.types import AnyArray, BoolArray
 
@@ -113,7 +113,7 @@ def lazy_mask(
     return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=name)
 
 
-def lose_comparison(graph: ir.Graph, node: ir.Node, comparison: Comparison, removed: RemovedUnits) -> None:
+def lose_comparison(graph: ir.Graph, node: ir.Node, comparison: RoutingComparison, removed: RemovedUnits) -> None:
     """Give ``node`` minus infinity in the place of removed positions, where it compares its first input."""
     goes = ~removed.kept_mask(comparison.labels).reshape(-1, *[1] * (-1 - comparison.axis))
     name = unused_name(f"{node.name}__loses", graph.initializers)
