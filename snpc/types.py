@@ -84,6 +84,43 @@ class Dequantization:
 
 
 @dataclass(frozen=True)
+class StoredConstant:
+    """What a quantized file holds for a constant of the float graph.
+
+    ``parts``: "codes", "scale", "zero" (a bias has the "input_scale" of its node too) -> the initializer. ``places``:
+    (part, node, index of the input) wherever one is read. ``layout``: see ``ops.quantization.layouts``; ``attributes``:
+    of the node that reads it. ``reader``: the node whose output the constant is, where it is one of its own.
+    """
+
+    layout: Literal["tensor", "product", "table", "bias"]
+    parts: Mapping[str, str]
+    places: tuple[tuple[str, str, int], ...]
+    attributes: Mapping[str, Any]
+    axis: int
+    block: int
+    reader: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizedForm:
+    """The canonical ``graph`` of a quantized file, and how the float graph that is analyzed was made of it, by name.
+
+    ``nodes``: node of the float graph -> the stored one, of those that both have. ``stand_ins``: stored node -> the
+    float node in its place, where it has one. ``values``: stored value of a node that is not in the float graph -> the
+    float value behind it; ``quantized``: those that hold codes. ``constants``: float constant -> what is stored.
+    ``made``: all nodes of the float graph.
+    """
+
+    graph: ir.Model
+    nodes: Mapping[str, str]
+    stand_ins: Mapping[str, str]
+    values: Mapping[str, str]
+    quantized: frozenset[str]
+    constants: Mapping[str, StoredConstant]
+    made: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
     ``external`` says that its weights lie in other files. ``nodes``: those of the file, constants included. ``kind``:
@@ -100,6 +137,9 @@ class Model:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     dequantization: Dequantization | None = None
     """How it was made of a quantized file, if it was."""
+    quantized: QuantizedForm | None = field(default=None, repr=False, compare=False)
+    """Where ``graph`` is the float graph that the file stands for: the file's own, in which pruned models are
+    written."""
 
     @property
     def source(self) -> Path:
@@ -331,6 +371,22 @@ class Difference:
         return "good" if self.distance <= good else "fair" if self.distance <= fair else "poor"
 
 
+@dataclass(frozen=True)
+class Requantization:
+    """How the constants of a quantized file were cut: ``sliced`` are made of stored codes and scales, bit for bit;
+    ``requantized`` were rounded anew, in the same scheme. ``differences``: what that rounding changes in the outputs of
+    the pruned float model; none where nothing was rounded, or nothing was run."""
+
+    sliced: int
+    requantized: int
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """The largest relative change of an output."""
+        return max((difference.relative for difference in self.differences), default=0.0)
+
+
 Grade = Literal["good", "fair", "poor", "unknown"]
 GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
 GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
@@ -390,6 +446,8 @@ class Verdict:
     compared: str
     tolerance: float
     not_run: str = ""
+    requantization: Requantization | None = None
+    """How the codes of a quantized file were cut; None of a float file, or of one whose plan is not known."""
 
     @property
     def max_abs_diff(self) -> float | None:

@@ -85,9 +85,11 @@ def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
     return True
 
 
-def mask_model(model: ir.Model, trace: Trace, removed: RemovedUnits) -> ir.Model:
+def mask_model(
+    model: ir.Model, trace: Trace, removed: RemovedUnits, contents: Mapping[str, AnyArray] | None = None
+) -> ir.Model:
     """A copy of ``model`` with the removed units masked; shapes stay. Masked weights are made when they are read, since
-    all of them may not fit into memory."""
+    all of them may not fit into memory. ``contents``: of constants, in place of their own."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
     for statistic in affected_statistics(trace, removed):
@@ -95,6 +97,9 @@ def mask_model(model: ir.Model, trace: Trace, removed: RemovedUnits) -> ir.Model
     for comparison in trace.comparisons:
         if removed.affects(comparison.labels):
             lose_comparison(copy.graph, nodes[comparison.node.name], comparison, removed)
+    for name, array in (contents or {}).items():
+        value = copy.graph.initializers[name]
+        value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
     for name, positions in zeroed_by_constant(trace, removed).items():
         tensor = copy.graph.initializers[name].const_value
         assert tensor is not None
