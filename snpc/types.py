@@ -27,13 +27,13 @@ AnyArray = npt.NDArray[Any]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
-Role = Literal["qk", "vo", "ffn", "head", "conv", "residual", "other"]
-ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other")
+Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other"]
+ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other")
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
-PinKind = Literal["hard", "norm", "sum"]
-ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized"]
+PinKind = Literal["hard", "norm", "sum", "choice"]
+ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized", "expert"]
 ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
 refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
@@ -172,11 +172,14 @@ class Probe:
     """An activation that shows a group's units during calibration.
 
     ``units`` has the tensor's rank, is 1 on axes the units do not vary on, and holds unit numbers (-1: none).
+    Of kind "expert": what experts add to their tokens, a row each. All rows are of the one unit in ``units``, or
+    ``chosen`` is the tensor that names the expert of each row, whose number ``units`` [experts] translates.
     """
 
     kind: ProbeKind
     tensor: str
     units: IntArray = field(repr=False)
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
     ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, possibly within a head only.
+    compared over, possibly within a head only; "choice": some of its positions are chosen for each
+    token, as experts are.
     """
 
     tensor: str
@@ -206,7 +210,9 @@ class Group:
 
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
-    of a fused node whose kernel takes one width. Each has its own units. ``cached``: the units lie in a KV cache.
+    of a fused node whose kernel takes one width. Each has its own units. ``least``: units of a block that must stay:
+    of experts as many as a router chooses. ``owned``: by unit, constants that go with it as a whole: the weights of an
+    expert that has nodes of its own. ``cached``: the units lie in a KV cache.
     """
 
     id: str
@@ -225,6 +231,8 @@ class Group:
     channels: int = 1
     step: int = 1
     tie: str = ""
+    least: int = 1
+    owned: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     cached: bool = False
 
     @property

@@ -29,6 +29,7 @@ from snpc.passes.grouping import (
     build_groups,
     draft_groups,
     is_approximate,
+    pins_that_hold,
     to_pin,
     trace_graph,
 )
@@ -257,7 +258,7 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
     flags = traced_graph.trace.table.flags[: traced_graph.trace.table.count]
     produced[traced_graph.units.unit_of_label[(flags & int(LabelFlag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
-    for label_pin in traced_graph.trace.table.pins:
+    for label_pin in pins_that_hold(traced_graph.trace, traced_graph.units):
         own = traced_graph.units.unit_of_label[label_pin.labels]
         if not len(own) or (produced[own] & ~free[own]).any():
             key = (label_pin.tensor, label_pin.axis, label_pin.reason)
