@@ -143,7 +143,10 @@ def decoder_module(model: torch.nn.ModuleDict, inputs: list[str]) -> torch.nn.Mo
     ) -> torch.Tensor:
         query = split(part["q_proj"](x)) * HEAD_WIDTH**-0.5
         weights = torch.softmax(query @ keys.transpose(2, 3) + mask, -1)
-        return part["out_proj"]((weights @ values).transpose(1, 2).reshape(x.shape[0], -1, HEADS * HEAD_WIDTH))
+        projected: torch.Tensor = part["out_proj"](
+            (weights @ values).transpose(1, 2).reshape(x.shape[0], -1, HEADS * HEAD_WIDTH)
+        )
+        return projected
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -160,7 +163,8 @@ def decoder_module(model: torch.nn.ModuleDict, inputs: list[str]) -> torch.nn.Mo
             total = torch.arange(start + ids.shape[1])
             causal = torch.where(total[None, :] > places[:, None], -1e9, 0.0)
             presents: list[torch.Tensor] = []
-            for number, layer in enumerate(self.model["layers"]):
+            layers: Any = self.model["layers"]
+            for number, layer in enumerate(layers):
                 part, past = layer["self_attn"], f"past_key_values.{number}."
                 y = part["norm"](x)
                 keys, values = split(part["k_proj"](y)), split(part["v_proj"](y))
@@ -212,7 +216,9 @@ def write_merged(path: Path, cross: bool = True) -> Path:
     inputs = {value.name: value for graph in (first.graph, second.graph) for value in graph.input}
     switch = helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1])
     node = helper.make_node("If", ["use_cache_branch"], list(outputs), **branches)
-    graph = helper.make_graph([node], "merged", [*inputs.values(), switch], list(outputs.values()), weights.values())
+    graph = helper.make_graph(
+        [node], "merged", [*inputs.values(), switch], list(outputs.values()), list(weights.values())
+    )
     merged = helper.make_model(graph, opset_imports=first.opset_import, ir_version=first.ir_version)
     onnx.checker.check_model(merged)
     onnx.save(merged, path)
