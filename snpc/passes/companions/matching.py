@@ -11,7 +11,7 @@ from snpc.passes.companions.alignment import GraphAlignment
 from snpc.types import Group, IntArray, Pin, Site
 
 GroupShape = tuple[bool, int, int]
-Place = tuple[Group, IntArray]
+GroupPlace = tuple[Group, IntArray]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def shape_of(group: Group) -> GroupShape:
 
 
 def match_group(
-    group: Group, shared: Sequence[tuple[Site, str]], places: Mapping[tuple[str, int, GroupShape], Place]
+    group: Group, shared: Sequence[tuple[Site, str]], places: Mapping[tuple[str, int, GroupShape], GroupPlace]
 ) -> GroupMatch:
     """The companion's group at the ``shared`` sites, each with the constant's name there. Raises NotAlike."""
     found: Group | None = None
