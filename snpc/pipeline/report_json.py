@@ -77,6 +77,7 @@ FORM_NAMES: Mapping[ClosedFormKind, str] = {
     "low_rank_vo": "values",
     "refit": "refit",
     "score_selection": "coupled",
+    "score_refit": "coupled_refit",
 }
 """Closed forms under the names that reports have for them."""
 

@@ -38,6 +38,7 @@ WEIGHT_ORIGINS = {
     "low_rank_vo": "rotated",
     "refit": "refitted",
     "score_selection": "selected by scores",
+    "score_refit": "selected by scores, norms refitted",
 }
 
 

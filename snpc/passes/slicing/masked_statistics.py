@@ -7,6 +7,8 @@ positions gets zeros in the place of the removed.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -24,7 +26,8 @@ def mask_statistic(
 ) -> None:
     """Let ``node``, which stands in ``graph`` for the statistic's own, see the kept positions only."""
     old, spec = statistic.context.node, statistic.context.spec
-    if any(index < 0 for index in spec.per_axis):  # per channel: units may be folded into one axis with positions
+    folded = any(index < 0 for index in spec.per_axis)  # per channel: units may share one axis with positions
+    if folded or differs_between_parts(statistic, dead):
         mask_by_weights(graph, node, statistic, trace, dead)
         return
     writer = KeptPositionsWriter(graph, node)
@@ -37,6 +40,15 @@ def mask_statistic(
             if index < len(old.outputs):
                 for axis, stays in removed_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
                     writer.scatter_output(node.outputs[index], stays, axis)
+
+
+def differs_between_parts(statistic: NormalizationStatistic, dead: RemovedUnits) -> bool:
+    """Do parts (heads) of which a statistic of their own is taken keep other positions?"""
+    inner = {axis + statistic.labels.ndim for axis in statistic.axes}
+    order = sorted(range(statistic.labels.ndim), key=lambda axis: axis in inner)
+    size = math.prod(statistic.labels.shape[axis] for axis in inner)
+    rows = dead.kept_mask(statistic.labels).transpose(order).reshape(-1, size)
+    return not bool((rows == rows[:1]).all())
 
 
 def mask_by_weights(

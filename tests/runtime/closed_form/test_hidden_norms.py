@@ -149,7 +149,7 @@ def test_gain_and_bias_make_up_for_the_statistics(monkeypatch: pytest.MonkeyPatc
     moved = []
     for fitted in (True, False):
         if not fitted:
-            monkeypatch.setattr("snpc.runtime.closed_form.fit.fit_inner_normalizations", lambda *arguments: None)
+            monkeypatch.setattr("snpc.runtime.closed_form.fit.fit_normalizations_inside", lambda *arguments: None)
         moved.append(relative_change(run(export(name), feeds), run(pruned_bytes(plan), feeds)))
     assert moved[0] < 0.95 * moved[1]
 
