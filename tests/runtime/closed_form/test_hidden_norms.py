@@ -200,5 +200,5 @@ def test_without_data_they_are_cut_too_and_named_everywhere(tmp_path: Path) -> N
     assert "refit" not in {g["form"] for g in named}
     assert "normalized inside" in (tmp_path / "report.html").read_text()
     said = invoke("prune", path, "--ratio", 0.5, "-o", tmp_path / "again.onnx").stdout
-    assert "normalized inside: " in said
+    assert "approximate: normalized inside, not refitted: " in said
     assert "and 2 more, whose statistics are now over fewer units" in said
