@@ -162,7 +162,7 @@ class Group:
 
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
-    of a fused node whose kernel takes one width. Each has its own units.
+    of a fused node whose kernel takes one width. Each has its own units. ``cached``: the units lie in a KV cache.
     """
 
     id: str
@@ -181,6 +181,7 @@ class Group:
     channels: int = 1
     step: int = 1
     tie: str = ""
+    cached: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -190,6 +191,31 @@ class Group:
     def normalized_inside(self) -> bool:
         """Is it a hidden layer, or are they queries and keys, over which a normalization takes statistics?"""
         return self.approximate and self.role != "residual"
+
+
+SublayerKind = Literal["attention", "feed-forward", "convolution"]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A layer beside the residual stream: it reads ``stream``, and its output ``branch`` is added in ``summed``, all
+    three names of values.
+
+    ``macs`` and ``params``: what goes with it. ``reason``: why it cannot go; "" where it can.
+    """
+
+    name: str
+    kind: SublayerKind
+    stream: str
+    branch: str
+    summed: str
+    macs: int
+    params: int
+    reason: str = ""
+
+    @property
+    def removable(self) -> bool:
+        return not self.reason
 
 
 @dataclass(frozen=True)

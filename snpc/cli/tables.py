@@ -33,7 +33,7 @@ from snpc.report import (
 )
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
-from snpc.targets import BuildResult
+from snpc.targets import BuildResult, slower_decoding_text
 from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict
 
 if TYPE_CHECKING:  # this needs torch
@@ -210,6 +210,17 @@ def print_groups(analysis: Analysis) -> None:
     print_line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
 
 
+def print_sublayers(analysis: Analysis) -> None:
+    """The layers beside the residual stream, what goes with each, and why some cannot go."""
+    cost = analysis.cost
+    rows = [
+        (s.name, s.kind, format_share(s.macs, cost.macs), format_share(s.params, cost.params), s.reason or "can go")
+        for s in analysis.sublayers
+    ]
+    if rows:
+        print_table("layers", ("layer", "kind", "MACs", "params", "whole"), rows, right=(2, 3))
+
+
 def print_token_points(analysis: Analysis) -> None:
     """After which blocks tokens can be dropped or merged, and why not after the others."""
     for count, leading, points in token_spans(analysis):
@@ -354,6 +365,9 @@ def print_result(result: PrunedModel) -> None:
         + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    slower = slower_decoding_text(*result.head_size) if result.head_size else ""
+    if slower:
+        print_note(slower)
     for sampled in result.sampled_rows:
         print_line(sampled.describe())
     print_approximations(result.plan, result.closed_forms)

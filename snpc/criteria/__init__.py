@@ -22,6 +22,7 @@ With torch, of a gate on each unit (a factor: one as the model is, zero where th
     "gate:loss"        [samples, blocks, size]   derivative of the sample's loss
     "gate:weights"     [samples, blocks, size]   sum over the unit's weights of (w dL/dw)^2
     "gate:relevance"   [samples, blocks, size]   relevance (LRP) that passes through the unit
+    "gate:sensitivity" [samples, blocks, size]   mean over outputs y of |dy/dp|, p the unit's value in a row; rows added
     "gate:macs", "gate:memory"   [samples]       what one unit costs: MACs, activations
 
 A probe the group has no activation for (a constant query) is absent from the batch: a criterion must cope.
@@ -38,6 +39,7 @@ Files
   movement    Movement: which units training would make larger, and which smaller.
   random      Random: the floor that every other criterion has to beat.
   relevance   Layer-wise relevance propagation: how much of the answer came through a unit.
+  serene      SeReNe: how sensitive the outputs are to what a unit says.
   snp         SNP: keep the attention scores, drop what others already say (ECCV 2024, arXiv 2404.11630).
   taylor      First and second order models of what the loss does when a unit goes.
 """
@@ -58,6 +60,7 @@ from snpc.criteria.mixed import Mixed
 from snpc.criteria.movement import Gum, Movement
 from snpc.criteria.random import Random
 from snpc.criteria.relevance import Relevance
+from snpc.criteria.serene import Serene
 from snpc.criteria.snp import Snp
 from snpc.criteria.taylor import Linear, Quadratic, Taylor
 from snpc.errors import UserError
@@ -105,7 +108,8 @@ class Description(NamedTuple):
 
 
 _CLASSES: tuple[type[Criterion], ...] = (
-    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Relevance, Snp, Taylor,
+    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Relevance, Serene,
+    Snp, Taylor,
 )  # fmt: skip
 _BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType({cls.name: cls for cls in _CLASSES})
 

@@ -39,7 +39,7 @@ from snpc.graph.builder import (
     unused_name,
 )
 from snpc.graph.constant_values import is_constant_along
-from snpc.graph.cost import contraction_sizes, cost_of, count_macs
+from snpc.graph.cost import contraction_sizes, cost_of, count_macs, node_macs, parameter_count
 from snpc.graph.measured_shapes import MeasuredValue, register_shape_source
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
 from snpc.graph.pass_manager import (
@@ -127,8 +127,10 @@ __all__ = [
     "module_path",
     "movement_behind",
     "movement_root",
+    "node_macs",
     "number_components",
     "opset_version",
+    "parameter_count",
     "reads_only_shape",
     "record_constant",
     "redirect_uses",

@@ -32,9 +32,10 @@ from snpc.passes.grouping import (
     trace_graph,
 )
 from snpc.passes.propagation import LabelFlag
+from snpc.passes.sublayers import SublayerGraph
 from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import ChosenMetric, Cost, Group, Model, Pin
+from snpc.types import ChosenMetric, Cost, Group, Model, Pin, Sublayer
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
 
@@ -85,6 +86,17 @@ class Analysis:
     def weights(self) -> Mapping[str, GroupWeights]:
         """Group id -> the weights that produce and consume its units, and its closed form. Computed once per group."""
         return LazyGroupWeights(self.traced_graph, self.groups)
+
+    @cached_property
+    def sublayer_graph(self) -> SublayerGraph:
+        """The layers beside the residual stream, with MACs at ``dim_sizes``."""
+        graph = self.traced_graph.model
+        return SublayerGraph(graph, infer_graph(graph, dict(self.dim_sizes)))
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The layers beside the residual stream, in the order of the graph, and why some cannot go."""
+        return self.sublayer_graph.sublayers
 
     def group(self, name: str) -> Group:
         """The group with this id."""

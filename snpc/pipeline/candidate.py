@@ -111,6 +111,14 @@ class PrunedModel:
         return cache_bytes_per_token(self.plan.analysis.model.inputs), cache_bytes_per_token(self.inputs)
 
     @property
+    def head_size(self) -> tuple[int, int] | None:
+        """Channels per head of the fused nodes that take one head size, before and after, where it becomes smallest;
+        None where there is no such node, or none is cut."""
+        tied = [g for g in self.plan.analysis.groups if g.tie and g.id in self.plan.keep]
+        sizes = [(g.size * g.channels, self.plan.kept_width(g) * g.channels) for g in tied]
+        return min(sizes, key=lambda size: size[1], default=None)
+
+    @property
     def model(self) -> Path | InMemoryModel:
         """The pruned model as the type that ``load`` took: ``onnx.ModelProto``, ``onnx_ir.Model`` or a graph of
         onnx-graphsurgeon. Of a path: the path of the written file, an ``onnx.ModelProto`` where none was written."""

@@ -52,7 +52,13 @@ from snpc.runtime.evaluation import (
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
 from snpc.runtime.sensitivity import measure_loss_curves, predicted_curves, search_widths
-from snpc.runtime.statistics import Statistics, check_finite_weights, measure_statistics, unit_weight_energies
+from snpc.runtime.statistics import (
+    Statistics,
+    check_finite_weights,
+    measure_statistics,
+    required_statistics,
+    unit_weight_energies,
+)
 from snpc.tokens import reduce_tokens
 from snpc.types import FloatArray, Group, Model
 
@@ -62,6 +68,7 @@ if TYPE_CHECKING:
 FACTOR_BYTES = 256 << 20  # of the factors for trials that stay in memory; others are read from files when a trial asks
 DENSE_BYTES = 256 << 20  # of the dense model's values that stay in memory; they are read once
 
+FILLED_CACHE_REASON = "stored in a KV cache, which the data fills with what the original computed"
 NO_PERPLEXITY = "--max-ppl limits the perplexity of a causal language model"
 
 
@@ -206,6 +213,7 @@ def measure_request(
     analysis: Analysis, request: PlanRequest, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Statistics:
     """The statistics that ``make_plan`` measures for a request; of parts of the data they add up."""
+    analysis = with_selected_caches(analysis, calibration, None)
     groups = groups_to_prune(analysis, request.budget)
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution) or calibration
@@ -227,6 +235,7 @@ def make_plan(
     execution: Execution = DEFAULT_EXECUTION,
 ) -> PruningPlan:
     """``plan``, by a request."""
+    analysis = with_selected_caches(analysis, calibration, statistics)
     budget = request.budget
     groups = groups_to_prune(analysis, budget)
     check_finite_weights(analysis, groups)
@@ -283,6 +292,33 @@ def make_plan(
         execution,
         dense,
     )
+
+
+def with_selected_caches(
+    analysis: Analysis, calibration: Calibration | None, statistics: Statistics | None
+) -> Analysis:
+    """The analysis, in which channels that lie in KV caches keep their basis where the data fills the caches.
+
+    A rotation changes what a cache holds, and the data's caches hold what the original computes. Caches that begin
+    empty are filled by the rotated model itself. ``statistics`` that were measured before decide for each group.
+    """
+    caches = {str(value.name) for value in analysis.traced_graph.trace.caches}
+    filled = calibration is not None and calibration.fills(caches)
+    selected = {
+        g.id: replace(g, freedom="select", freedom_reason=FILLED_CACHE_REASON)
+        for g in analysis.groups
+        if g.cached and g.freedom == "basis"
+        if filled or (statistics is not None and lacks_statistics(statistics, analysis, g))
+    }
+    if not selected:
+        return analysis
+    return replace(analysis, groups=tuple(selected.get(g.id, g) for g in analysis.groups))
+
+
+def lacks_statistics(statistics: Statistics, analysis: Analysis, group: Group) -> bool:
+    """Whether something that the group's closed form takes was not measured."""
+    measured = statistics.sums.get(group.id, {})
+    return any(str(key) not in measured for key in required_statistics(analysis.weights[group.id]))
 
 
 def dense_values_for(
@@ -410,6 +446,7 @@ def complete_plan(
 
     Raises UserError where the plan refits weights and there is no data.
     """
+    slices = replace(slices, analysis=with_selected_caches(slices.analysis, calibration, statistics))
     calibration = with_token_decisions(slices.analysis, calibration, execution)
     if slices.method == "select":
         return PruningPlan(slices, calibration=calibration, execution=execution)

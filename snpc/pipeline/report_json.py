@@ -42,6 +42,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "search": asdict(result.search) if result.search else None,
         **both,
         "cache_bytes_per_token": dict(zip(("before", "after"), result.cache_bytes, strict=True)),
+        "head_size": dict(zip(("before", "after"), result.head_size, strict=True)) if result.head_size else None,
         "macs_at": dict(plan.analysis.dim_sizes),
         "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "groups": groups_json(plan, result.closed_forms),
@@ -207,6 +208,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "nodes": analysis.cost.nodes,
         "macs_at": dict(analysis.dim_sizes),
         "groups": groups,
+        "sublayers": [{**asdict(sublayer), "removable": sublayer.removable} for sublayer in analysis.sublayers],
         "pins": pins_json(analysis),
         "tokens": tokens_json(analysis),
     }

@@ -18,9 +18,10 @@ from snpc.pipeline.planner import PlanRequest, check_effort, default_method, nee
 from snpc.pipeline.token_request import AUTO_TOKENS, effective_token_request
 from snpc.pipeline.token_schedule import SCHEDULE_SAMPLES, TOKEN_SAVING_SHARES, curve_effort
 from snpc.planning import Effort, PruningMethod, SlicePlan, groups_to_prune
+from snpc.runtime.batches import open_file
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost, file_session
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost
 from snpc.runtime.sensitivity import CURVE_SAMPLES, CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH, search_samples
 from snpc.tokens import TOKEN_METHODS
 from snpc.types import Group
@@ -84,7 +85,7 @@ def plain_pass_seconds(
     feeds = next(calibration.first_rows(TIMED_SAMPLES))
     samples = min(TIMED_SAMPLES, calibration.batch) if calibration.batch else TIMED_SAMPLES
     try:
-        with file_session(analysis.model.path, execution) as run:
+        with open_file(analysis.model.path, execution) as run:
             run(feeds)
             start = time.perf_counter()
             run(feeds)

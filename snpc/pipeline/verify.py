@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
+from snpc.runtime.batches import open_file, run_each, too_large_to_stream
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import (
     LanguageJudge,
@@ -32,8 +33,8 @@ from snpc.runtime.evaluation import (
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
-    run_until,
     sum_surprise,
+    take_until,
     with_metrics,
 )
 from snpc.runtime.execution import (
@@ -43,14 +44,12 @@ from snpc.runtime.execution import (
     SessionLoadError,
     SpillableStore,
     feed_sizes,
-    file_session,
     find_running_sizes,
     id_limits,
     memory_budget,
     probe_batch,
     random_batch,
     sizes_text,
-    too_large_reason,
 )
 from snpc.runtime.io import load
 from snpc.types import AnyArray, Difference, Feeds, Model, Quality, TensorSpec, Verdict
@@ -158,21 +157,22 @@ def run_original(analysis: Analysis, original: Path, data: VerificationData, exe
     """
     sizes = analysis.traced_graph.dim_sizes
     unwritten = partly_written_outputs(analysis.model.graph)
-    with file_session(original, execution) as session:
+    with open_file(original, execution) as run:
 
-        def run(feeds: Feeds) -> dict[str, AnyArray]:
-            return {name: array for name, array in session(feeds).items() if name not in unwritten}
+        def outputs_for(batches: Sequence[Feeds]) -> list[dict[str, AnyArray]]:
+            results = run_each(run, batches, execution, "verification, original")
+            written = ({name: array for name, array in r.items() if name not in unwritten} for r in results)
+            return take_until(written, MAX_OUTPUT_BYTES)
 
         try:
-            batches = execution.track("verification, original", data.batches, len(data.batches))
-            outputs = run_until(run, batches, MAX_OUTPUT_BYTES)
+            outputs = outputs_for(data.batches)
         except UserError:
             if not data.random_inputs:
                 raise
             sizes = find_running_sizes(analysis, run)
             data = random_data(analysis, sizes)
-            outputs = run_until(run, data.batches, MAX_OUTPUT_BYTES)
-        probe = run_probe(analysis, sizes, run) if analysis.reduction is None else None
+            outputs = outputs_for(data.batches)
+        probe = run_probe(analysis, sizes, unwritten, run) if analysis.reduction is None else None
         metrics = OutputMetrics.of(analysis)
         if not data.random_inputs:
             metrics = replace(metrics, language=judge_language(analysis, run, data.batches, outputs, execution))
@@ -194,18 +194,20 @@ def judge_language(
     if head is None:
         return None
     dense, rest = sum_surprise(head, batches[: len(outputs)], outputs), batches[len(outputs) :]
-    for feeds in execution.track("perplexity, original", rest, len(rest)) if rest else ():
-        dense += head.surprise(feeds, run(feeds))
+    if rest:
+        for feeds, made in zip(rest, run_each(run, rest, execution, "perplexity, original"), strict=True):
+            dense += head.surprise(feeds, made)
     return LanguageJudge(head, dense, rest)
 
 
-def run_probe(analysis: Analysis, sizes: DimSizes, run: RunFunction) -> SizeProbe | None:
-    """None where the model has no dynamic axis, or the original runs at no other sizes, or to no finite outputs."""
+def run_probe(analysis: Analysis, sizes: DimSizes, unwritten: Collection[str], run: RunFunction) -> SizeProbe | None:
+    """Without the outputs ``unwritten``. None where the model has no dynamic axis, or the original runs at no other
+    sizes, or to no finite outputs."""
     feeds, others = probe_batch(analysis, sizes)
     if not feeds:
         return None
     try:
-        outputs = run(feeds)
+        outputs = {name: array for name, array in run(feeds).items() if name not in unwritten}
     except UserError:
         return None
     finite = all(not array.size or np.isfinite(array.astype(np.float64)).any() for array in outputs.values())
@@ -222,7 +224,7 @@ def candidate_reference(plan: PruningPlan) -> Reference:
     data = verification_data(analysis, plan.calibration, execution=execution)
     if data.held_out and not plan.measured_on_calibration:
         data = replace(data, held_out=False, source=f"{data.source}, which the statistics may include")
-    too_large = too_large_reason(analysis.model) if execution.on_cpu else ""
+    too_large = too_large_to_stream(analysis.traced_graph.model, analysis.traced_graph.facts, execution)
     if too_large:
         return Reference(data, OutputMetrics(), not_run=too_large)
     try:
@@ -319,6 +321,18 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
 
 
+def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:
+    """Raise UserError where the data fills caches whose channels the plan rotates."""
+    rotated = plan.closed_forms.bases if plan.closed_forms is not None else {}
+    caches = {str(value.name) for value in plan.analysis.traced_graph.trace.caches}
+    if calibration is None or not any(plan.analysis.group(g).cached for g in rotated) or not calibration.fills(caches):
+        return
+    raise UserError(
+        f"{calibration.source}: its caches hold keys and values of the original, and the pruned model's caches have "
+        "another basis; give data with empty caches, or with token ids alone"
+    )
+
+
 def declared_interface(analysis: Analysis) -> tuple[TensorSpec, ...]:
     """Inputs and outputs as the canonical graph declares them."""
     return (*analysis.model.inputs, *analysis.model.outputs)
@@ -338,14 +352,14 @@ def check_cached_decoding(analysis: Analysis, pruned: Model, execution: Executio
     interface, tolerance = cache_interface(pruned), rounding_tolerance(analysis.model)
     if interface is None:
         return ()
-    with file_session(pruned.path, execution) as run:
+    with open_file(pruned.path, execution) as run:
         error = cached_decoding_error(interface, run)
     if error is not None and error <= tolerance:
         return (f"decoding step by step through the caches equals decoding at once to {error:.1e}",)
     dense = cache_interface(analysis.model)
     if dense is None:
         return ()
-    with file_session(analysis.model.path, execution) as run:
+    with open_file(analysis.model.path, execution) as run:
         original = cached_decoding_error(dense, run)
     if original is None or original > tolerance:
         return ()
@@ -395,6 +409,7 @@ def verify(
         notes = (f"sliced against masked is not compared: the plan was made with {plan.other_data}",)
     elif plan is not None:
         calibration = calibration or plan.calibration
+        check_caches_fit(plan, calibration)
         slices, source = with_refitted_weights(plan)
         rewritten = rewrite_model(source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None

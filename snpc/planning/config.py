@@ -121,9 +121,10 @@ class Budget:
     as stays within it. ``max_ppl``: the same for the perplexity of a language model.
 
     ``roles``, ``include`` and ``exclude`` (regular expressions searched in group ids) choose the groups. Widths are
-    multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``max_ratio``: role -> the
-    largest fraction of a group's units that is removed. ``uniform`` removes the same fraction of every group;
-    otherwise units are ranked across groups by the loss that their removal causes.
+    multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``head_sizes``: channels
+    per head that kernels of fused nodes with caches run fast; narrower heads there are of these, if there is a narrower
+    one. ``max_ratio``: role -> the largest fraction of a group's units that is removed. ``uniform`` removes the same
+    fraction of every group; otherwise units are ranked across groups by the loss that their removal causes.
 
     ``allocator`` "dimap" derives the widths from the weights alone (``planning.dimap``).
 
@@ -144,6 +145,7 @@ class Budget:
     max_drift: float | None = None
     allocator: Allocator = "loss"
     max_ppl: PerplexityLimit | None = None
+    head_sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if [self.ratio, self.target, self.max_drift, self.max_ppl].count(None) != 3:
@@ -230,4 +232,6 @@ def allowed_widths(group: Group, budget: Budget) -> list[int]:
     minimum = minimum_width(group, budget)
     step = math.lcm(group.step, budget.round_to // math.gcd(budget.round_to, group.channels))
     multiples = range(group.size - group.size % step, 0, -step)
-    return [group.size, *(w for w in multiples if minimum <= w < group.size)]
+    widths = [w for w in multiples if minimum <= w < group.size]
+    fast = [w for w in widths if group.tie and w * group.channels in (budget.head_sizes or ())]
+    return [group.size, *(fast or widths)]

@@ -23,7 +23,7 @@ from __future__ import annotations
 from snpc.targets.base import BuildOptions, BuildResult
 from snpc.targets.build import TARGETS, build, check_build, find_target, timed_artifact
 from snpc.targets.dequantize import dequantize
-from snpc.targets.preferred_widths import PreferredWidths, widths_for_target
+from snpc.targets.preferred_widths import PreferredWidths, slower_decoding_text, widths_for_target
 
 __all__ = [
     "TARGETS",
@@ -34,6 +34,7 @@ __all__ = [
     "check_build",
     "dequantize",
     "find_target",
+    "slower_decoding_text",
     "timed_artifact",
     "widths_for_target",
 ]

@@ -624,6 +624,8 @@ class TestInspect:
         assert re.search("prunable: .*4 qk", text)
         assert re.search(r"rows that no output depends on: 17\.8 %", text)
         assert "select (4 groups): a nonlinear operator between producer and consumer" in text
+        assert re.search(r"blocks\.0\.attn +attention +\d+\.\d % +\d+\.\d % +can go", text)
+        assert {s["kind"] for s in reported("inspect", VIT)["sublayers"]} == {"attention", "feed-forward"}
         assert "it is a graph output" in text
         assert "graph output" not in invoke("inspect", VIT, "--no-pins").stdout
         invoke("inspect", VIT, "--json", tmp_path / "i.json")

@@ -45,6 +45,8 @@ SPECS = (
     "lrp",
     "movement",
     "qm",
+    "serene",
+    "serene:outputs=0",
     "snp",
     "snp:terms=1",
     "snp:terms=1000",
@@ -84,6 +86,7 @@ def measure(role: Role, values: Batch) -> Batch:
     batch["gate:loss"] = first.sum(axis=2)
     batch["gate:weights"] = np.square(first).sum(axis=2)
     batch["gate:relevance"] = first.mean(axis=2)
+    batch["gate:sensitivity"] = np.abs(first).mean(axis=2)
     batch["gate:macs"] = batch["gate:memory"] = np.full(len(first), 17.0)
     return batch
 
@@ -503,6 +506,7 @@ def test_spelling(spec: str, want: Criterion) -> None:
         ("snp:terms=few", "criterion 'snp': terms=few is not a whole number"),
         ("snp:terms=2.5", "criterion 'snp': terms=2.5 is not a whole number"),
         ("snp:terms=-1", "criterion 'snp': terms=-1 is negative: give a number of terms, or 0 for 8"),
+        ("serene:outputs=-1", "criterion 'serene': outputs=-1 is negative: give a number, or 0 for their sum"),
         ("snp:average=mean", "criterion 'snp': average=mean is not one of scores, grams"),
         ("magnitude:norm=l3", "criterion 'magnitude': norm=l3 is not one of l1, l2"),
         ("activation:weighted=1", "criterion 'activation': weighted=1 is not true or false"),
@@ -586,6 +590,8 @@ def test_refused_packages(offered: list[tuple[str, str]], words: str, monkeypatc
 def test_a_broken_package_does_not_stop_snpcs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, ("new", "no_such_module_of_snpc:X"))
     assert make_criterion("snp") == Snp()
-    with pytest.raises(UserError, match=r"choose one of activation, .*, movement, new, qm, random, snp, taylor$"):
+    with pytest.raises(
+        UserError, match=r"choose one of activation, .*, movement, new, qm, random, serene, snp, taylor$"
+    ):
         make_criterion("old")
     assert "no_such_module_of_snpc" not in sys.modules

@@ -269,7 +269,7 @@ FULL = {
     "making": "tempfile.mkdtemp",
     "writing": "snpc.runtime.io.save.write_inline",
     "renaming": "pathlib.Path.replace",
-    "checking": "snpc.runtime.evaluation.compare.save",
+    "checking": "snpc.runtime.batches.streamed_model.save_runnable",
 }
 
 

@@ -52,6 +52,14 @@ def test_widths_are_those_that_all_may_have() -> None:
     assert smallest_widths([PAIRS, FREE, VALUES], snpc.Budget(0.5, min_width=20)) == {"k": 16, "f": 20, "v": 32}
 
 
+def test_fast_head_sizes_are_taken_where_there_are_some() -> None:
+    budget = snpc.Budget(0.5, head_sizes=(32, 64, 128))
+    assert allowed_widths(VALUES, budget) == [64, 32]
+    assert allowed_widths(PAIRS, budget) == [32, 16]
+    assert allowed_widths(VALUES, snpc.Budget(0.5, head_sizes=(64,))) == [64, 48, 32, 16]
+    assert allowed_widths(FREE, budget) == list(range(40, 0, -1))
+
+
 @pytest.mark.parametrize(("multiple", "widths"), [(1, range(32, 0, -1)), (8, range(32, 0, -4)), (32, (32, 16))])
 def test_multiples_count_channels(multiple: int, widths: range) -> None:
     """A rotary pair is two channels of a head: 64 wide heads rounded to 32 keep 16 pairs."""

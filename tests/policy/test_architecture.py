@@ -35,7 +35,7 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
     "passes": (
         ("canonicalization", "propagation", "quantization"),
         ("grouping", "fusion"),
-        ("weights", "token_analysis"),
+        ("weights", "token_analysis", "sublayers"),
         ("slicing", "analyze"),
         ("mac_breakdown", "output_kinds", "pass_list"),
     ),

@@ -67,7 +67,7 @@ class SelectionArguments(ArgumentGroup):
         "which widths go. normal: a few trials per group. search: moves of units between groups are tried besides, "
         "for --target macs=R, params=R or bytes=R.",
     )
-    round_to: int | str = option(
+    round_to: int | str | snpc.PreferredWidths = option(
         "--round-to",
         "--align",
         default="1",
@@ -176,26 +176,29 @@ class PlanningArguments(ArgumentGroup):
         if self.selection.round_to != "auto":
             return self
         preferred = snpc.widths_for_target(target, execution)
-        least = max(preferred.minimum, self.selection.min_width)
-        return replace(self, selection=replace(self.selection, round_to=preferred.multiple, min_width=least))
+        return replace(self, selection=replace(self.selection, round_to=preferred))
 
     def budget(self, target: ResourceTarget | None = None) -> snpc.Budget:
         """The budget that the flags describe; ``target`` in place of --target. UserError for flags that contradict
         each other."""
         selection, amount = self.selection, self.amount
+        widths = selection.round_to
+        if not isinstance(widths, snpc.PreferredWidths):
+            widths = snpc.PreferredWidths(int(widths), 1)
         return snpc.Budget(
             ratio=amount.ratio,
             roles=selection.roles,
             target=target or amount.resource_target,
             uniform=amount.uniform,
-            round_to=int(selection.round_to),
-            min_width=selection.min_width,
+            round_to=widths.multiple,
+            min_width=max(widths.minimum, selection.min_width),
             include=selection.include,
             exclude=selection.exclude,
             max_ratio=parse_max_ratios(selection.max_ratio) if selection.max_ratio is not None else None,
             max_drift=amount.max_drift,
             allocator=amount.allocator,
             max_ppl=parse_perplexity_limit(amount.max_ppl) if amount.max_ppl is not None else None,
+            head_sizes=widths.head_sizes,
         )
 
     def check_predictable(self) -> None:

@@ -99,8 +99,9 @@ class LimitedExecutionArguments(SpreadExecutionArguments):
         "--memory-limit",
         metavar="SIZE",
         callback=parse_memory_size,
-        help="Memory for statistics and cached activations, beside that of running the model: 2GB, 512MiB. A lower "
-        "limit takes more passes over the data, and temporary files.  [default: half of the free memory]",
+        help="Memory for statistics and cached activations: 2GB, 512MiB. A lower limit takes more passes over the "
+        "data, and temporary files. A model whose weights take more is run segment by segment.  [default: half of the "
+        "free memory]",
     )
 
     work: Path | None = option(

@@ -38,7 +38,7 @@ from snpc.types import (
     SiteKind,
 )
 
-CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED | LabelFlag.CACHED
+CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED
 
 
 def build_groups(
@@ -78,6 +78,7 @@ def build_groups(
                 channels=draft.channels if draft.tie else builder.channels(draft, numbers),
                 step=draft.step,
                 tie=f"tie.{draft.tie}" if draft.tie else "",
+                cached=bool(draft.flags & LabelFlag.CACHED),
             )
         )
     return tuple(groups)
@@ -97,8 +98,6 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
         return "select", "whole heads"
     if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):
         return "select", "a nonlinear operator between producer and consumer"
-    if draft.flags & LabelFlag.CACHED:
-        return "select", "stored in a KV cache"
     if draft.flags & LabelFlag.NONLINEAR:
         return "select", "a nonlinear operator or a normalization between producer and consumer"
     if draft.flags & LabelFlag.GATED:

@@ -6,11 +6,12 @@ take their statistics over the kept units only.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from snpc.graph import static_shape
 from snpc.ops import lookup
 from snpc.passes.propagation import LabeledAxis, LabelFlag, RemovedUnits, Trace, affected_statistics
 from snpc.passes.slicing.masked_statistics import mask_statistic
@@ -44,19 +45,30 @@ def mask_constants(
     ``overrides``: contents to start from instead of those in the graph. ``names``: only constants of these names.
     """
     changed: dict[str, AnyArray] = {}
-    for name, axis, mask in zeroed_positions(trace, removed):
-        if names is not None and name not in names:
-            continue
-        array = changed.get(name)
-        if array is None:
-            tensor = axis.constant.const_value
+    for name, positions in zeroed_by_constant(trace, removed).items():
+        if names is None or name in names:
+            tensor = positions[0][0].constant.const_value
             assert tensor is not None
-            array = np.array((overrides or {}).get(name, tensor.numpy()))
+            changed[name] = zero_positions((overrides or {}).get(name, tensor.numpy()), positions)
+    return changed
+
+
+def zeroed_by_constant(trace: Trace, removed: RemovedUnits) -> dict[str, list[tuple[LabeledAxis, BoolArray]]]:
+    """``zeroed_positions`` by name of the constant."""
+    found: dict[str, list[tuple[LabeledAxis, BoolArray]]] = {}
+    for name, axis, mask in zeroed_positions(trace, removed):
+        found.setdefault(name, []).append((axis, mask))
+    return found
+
+
+def zero_positions(contents: AnyArray, positions: Sequence[tuple[LabeledAxis, BoolArray]]) -> AnyArray:
+    """A copy with zeros at these positions."""
+    array = np.array(contents)
+    for axis, mask in positions:
         index: list[slice | BoolArray] = [slice(None)] * array.ndim
         index[axis.axis] = mask
         array[tuple(index)] = 0
-        changed[name] = array
-    return changed
+    return array
 
 
 def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
@@ -74,13 +86,25 @@ def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
 
 
 def mask_model(model: ir.Model, trace: Trace, removed: RemovedUnits) -> ir.Model:
-    """A copy of ``model`` with the removed units masked; shapes stay."""
+    """A copy of ``model`` with the removed units masked; shapes stay. Masked weights are made when they are read, since
+    all of them may not fit into memory."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
     for statistic in affected_statistics(trace, removed):
         mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
-    for name, array in mask_constants(trace, removed).items():
-        value = copy.graph.initializers[name]
-        dtype = value.const_value.dtype if value.const_value is not None else None
-        value.const_value = ir.Tensor(array, dtype=dtype, name=name)
+    for name, positions in zeroed_by_constant(trace, removed).items():
+        tensor = copy.graph.initializers[name].const_value
+        assert tensor is not None
+        copy.graph.initializers[name].const_value = lazy_mask(tensor, positions, name)
     return copy
+
+
+def lazy_mask(
+    tensor: ir.TensorProtocol, positions: Sequence[tuple[LabeledAxis, BoolArray]], name: str
+) -> ir.LazyTensor:
+    """``tensor`` with zeros at these positions."""
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(zero_positions(tensor.numpy(), positions), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=name)

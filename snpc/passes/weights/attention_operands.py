@@ -139,10 +139,13 @@ def linear_producers(traced_graph: TracedGraph, group: Group) -> list[WeightSlic
 
 
 def group_labels(traced_graph: TracedGraph, group: Group) -> frozenset[int]:
-    """The labels of a group on the axes of constants."""
-    first = {(str(axis.constant.name), axis.axis): axis.first_label for axis in traced_graph.trace.table.axes}
+    """The labels of a group on the axes of constants, and of the KV caches in which its units lie."""
+    trace, unit = traced_graph.trace, traced_graph.units.unit_of_label
+    first = {(str(axis.constant.name), axis.axis): axis.first_label for axis in trace.table.axes}
     labels = [first[site.tensor, site.axis] + np.flatnonzero(site.units >= 0) for site in group.sites]
-    return frozenset(np.concatenate(labels).tolist())
+    own = np.concatenate(labels)
+    cached = [of_cache[np.isin(unit[of_cache], unit[own])] for of_cache in trace.caches.values() if group.cached]
+    return frozenset(np.concatenate([own, *cached]).tolist())
 
 
 def producer_weights(
@@ -211,8 +214,10 @@ def trace_fused_operand(
     if form.packed != "weight":
         input_value = node.inputs[form.query if form.packed else (form.query, form.key, form.value)[operand.part]]
         assert input_value is not None
-        group_labels = group_labels if form.packed else group_labels | label_set(traced_graph.trace.values[input_value])
-        trace_linear_path(path, input_value, group_labels, traced_graph.trace, traced_graph.facts, traced_graph.model)
+        columns = slice(*fused_operand_columns(traced_graph, node, operand.part)) if form.packed else slice(None)
+        parts = [f[..., columns] for f in traced_graph.trace.values[input_value].factors if f.shape[-1] > 1]
+        labels = group_labels.union(*(set(part[part >= 0].reshape(-1).tolist()) for part in parts))
+        trace_linear_path(path, input_value, labels, traced_graph.trace, traced_graph.facts, traced_graph.model)
 
 
 def fused_operand_columns(traced_graph: TracedGraph, node: ir.Node, part: int) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +60,9 @@ def trace_linear_path(
     spec = lookup(node.domain, node.op_type)
     if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
         trace_linear_path(path, node.inputs[0], group_labels, trace, facts, model)
+    elif spec.kind == "concat" and any(is_cache(part, trace) for part in node.inputs):
+        for added, labels in parts_behind_cache(node, group_labels, trace):
+            trace_linear_path(path, added, labels, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:
             beside = spec.kind == "concat" and part is not None and not label_set(trace.values[part]) & group_labels
@@ -99,6 +104,28 @@ def trace_linear_term(
         trace_linear_path(path, part, group_labels, trace, facts, model)
     else:
         raise NotLinear
+
+
+def is_cache(value: ir.Value | None, trace: Trace) -> bool:
+    return value is not None and movement_root(value) in trace.caches
+
+
+def parts_behind_cache(
+    node: ir.Node, group_labels: frozenset[int], trace: Trace
+) -> Iterator[tuple[ir.Value, frozenset[int]]]:
+    """What a KV cache is concatenated with, each with its own labels at the positions that have the group's labels in
+    the result, which has the labels of the cache."""
+    wanted_labels = np.fromiter(group_labels, np.int64)
+    result = trace.values[node.outputs[0]]
+    for part in node.inputs:
+        if part is None or is_cache(part, trace):
+            continue
+        labels = [
+            own[np.isin(joined, wanted_labels)]
+            for own, joined in itertools.product(trace.values[part].factors, result.factors)
+            if own.shape == joined.shape
+        ]
+        yield part, frozenset(np.concatenate(labels).tolist()) if labels else frozenset()
 
 
 def labeled_positions(labeled: LabeledValue | None, group_labels: frozenset[int]) -> tuple[int, npt.NDArray[np.bool_]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -192,6 +192,11 @@ class Calibration:
                 each = selections[0].shapes[spec.name][1 if spec.name in self.sample_axes.inputs else 0 :]
                 elements[spec.name] = max(elements.get(spec.name, 0), rows * math.prod(each))
         return elements
+
+    def fills(self, names: Collection[str]) -> bool:
+        """Whether one of these inputs is not empty in some sample, one that is held out too."""
+        parts = [self] if self.held_out is None else [self, self.held_out]
+        return any(count for part in parts for name, count in part.max_elements().items() if name in names)
 
     @property
     def whole_batches(self) -> float:

@@ -20,6 +20,7 @@ from snpc.passes.weights import (
     refusal_reasons,
 )
 from snpc.planning import SlicePlan
+from snpc.runtime.batches import unpacked_size
 from snpc.runtime.closed_form.algebra import (
     LowRankBasis,
     refit_decoder,
@@ -51,7 +52,6 @@ from snpc.runtime.statistics import (
     Statistics,
     check_statistics_match,
     required_statistics,
-    unpacked_size,
 )
 from snpc.types import AnyArray, ClosedFormKind, FloatArray, Group, IntArray
 

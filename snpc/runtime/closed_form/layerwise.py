@@ -33,6 +33,7 @@ from snpc.runtime.batches import (
     DistributedBatchValues,
     LocalBatchValues,
     dense_name,
+    unpack_symmetric,
 )
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
@@ -59,7 +60,6 @@ from snpc.runtime.statistics import (
     moment_about,
     probe_row_counters,
     token_mask_runner,
-    unpack_symmetric,
 )
 from snpc.types import AnyArray, FloatArray, IntArray, Probe
 

@@ -36,7 +36,7 @@ from snpc.runtime.evaluation.compare import (
     raise_if_unequal,
     rounding_tolerance,
     run_batches,
-    run_until,
+    take_until,
 )
 from snpc.runtime.evaluation.distances import OutputMetric
 from snpc.runtime.evaluation.equal_selections import compare_on_equal_selections, find_selectors, name_selectors
@@ -89,8 +89,8 @@ __all__ = [
     "rounding_tolerance",
     "run_batches",
     "run_rounds",
-    "run_until",
     "sum_surprise",
+    "take_until",
     "time_pair",
     "with_metrics",
     "with_named_metrics",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -12,9 +12,9 @@ import onnx
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
-from snpc.passes.canonicalization import finalize
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import RewrittenModel, mask_model
+from snpc.runtime.batches import open_file, open_graph, run_each
 from snpc.runtime.evaluation.distances import OutputMetric, as_float, same_finiteness, sample_pairs
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
 from snpc.runtime.evaluation.perplexity import LanguageJudge, compare_surprise, sum_surprise
@@ -22,10 +22,8 @@ from snpc.runtime.evaluation.uncertainty import with_uncertainty
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
-    file_session,
 )
-from snpc.runtime.io import read_without_weights, save
-from snpc.temporary import temporary_folder
+from snpc.runtime.io import read_without_weights
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -245,9 +243,10 @@ def measure_perplexity(
     the rest here, and no outputs of these are kept."""
     after = sum_surprise(judge.head, batches, outputs)
     if judge.rest:
-        with file_session(pruned, execution) as run:
-            for feeds in execution.track("perplexity", judge.rest, len(judge.rest)):
-                after += judge.head.surprise(feeds, run(narrow_caches(feeds, cut)))
+        narrow = [narrow_caches(feeds, cut) for feeds in judge.rest]
+        with open_file(pruned, execution) as run:
+            for feeds, made in zip(judge.rest, run_each(run, narrow, execution, "perplexity"), strict=True):
+                after += judge.head.surprise(feeds, made)
     return compare_surprise(judge.dense, after)
 
 
@@ -261,25 +260,22 @@ def run_batches(
 ) -> list[dict[str, AnyArray]]:
     """Outputs per batch, by name. Basic optimizations only: wrong fusions of onnxruntime are not what is checked here.
 
-    ``stage``: the name of the run as a stage of ``execution.progress``; None: it is part of one. bfloat16 runs as
-    float32 where onnxruntime has no bfloat16 arithmetic.
+    ``stage``: as of ``run_each``. bfloat16 runs as float32 where onnxruntime has no bfloat16 arithmetic.
     """
-    with file_session(path, execution) as run:
-        return [run(feeds) for feeds in (execution.track(stage, batches, len(batches)) if stage else batches)]
+    with open_file(path, execution) as run:
+        return list(run_each(run, batches, execution, stage))
 
 
-def run_until(
-    run: Callable[[Feeds], dict[str, AnyArray]], batches: Iterable[Feeds], max_bytes: float
-) -> list[dict[str, AnyArray]]:
-    """Outputs per batch. No further batch is run once they are larger than ``max_bytes``, apart from the first
-    ``VERIFICATION_BATCHES``."""
+def take_until(results: Iterable[dict[str, AnyArray]], max_bytes: float) -> list[dict[str, AnyArray]]:
+    """The first results, outputs per batch. No further one is made once they are larger than ``max_bytes``, apart from
+    the first ``VERIFICATION_BATCHES``."""
     outputs: list[dict[str, AnyArray]] = []
     size = 0
-    for number, feeds in enumerate(batches):
-        if number >= VERIFICATION_BATCHES and size > max_bytes:
+    for result in results:
+        outputs.append(result)
+        size += sum(array.nbytes for array in result.values())
+        if len(outputs) >= VERIFICATION_BATCHES and size > max_bytes:
             break
-        outputs.append(run(feeds))
-        size += sum(array.nbytes for array in outputs[-1].values())
     return outputs
 
 
@@ -315,11 +311,9 @@ def compare_models(
         drift = tuple(replace(d, perplexity=found) if d.output == judge.head.logits else d for d in drift)
     if rewritten is None:
         return (), drift
-    with temporary_folder() as folder:
-        path = folder / "masked.onnx"
-        source = rewritten.source
-        save(finalize(mask_model(source.model, source.trace, rewritten.removed)), path, external=True)
-        masked = run_batches(path, masked_feeds or batches, execution, "verification, masked")
+    source = rewritten.source
+    with open_graph(mask_model(source.model, source.trace, rewritten.removed), source.facts, execution) as run:
+        masked = list(run_each(run, masked_feeds or batches, execution, "verification, masked"))
     compared = [{name: array for name, array in outputs.items() if name in dense[0]} for outputs in masked]
     same = [narrow_caches(outputs, cut) for outputs in compared]
     equals_mask = batch_differences(same[probes:], narrow[probes : len(same)])

@@ -34,9 +34,12 @@ from snpc.runtime.execution.machine import available_cores, cpu_name, vector_wid
 from snpc.runtime.execution.memory import (
     SpillableStore,
     memory_budget,
+    model_weights,
     parse_bytes,
     release_free_memory,
+    session_bytes,
     too_large_reason,
+    weight_budget,
 )
 from snpc.runtime.execution.progress import (
     SILENT,
@@ -122,6 +125,7 @@ __all__ = [
     "ignore_advance",
     "import_openvino",
     "memory_budget",
+    "model_weights",
     "onnxruntime_version",
     "open_cluster",
     "open_run",
@@ -141,11 +145,13 @@ __all__ = [
     "runs_in_float32",
     "save_optimized",
     "save_runnable",
+    "session_bytes",
     "sizes_text",
     "temporary_session",
     "too_large_reason",
     "track",
     "vector_width",
+    "weight_budget",
     "workers_of",
 ]
 

@@ -20,7 +20,8 @@ class Execution:
 
     ``provider``: onnxruntime's execution provider, in short (``cpu``, ``cuda``, ``cuda:1``) or by its full name.
     ``threads``: intra-op threads; None leaves the number to the runtime. ``memory_limit``: bytes of statistics and
-    activations in memory, the others lie in temporary files; None: half of the free memory. ``progress`` hears
+    activations in memory, the others lie in temporary files, and of the weights in a session, beyond which a model is
+    run segment by segment; None: half of the free memory. ``progress`` hears
     of every stage that may take long. ``observer`` is called after each graph pass over a model that is
     written or built. ``executor``: workers that passes over calibration data, trials and targets are spread over, as of
     ``concurrent.futures`` or Dask (``Client.get_executor()``); None: this process does all. ``work`` holds the results

@@ -7,6 +7,7 @@ import ctypes
 import re
 import tempfile
 import weakref
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -14,7 +15,7 @@ from snpc.errors import UserError
 from snpc.graph import weight_bytes
 from snpc.runtime.execution.machine import free_memory
 from snpc.runtime.io import SpillFiles
-from snpc.types import AnyArray, Model
+from snpc.types import AnyArray
 
 BYTE_UNITS = {
     "": 1,
@@ -85,17 +86,26 @@ class SpillableStore:
         self.bytes_in_memory -= count
 
 
-def session_bytes(model: ir.Model) -> int:
-    """Bytes that a CPU session of ``model`` needs: its weights, and those of half precision once more as float32, in
-    which the CPU computes."""
+def model_weights(model: ir.Model) -> list[ir.TensorProtocol]:
+    """The initializers of the main graph, one that several values share once."""
     tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    weights = {id(tensor): tensor for tensor in tensors}.values()
-    return sum(weight_bytes(t) * (3 if t.dtype in HALF_TYPES else 1) for t in weights)
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def too_large_reason(model: Model) -> str:
-    """Why the model is too large to run on this machine, for a message; "" where it is not."""
-    needed, free = session_bytes(model.graph), free_memory()
-    if needed <= free // 2:  # the masked original is run as well, and others use the machine
+def session_bytes(weights: Iterable[ir.TensorProtocol]) -> int:
+    """Bytes that these weights take in a CPU session: as they are, and those of half precision once more as float32,
+    in which the CPU computes."""
+    return sum(weight_bytes(tensor) * (3 if tensor.dtype in HALF_TYPES else 1) for tensor in weights)
+
+
+def weight_budget(limit: int | None) -> int:
+    """Bytes that weights may take in a session: no more than half of the free memory, since others use the machine."""
+    return min(memory_budget(limit), free_memory() // 2)
+
+
+def too_large_reason(weights: Iterable[ir.TensorProtocol]) -> str:
+    """Why these weights are too large to run on this machine, for a message; "" where they are not."""
+    needed, free = session_bytes(weights), free_memory()
+    if needed <= free // 2:
         return ""
     return f"running the model takes about {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"

@@ -8,7 +8,7 @@ from snpc.errors import UserError
 from snpc.graph import DimSizes
 from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration, find_sample_axes, load_calibration
-from snpc.runtime.execution.memory import too_large_reason
+from snpc.runtime.execution.memory import model_weights, too_large_reason
 from snpc.runtime.execution.random_inputs import feed_sizes, random_batch
 from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.size_trial import find_running_sizes
@@ -44,7 +44,7 @@ def random_calibration(analysis: Analysis, *, samples: int = 128, batch: int = 8
 def sizes_that_run(analysis: Analysis, batch: int) -> DimSizes:
     """Sizes of dynamic dimensions: those of the analysis, where the original runs at them."""
     chosen = analysis.traced_graph.dim_sizes
-    if not chosen or too_large_reason(analysis.model):
+    if not chosen or too_large_reason(model_weights(analysis.model.graph)):
         return chosen
     try:
         with file_session(analysis.model.path) as run:

@@ -12,7 +12,7 @@ from snpc.graph import MeasuredValue, add_constant, make_node, malformed_graph_e
 from snpc.ops import GATHER, RESHAPE, SHAPE
 from snpc.runtime.execution.feeds import random_feeds
 from snpc.runtime.execution.machine import free_memory
-from snpc.runtime.execution.memory import session_bytes
+from snpc.runtime.execution.memory import model_weights, session_bytes
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.types import AnyArray, Shape, TensorSpec
 
@@ -23,7 +23,7 @@ def run_for_shapes(
     """See ``snpc.graph.ShapeSource``. An axis without entries says nothing, so values with one are left out.
 
     A model whose weights need more than half of the free memory is not run."""
-    if session_bytes(model) > free_memory() // 2:
+    if session_bytes(model_weights(model)) > free_memory() // 2:
         return {}
     with malformed_graph_errors():
         copy = model.clone()

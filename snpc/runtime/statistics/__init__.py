@@ -9,8 +9,6 @@ Files
   measure           Requests for statistics of activations, and a pass over the calibration data that measures them.
   moments           Second moments of a group's activations, as its closed form takes them; computed from measured
                     statistics.
-  packed_symmetric  Symmetric matrices packed without their lower half: strips of rows, each from its diagonal on,
-                    concatenated.
   padding           Padded tokens do not count in statistics: finds the rows of a probe that belong to tokens which
                     nothing attends to.
   probe_layout      How a probed tensor is read as rows of units (usually one row per token).
@@ -48,7 +46,6 @@ from snpc.runtime.statistics.moments import (
     moment_about,
     required_statistics,
 )
-from snpc.runtime.statistics.packed_symmetric import unpack_symmetric, unpacked_size
 from snpc.runtime.statistics.padding import (
     PaddingMasks,
     TokenMask,
@@ -57,6 +54,7 @@ from snpc.runtime.statistics.padding import (
     probe_row_counters,
     token_mask_runner,
 )
+from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.rows import SampledRows
 from snpc.runtime.statistics.statistics import (
     Statistics,
@@ -97,6 +95,7 @@ __all__ = [
     "find_padding",
     "group_moments",
     "group_weight_rows",
+    "infer_probe_layout",
     "keep_token_masks",
     "load_statistics",
     "measure_statistics",
@@ -111,6 +110,4 @@ __all__ = [
     "statistic_requests",
     "token_mask_runner",
     "unit_weight_energies",
-    "unpack_symmetric",
-    "unpacked_size",
 ]

@@ -12,7 +12,7 @@ from snpc.graph import add_constant, attribute_values, copy_node, make_node
 from snpc.ops import ATTENTION_FORMS, AttentionForm
 from snpc.ops import names as op
 from snpc.passes.token_analysis import PaddingSource
-from snpc.runtime.statistics.packed_symmetric import row_strips
+from snpc.runtime.batches import row_strips
 from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_probe_layout
 from snpc.types import BoolArray, Probe
 

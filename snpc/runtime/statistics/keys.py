@@ -43,7 +43,7 @@ class StatisticKey:
             raise UserError(
                 f"{text!r} is no statistic that can be measured: a criterion may ask for energy:K and gram:K with K "
                 f"one of {', '.join(get_args(ProbeKind))}, and with torch for gate:loss, gate:weights, gate:relevance, "
-                "gate:macs and gate:memory"
+                "gate:sensitivity, gate:macs and gate:memory"
             )
         consumer, _, use = where.partition(".")
         indices = (int(consumer), int(use)) if where else (None, None)

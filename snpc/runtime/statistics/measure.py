@@ -12,12 +12,12 @@ from snpc.criteria import Criterion
 from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.propagation import Contraction
+from snpc.runtime.batches import packed_length
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
 from snpc.runtime.statistics.gate_gradients import GATE_PREFIX
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.keys import StatisticKey
-from snpc.runtime.statistics.packed_symmetric import packed_length
 from snpc.runtime.statistics.padding import (
     PaddingMasks,
     find_padding,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from snpc.passes.weights import GroupWeights
+from snpc.runtime.batches import unpack_symmetric
 from snpc.runtime.statistics.keys import StatisticKey
-from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 from snpc.types import ClosedFormKind, FloatArray
 
 CHUNK_ROWS = 64  # rows that stay in the cache

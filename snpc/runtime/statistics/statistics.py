@@ -16,7 +16,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up
+from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up, unpacked_size
 from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import DEFAULT_EXECUTION, Advance, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, StoredStage, atomic_write
@@ -34,7 +34,6 @@ from snpc.runtime.statistics.measure import (
     statistic_requests,
 )
 from snpc.runtime.statistics.moments import required_statistics
-from snpc.runtime.statistics.packed_symmetric import unpacked_size
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters
 from snpc.runtime.statistics.rows import SampledRows, choose_strides, seen_shares
 from snpc.types import AnyArray, FloatArray, Group

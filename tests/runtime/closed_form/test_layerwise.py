@@ -18,6 +18,7 @@ from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod, SlicePlan, cuts_of
 from snpc.runtime.batches import BatchProgram, BatchSums, LocalBatchValues
+from snpc.runtime.batches.packed_symmetric import row_strips
 from snpc.runtime.closed_form.layerwise import (
     CROSS,
     GRAM,
@@ -33,7 +34,6 @@ from snpc.runtime.closed_form.stages import NotSegmentable, residual_errors, sch
 from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.session import SessionLoadError, open_session
 from snpc.runtime.io.save import save
-from snpc.runtime.statistics.packed_symmetric import row_strips
 from snpc.types import FloatArray
 from tests.closed_forms import calibration_of, prunable_of, random_feeds
 from tests.oracle import Array, analysis_of, feeds_of, relative_error, run, written

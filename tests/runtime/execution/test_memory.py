@@ -14,6 +14,7 @@ from snpc.runtime.execution import memory
 from snpc.runtime.execution.memory import (
     SpillableStore,
     memory_budget,
+    model_weights,
     parse_bytes,
     session_bytes,
     too_large_reason,
@@ -80,14 +81,14 @@ def model_of(*tensors: ir.TensorProtocol) -> Model:
 def test_half_precision_runs_as_single() -> None:
     single = ir.Tensor(np.zeros((10, 10), np.float32))
     half = ir.Tensor(np.zeros((10, 10), np.float16))
-    assert session_bytes(model_of(single).graph) == 400
-    assert session_bytes(model_of(half).graph) == 600  # 200 as they are and 400 as floats
-    assert session_bytes(model_of(single, single, half).graph) == 1000  # a shared tensor counts once
+    assert session_bytes(model_weights(model_of(single).graph)) == 400
+    assert session_bytes(model_weights(model_of(half).graph)) == 600  # 200 as they are and 400 as floats
+    assert session_bytes(model_weights(model_of(single, single, half).graph)) == 1000  # a shared tensor counts once
 
 
 def test_a_model_may_take_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(ir.Tensor(np.zeros(1 << 20, np.float32)))
+    weights = [ir.Tensor(np.zeros(1 << 20, np.float32))]
     monkeypatch.setattr(memory, "free_memory", lambda: 2 << 22)
-    assert too_large_reason(model) == ""
+    assert too_large_reason(weights) == ""
     monkeypatch.setattr(memory, "free_memory", lambda: (2 << 22) - 2)
-    assert "takes about 0.0 GiB of memory, 0.0 GiB are free" in too_large_reason(model)
+    assert "takes about 0.0 GiB of memory, 0.0 GiB are free" in too_large_reason(weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,8 @@ import pytest
 
 import snpc
 from snpc.runtime.execution import memory
+from snpc.runtime.execution.session import open_session
+from snpc.runtime.io import read_model
 from snpc.runtime.statistics import unit_weights as numbers
 from tests.command_line import invoke
 from tests.models.layouts import Llama, write_llama
@@ -88,21 +91,53 @@ def test_a_file_over_the_limit_of_a_message_is_written_apart(tmp_path: Path, mon
     assert snpc.load(tmp_path / "out.onnx").external
 
 
-def test_what_does_not_fit_is_not_run_and_that_is_said(
+def test_what_does_not_fit_is_run_segment_by_segment(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = memory.session_bytes(snpc.load(llama).graph)
-    assert needed > 3 * llama.with_name("weights.bin").stat().st_size * 0.9  # half precision runs as single
-    monkeypatch.setattr(memory, "free_memory", lambda: needed)
+    """The same is compared, and found, as in one session."""
+    reports = []
+    for limit in ("1GB", "100kB"):
+        sessions = patch_sessions(monkeypatch)
+        report = tmp_path / f"{limit}.json"
+        invoke("prune", llama, *FLAGS, "-o", tmp_path / "out.onnx", "--json", report, "--memory-limit", limit)
+        reports.append(json.loads(report.read_text())["verify"])
+        assert (max(sessions) > 300_000) == (limit == "1GB")
+    whole, streamed = reports
+    assert streamed["max_abs_diff"] is not None
+    assert streamed["max_abs_diff"] <= 2 * whole["max_abs_diff"] + 1e-3
+    assert drift_of(streamed) == pytest.approx(drift_of(whole), rel=0.02)
+    assert [streamed[key] for key in ("structure", "compared", "not_run")] == [
+        whole[key] for key in ("structure", "compared", "not_run")
+    ]
+
+
+def test_where_no_segment_fits_nothing_is_run_and_that_is_said(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 20_000)
     target, report = tmp_path / "out.onnx", tmp_path / "report.json"
     result = invoke("prune", llama, *FLAGS, "-o", target, "--json", report)
     said = " ".join(result.stdout.split())
     assert "not run: running the model takes about" in said
     assert "outputs were not compared" in said
     assert "verified" not in said
-    verdict_json = json.loads(report.read_text())["verify"]
-    assert verdict_json["max_abs_diff"] is None
-    assert any("strict shape inference" in line for line in verdict_json["structure"])
-    monkeypatch.setattr(memory, "free_memory", lambda: 3 * needed)
-    verdict = json.loads(invoke("prune", llama, *FLAGS, "-o", target, "--json", "-").stdout)["verify"]
-    assert verdict["max_abs_diff"] is not None
+    verdict = json.loads(report.read_text())["verify"]
+    assert verdict["max_abs_diff"] is None
+    assert any("strict shape inference" in line for line in verdict["structure"])
+
+
+def patch_sessions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of weights of every session that is opened from now on."""
+    sizes: list[int] = []
+
+    def noted(path: Path, **options: Any) -> Any:
+        sizes.append(memory.session_bytes(memory.model_weights(read_model(path))))
+        return open_session(path, **options)
+
+    patch(monkeypatch, "snpc.runtime.execution.temporary_session.open_session", noted)
+    return sizes
+
+
+def drift_of(verdict: dict[str, Any]) -> float:
+    (difference,) = verdict["quality"]["differences"]
+    return float(difference["drift"])

@@ -11,11 +11,11 @@ import pytest
 
 import snpc
 from snpc.passes.weights import closed_form_kinds
+from snpc.runtime.batches.packed_symmetric import unpack_symmetric
 from snpc.runtime.statistics import rows
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.measure import StatisticRequest, measure_batches, statistic_requests
 from snpc.runtime.statistics.moments import required_statistics
-from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 from snpc.runtime.statistics.rows import MIN_ROWS, MIN_ROWS_PER_SAMPLE, ROWS_PER_COLUMN, row_stride
 from snpc.runtime.statistics.statistics import Statistics
 from snpc.types import FloatArray, Probe

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snpc.runtime.statistics import packed_symmetric as triangle
-from snpc.runtime.statistics.packed_symmetric import packed_length, row_strips, unpack_symmetric, unpacked_size
+from snpc.runtime.batches import packed_symmetric as triangle
+from snpc.runtime.batches.packed_symmetric import packed_length, row_strips, unpack_symmetric, unpacked_size
 from tests.closed_forms import prunable_of, random_feeds, statistics_of
 from tests.oracle import analysis_of
 
