@@ -3,6 +3,7 @@
 Files
   binding          Sizes for the dynamic dimensions of a graph's inputs.
   builder          Adds constants and nodes to a graph, under names that are free, and redirects uses to what was added.
+  column_selection Selections of columns of a table: how one is marked in a graph, and found again.
   constant_values  The contents of values that a graph computes from shapes and constants only.
   cost             What a model costs in multiply-accumulates, from shapes and the operator table, without running it.
   measured_shapes  Shapes that inference cannot know, read from one run of the graph.
@@ -38,6 +39,7 @@ from snpc.graph.builder import (
     share_int64_constant,
     unused_name,
 )
+from snpc.graph.column_selection import ColumnSelection, mark_selection, selection_at, selects_columns
 from snpc.graph.constant_values import is_constant_along
 from snpc.graph.cost import contraction_sizes, cost_of, count_macs, node_macs, parameter_count
 from snpc.graph.measured_shapes import MeasuredValue, register_shape_source
@@ -88,6 +90,7 @@ from snpc.graph.union_find import connected_components, number_components
 
 __all__ = [
     "Attribute",
+    "ColumnSelection",
     "DimSizes",
     "GraphPass",
     "MalformedGraphError",
@@ -124,6 +127,7 @@ __all__ = [
     "leading_dims",
     "make_node",
     "malformed_graph_errors",
+    "mark_selection",
     "module_path",
     "movement_behind",
     "movement_root",
@@ -143,6 +147,8 @@ __all__ = [
     "run_reference",
     "scalar_factor_of",
     "select_dimensions",
+    "selection_at",
+    "selects_columns",
     "shape_source",
     "share_int64_constant",
     "split_into_segments",

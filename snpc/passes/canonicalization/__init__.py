@@ -18,6 +18,8 @@ Files
                          not know.
   inline_functions       Inlines model-local functions. How many nodes that makes is counted first: functions that call
                          others twice each grow to 2^depth nodes from a file of two kilobytes.
+  rotary_tables          Rotary tables that layers share: each layer, and each head, selects columns of its own of
+                         them.
   shared_constants       Constants with several consumers: forked for the analysis, merged again before writing.
   static_cache_widths    Static widths of KV caches: exporters declare the width of a cache as dynamic, though the node
                          that reads it takes one.

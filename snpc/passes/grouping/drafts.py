@@ -42,12 +42,15 @@ def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
 
 
 def site_signatures(trace: Trace, units: Units) -> npt.NDArray[np.uint64]:
-    """[units]: a hash of the set of constant axes that each unit occurs on."""
+    """[units]: a hash of the set of constant axes that each unit occurs on, and of the selections of rotary columns: a
+    unit of a head that turns has two channels, one beside it that does not has one."""
     rng = np.random.default_rng(0)
     signatures = np.zeros(trace.table.count, np.uint64)
     for axis in trace.table.axes:
         axis_units = np.unique(units.unit_of_label[axis.first_label : axis.first_label + axis.size])
         signatures[axis_units] += rng.integers(1, 1 << 63, dtype=np.uint64)
+    for labels in trace.table.selections:
+        signatures[np.unique(units.unit_of_label[labels])] += rng.integers(1, 1 << 63, dtype=np.uint64)
     return signatures
 
 

@@ -12,7 +12,15 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
+from snpc.graph import (
+    ShapeFacts,
+    has_subgraphs,
+    is_float,
+    opset_version,
+    selects_columns,
+    shape_source,
+    unknown_shape_reason,
+)
 from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup, rotary_tables
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
@@ -21,7 +29,7 @@ from snpc.passes.propagation.grouped_convolution import propagate_grouped_convol
 from snpc.passes.propagation.kv_cache import KV_CACHE_ADVICE, find_kv_caches, label_kv_cache, present_outputs
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import have_labels_in_common, unify_factors
-from snpc.passes.propagation.rotary_embedding import propagate_rotary
+from snpc.passes.propagation.rotary_embedding import propagate_column_selection, propagate_rotary
 from snpc.passes.propagation.state import (
     Contraction,
     Factors,
@@ -90,6 +98,11 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
     be a hundred thousand rows, which positions address."""
     shape = facts.shape.get(value)
     if shape is None:
+        return
+    if selects_columns(value):
+        trace.values[value] = LabeledValue(
+            str(value.name), shape, (trace.table.label_selection(shape[0]),), constant=True
+        )
         return
     factors: list[Labels] = []
     is_table = bool(value.uses()) and all(k in rotary_tables(n.domain, n.op_type) for n, k in value.uses())
@@ -207,6 +220,8 @@ def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | Non
     """Run the operator on the label arrays: it only moves positions."""
     data = inputs[0]
     assert data is not None and context.spec.move is not None
+    if len(inputs) > 1 and inputs[1] is not None and inputs[1].factors:
+        return [propagate_column_selection(context, data, inputs[1])]
     outputs: list[list[Labels]] = [[] for _ in context.call.out_shapes]
     for labels in data.factors:
         try:

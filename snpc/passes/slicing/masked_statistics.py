@@ -7,8 +7,6 @@ positions gets zeros in the place of the removed.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -17,7 +15,7 @@ from snpc.errors import CheckFailed
 from snpc.graph import add_constant, make_node, redirect_uses, unused_name
 from snpc.ops import CONCAT, GATHER, SUB
 from snpc.passes.propagation import NormalizationStatistic, RemovedUnits, Trace, removed_along
-from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statistic, weights_name
+from snpc.passes.slicing.weighted_statistics import labels_by_part, unit_weights, weigh_statistic, weights_name
 from snpc.types import BoolArray, IntArray
 
 
@@ -43,11 +41,9 @@ def mask_statistic(
 
 
 def differs_between_parts(statistic: NormalizationStatistic, dead: RemovedUnits) -> bool:
-    """Do parts (heads) of which a statistic of their own is taken keep other positions?"""
-    inner = {axis + statistic.labels.ndim for axis in statistic.axes}
-    order = sorted(range(statistic.labels.ndim), key=lambda axis: axis in inner)
-    size = math.prod(statistic.labels.shape[axis] for axis in inner)
-    rows = dead.kept_mask(statistic.labels).transpose(order).reshape(-1, size)
+    """Do parts (heads) of which a statistic of their own is taken keep other positions? Those that go do not count."""
+    rows = dead.kept_mask(labels_by_part(statistic))
+    rows = rows[rows.any(1)]
     return not bool((rows == rows[:1]).all())
 
 

@@ -34,8 +34,8 @@ def test_slicing_equals_masking(form: HeadNorms, seed: int, tmp_path: Path) -> N
     analysis, feeds = analysis_at(tmp_path / "m.onnx", form.model()), form.feeds(3)
     (group,) = prunable(analysis.groups, "qk")
     # one gain for all heads ties their channels, and a rotary table the channels of a pair
-    tied = form.rotary or (form.over == "head" and form.gain)
-    assert (group.blocks, group.size) == (1 if tied else KEY_HEADS, HEAD_WIDTH // (2 if form.rotary else 1))
+    blocks = 1 if form.over == "head" and form.gain else KEY_HEADS
+    assert (group.blocks, group.size) == (blocks, HEAD_WIDTH // (2 if form.rotary else 1))
     assert group.normalized_inside
     assert "normalized" in group.freedom_reason
     pair = cut(analysis, random_cuts([group], seed))
@@ -78,6 +78,23 @@ def test_heads_are_normalized_over_the_channels_that_stay(form: HeadNorms, tmp_p
 
 def matches(found: Array, expected: Array) -> bool:
     return found.shape == expected.shape and bool(np.allclose(found, expected, atol=1e-5))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_heads_go_where_no_gain_ties_them(seed: int, tmp_path: Path) -> None:
+    """With their channels at the same time: a head of which nothing stays has no mean."""
+    form = HeadNorms(rotary=False, gain=False)
+    analysis, feeds = analysis_at(tmp_path / "m.onnx", form.model()), form.feeds(3)
+    groups = prunable(analysis.groups, "head", *(["qk"] if seed else []))
+    assert len(groups) == 1 + seed
+    assert cut(analysis, random_cuts(groups, seed)).error(feeds) < TOLERANCE
+
+
+def test_heads_that_are_normalized_together_stay(tmp_path: Path) -> None:
+    analysis = analysis_at(tmp_path / "m.onnx", HeadNorms(over="all").model())
+    assert not prunable(analysis.groups, "head")
+    (group,) = [g for g in analysis.groups if g.role == "head"]
+    assert any("mean" in pin.reason for pin in group.pins)
 
 
 def test_a_mean_that_something_else_reads_holds_the_width(tmp_path: Path) -> None:

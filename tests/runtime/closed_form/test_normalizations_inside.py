@@ -121,12 +121,16 @@ def test_the_gain_of_the_queries_is_fitted_to_the_scores(form: HeadNorms, tmp_pa
     )
 
 
-def test_layers_that_share_a_rotary_table_have_gains_of_their_own() -> None:
+def test_each_layer_of_a_real_model_has_gains_of_its_own() -> None:
     analysis = analysis_of("qwen3__ts17")
-    (group,) = prunable(analysis.groups, "qk")
-    weights = analysis.weights[group.id]
-    fitted = {norm.gain.split(".")[-4] + norm.gain.split(".")[-2]: norm.products for norm in weights.normalizations}
-    assert fitted == {"0q_norm": (0,), "0k_norm": (), "1q_norm": (1,), "1k_norm": ()}
+    groups = prunable(analysis.groups, "qk")
+    found = [(norm.gain, norm.products) for g in groups for norm in analysis.weights[g.id].normalizations]
+    names = [(gain.removeprefix("model.model.layers.").removesuffix(".weight"), products) for gain, products in found]
+    assert names == [
+        (f"{layer}.self_attn.{norm}", products)
+        for layer in (0, 1)
+        for norm, products in (("q_norm", (0,)), ("k_norm", ()))
+    ]
 
 
 def test_without_a_gain_nothing_is_fitted(tmp_path: Path) -> None:
