@@ -29,6 +29,7 @@ from snpc.report import (
     output_lines,
     quality_text,
     quality_warning,
+    requantization_text,
     rewrite_text,
 )
 from snpc.runtime.closed_form import ClosedForms
@@ -283,9 +284,9 @@ def print_dequantization(model: Model) -> None:
 
 
 def print_pins(analysis: Analysis) -> None:
-    """The axes that keep their size, with reasons. Those of a quantized model are not listed: most are reached through
-    nodes that are not looked into."""
-    if analysis.pins and is_mostly_quantized(analysis.cost):
+    """The axes that keep their size, with reasons. Those of a quantized model without a float graph are not listed:
+    most are reached through nodes that are not looked into."""
+    if analysis.pins and analysis.model.quantized is None and is_mostly_quantized(analysis.cost):
         print_line(f"pinned: {len(analysis.pins)} axes, as quantized nodes are not looked into (--json lists them)")
     elif analysis.pins:
         rows = [(p.tensor, str(p.axis), str(p.size), p.reason, p.operator) for p in analysis.pins]
@@ -404,6 +405,8 @@ def search_text(search: SearchResult) -> str:
 def print_verdict(verdict: Verdict) -> None:
     """Two statements: whether the rewrite is correct, and how close outputs are to the original's."""
     print_line(rewrite_text(verdict))
+    if verdict.requantization is not None:
+        print_line(requantization_text(verdict.requantization))
     print_quality(verdict.quality)
 
 

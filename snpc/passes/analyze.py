@@ -28,10 +28,12 @@ from snpc.passes.grouping import (
     build_groups,
     draft_groups,
     is_approximate,
+    pins_that_hold,
     to_pin,
     trace_graph,
 )
 from snpc.passes.propagation import LabelFlag
+from snpc.passes.quantization import with_float_graph
 from snpc.passes.sublayers import SublayerGraph
 from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
@@ -120,7 +122,13 @@ def analyze(
     chosen = SizedFacts(*choose_dim_sizes(model.graph, dim_sizes))
     quoted = quoted_facts(model.graph, chosen, dim_sizes or {})
     cost = replace(cost_of(model.graph, quoted.facts), nodes=model.nodes)
-    tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
+    model = with_float_graph(model, observer)
+    if model.quantized is not None:
+        chosen = SizedFacts(chosen.dim_sizes, infer_graph(model.graph, chosen.dim_sizes))
+        quoted = SizedFacts(quoted.dim_sizes, infer_graph(model.graph, quoted.dim_sizes))
+    tokens = NO_TOKENS
+    if model.quantized is None:
+        tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
     sized = GraphAtSizes(model.graph, chosen, quoted, dim_sizes or {})
     return analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)
 
@@ -164,10 +172,11 @@ def analyze_graph(
     """
     graph, traced, quoted = sized.graph, sized.traced, sized.quoted
     facts, cost_facts = traced.facts, quoted.facts
-    narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, observer, facts=facts)
-    if narrowed.modified:
-        graph = narrowed.model
-        facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
+    if model.quantized is None:  # what is written back has the nodes of the file, on all rows
+        narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, observer, facts=facts)
+        if narrowed.modified:
+            graph = narrowed.model
+            facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)
     groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
@@ -203,7 +212,7 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
     flags = traced_graph.trace.table.flags[: traced_graph.trace.table.count]
     produced[traced_graph.units.unit_of_label[(flags & int(LabelFlag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
-    for label_pin in traced_graph.trace.table.pins:
+    for label_pin in pins_that_hold(traced_graph.trace, traced_graph.units):
         own = traced_graph.units.unit_of_label[label_pin.labels]
         if not len(own) or (produced[own] & ~free[own]).any():
             key = (label_pin.tensor, label_pin.axis, label_pin.reason)

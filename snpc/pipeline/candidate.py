@@ -14,7 +14,7 @@ from snpc.errors import CheckFailed
 from snpc.graph import cost_of, infer_graph
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
-from snpc.passes.slicing import rewrite_model
+from snpc.passes.slicing import rewrite_as_stored
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
@@ -174,12 +174,12 @@ def write_candidate(
         with stopwatch.stage("refit"):
             slices, source = with_refitted_weights(plan)
     with stopwatch.stage("rewrite"):
-        rewritten = rewrite_model(source, cuts_of(slices), plan.execution.observer)
+        rewritten, graph = rewrite_as_stored(analysis.model, source, cuts_of(slices), plan.execution.observer)
         if analysis.reduction is not None:
-            analysis.reduction.finalize(rewritten.model)
-        finalize(rewritten.model, plan.execution.observer)
+            analysis.reduction.finalize(graph)
+        finalize(graph, plan.execution.observer)
     with stopwatch.stage("write"):
-        save(rewritten.model, temporary, analysis.model.external)
+        save(graph, temporary, analysis.model.external)
     with stopwatch.stage("verify"):
         reference = reference or candidate_reference(plan)
         verdict = verify_candidate(temporary, rewritten, reference, plan)

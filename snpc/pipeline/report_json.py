@@ -153,6 +153,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
         "quality": quality_json(verdict.quality),
+        "requantization": asdict(verdict.requantization) if verdict.requantization is not None else None,
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze, partly_written_outputs
-from snpc.passes.slicing import RewrittenModel, rewrite_model
+from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
@@ -30,6 +30,7 @@ from snpc.runtime.evaluation import (
     compare_on_equal_selections,
     find_language_head,
     find_selectors,
+    measure_requantization,
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
@@ -315,10 +316,15 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
     if cache_interface(analysis.model) is not None:
         structure = (*structure, *check_cached_decoding(analysis, load(path), plan.execution))
     try:
-        return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+        verdict = compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
     except CheckFailed as error:
         advice = selection_advice(rewritten) if reference.data.random_inputs else ""
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
+    if rewritten.rounded is None:
+        return verdict
+    first = reference.data.first(masked_batches(reference.data.sizes)).batches
+    measured = measure_requantization(rewritten, path, first, reference.metrics, plan.execution)
+    return replace(verdict, requantization=measured)
 
 
 def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:
@@ -411,7 +417,7 @@ def verify(
         calibration = calibration or plan.calibration
         check_caches_fit(plan, calibration)
         slices, source = with_refitted_weights(plan)
-        rewritten = rewrite_model(source, cuts_of(slices))
+        rewritten, _ = rewrite_as_stored(analysis.model, source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
     structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
     structure = (*structure, *check_cached_decoding(analysis, pruned_model, execution))

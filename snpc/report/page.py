@@ -29,6 +29,7 @@ ROLE_NAMES = {
     "vo": "value and output",
     "ffn": "feed-forward, hidden",
     "head": "heads",
+    "experts": "whole experts",
     "conv": "convolution channels",
     "residual": "residual stream",
     "other": "other weights",

@@ -30,7 +30,19 @@ from snpc.passes.propagation.kv_cache import KV_CACHE_ADVICE, find_kv_caches, la
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import have_labels_in_common, unify_factors
 from snpc.passes.propagation.rotary_embedding import propagate_column_selection, propagate_rotary
+from snpc.passes.propagation.routing import (
+    compare_positions,
+    propagate_choice,
+    propagate_expert_reading,
+    propagate_one_hot,
+    reads_experts,
+    record_expert_output,
+    repeats_rows,
+    routing_of,
+    selects_expert,
+)
 from snpc.passes.propagation.state import (
+    NOT_ROUTED,
     Contraction,
     Factors,
     LabeledValue,
@@ -118,7 +130,9 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
 def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.Node) -> None:
     """Factors of the outputs of one node, by the rule of its kind. Unknown shapes and subgraphs pin the inputs."""
     version = opset_version(model, node.domain)
-    context = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
+    first = node.inputs[0] if node.inputs else None
+    dtype = (facts.dtype.get(first) if first is not None else None) or ir.DataType.FLOAT
+    context = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace, dtype)
     inputs = [None if v is None else trace.values.get(v) for v in node.inputs]
     missing = [v for v, operand in zip(node.inputs, inputs, strict=True) if v is not None and operand is None]
     shape_is_known = all(facts.shape.get(v) is not None for v in node.outputs[:1])
@@ -143,6 +157,8 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         v is None or v in facts.value or (operand is not None and operand.constant)
         for v, operand in zip(node.inputs, inputs, strict=True)
     )
+    if not missing and reads_experts(context, inputs):  # the weights of an expert, although data choose which
+        constant = inputs[0] is not None and inputs[0].constant
     products, is_sum = products_of(context, inputs)
     projected = constant and (
         context.spec.kind in ("contraction", "attention")
@@ -155,8 +171,9 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         factors = outputs[index] if index < len(outputs) else ()
         usable = drop_determined_factors(tuple(f for f in factors if describes(context, value, f, shape)))
         reason = why_unlabeled(context, inputs, usable)
+        routing = NOT_ROUTED if missing else routing_of(context, inputs, index)
         trace.values[value] = LabeledValue(
-            str(value.name), shape, usable, constant, reason, projected, products, is_sum
+            str(value.name), shape, usable, constant, reason, projected, products, is_sum, routing
         )
 
 
@@ -220,6 +237,8 @@ def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | Non
     """Run the operator on the label arrays: it only moves positions."""
     data = inputs[0]
     assert data is not None and context.spec.move is not None
+    if reads_experts(context, inputs):
+        return propagate_expert_reading(context, inputs)
     if len(inputs) > 1 and inputs[1] is not None and inputs[1].factors:
         return [propagate_column_selection(context, data, inputs[1])]
     outputs: list[list[Labels]] = [[] for _ in context.call.out_shapes]
@@ -232,7 +251,7 @@ def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | Non
         for out, moved_labels, value in zip(outputs, moved, context.node.outputs, strict=False):
             if varying_axes(moved_labels) or not varying_axes(labels):
                 out.append(moved_labels)
-            elif not is_only_shape_read(value):
+            elif not is_only_shape_read(value) and not selects_expert(context, data):
                 context.pin(data, moved_labels, "a single index of it is selected", min(varying_axes(labels)))
     if data.constant and any(
         c is not None and v is None for c, v in zip(inputs[1:], context.call.values[1:], strict=True)
@@ -335,7 +354,9 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
     normalized = [f for c in operands[: sum(c is not None for c in data)] for f in c.factors]
     for labels in factors:
         crossed = varying_axes(labels) & axes
-        if crossed and not is_shared_parameter(labels, normalized) and not unify_statistic_parts(context, labels, axes):
+        if spec.makes_shares and len(crossed) == len(varying_axes(labels)) == 1:
+            compare_positions(context, first, labels)
+        elif crossed and not (is_shared_parameter(labels, normalized) or unify_statistic_parts(context, labels, axes)):
             reason = spec.reason or "its statistics are taken over this axis"
             folded = len(np.unique(labels)) < labels.size
             lost = folded and moves_from_own_axis(context.node.inputs[0], labels, context.trace) is None
@@ -470,7 +491,8 @@ def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None
     data, updates = (inputs[k] for k in context.spec.data or (0, 2))
     assert data is not None and updates is not None and context.spec.axes is not None
     rank = len(data.shape)
-    addressed = set(context.spec.axes(context.call))
+    addressed = addressed_axes(context, inputs)
+    record_expert_output(context, inputs[1])
     behind = max(addressed, default=-1) + 1
     parts = []
     for operand in (data, updates):
@@ -484,6 +506,17 @@ def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None
         shape = (1,) * behind + operand.shape[front:]
         parts.append(LabeledValue(operand.name, shape, tuple(kept), operand.constant))
     return [unify_factors(context, parts)]
+
+
+def addressed_axes(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> set[int]:
+    """Axes that stay at a scatter. Where its indices repeat one column, it is the axis that they name alone."""
+    call = context.call
+    assert context.spec.axes is not None
+    if context.spec.index_axis is not None:
+        axis = context.spec.index_axis(call)
+        if axis == 0 and repeats_rows(context.node.inputs[1], axis, context.trace.values):
+            return {axis}
+    return set(context.spec.axes(call))
 
 
 def propagate_sampling(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
@@ -519,6 +552,8 @@ PROPAGATION_RULES = {
     "rotary": propagate_rotary,
     "sample": propagate_sampling,
     "scatter": propagate_scatter,
+    "choose": propagate_choice,
+    "one_hot": propagate_one_hot,
     "shape": propagate_shape_only,
     "opaque": propagate_opaque,
 }
