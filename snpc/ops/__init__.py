@@ -22,6 +22,7 @@ Files
                  they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
+  routing        Routing of tokens to experts: positions that are chosen along an axis, and one-hot rows of them.
   spec           The schema of the operator table.
 """
 
@@ -59,6 +60,7 @@ from snpc.ops.names import (
     CONSTANT_OF_SHAPE,
     COS,
     CUMSUM,
+    DEQUANTIZE_LINEAR,
     DIV,
     EINSUM,
     EQUAL,
@@ -74,6 +76,7 @@ from snpc.ops.names import (
     MUL,
     MULTI_HEAD_ATTENTION,
     POW,
+    QUANTIZE_LINEAR,
     REDUCE_MAX,
     REDUCE_MEAN,
     REDUCE_SUM,
@@ -104,16 +107,21 @@ from snpc.ops.quantization import (
     KEEPS_SIGN,
     NOT_NEGATIVE,
     FloatForm,
+    Layout,
     Operand,
     Packed,
     Plain,
     Quantized,
+    QuantizedArray,
     QuantizedBias,
     dequantize_array,
     float_form,
+    read_stored,
+    write_stored,
 )
 from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
+from snpc.ops.routing import most_chosen, one_hot_axis, routing_entries
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
 __all__ = [
@@ -130,6 +138,7 @@ __all__ = [
     "CONSTANT_OF_SHAPE",
     "COS",
     "CUMSUM",
+    "DEQUANTIZE_LINEAR",
     "DIV",
     "DYNAMIC_QUANTIZERS",
     "EINSUM",
@@ -150,6 +159,7 @@ __all__ = [
     "MULTI_HEAD_ATTENTION",
     "NOT_NEGATIVE",
     "POW",
+    "QUANTIZE_LINEAR",
     "REDUCE_MAX",
     "REDUCE_MEAN",
     "REDUCE_SUM",
@@ -177,6 +187,7 @@ __all__ = [
     "Blocked",
     "FloatForm",
     "Labels",
+    "Layout",
     "Letters",
     "OpCall",
     "OpSpec",
@@ -184,6 +195,7 @@ __all__ = [
     "Packed",
     "Plain",
     "Quantized",
+    "QuantizedArray",
     "QuantizedBias",
     "RotaryForm",
     "SizeDemand",
@@ -202,16 +214,20 @@ __all__ = [
     "letters_of",
     "lookup",
     "matmul_letters",
+    "most_chosen",
     "names",
+    "one_hot_axis",
     "operator_table",
     "parse_einsum",
     "partly_written",
     "qkv_widths",
+    "read_stored",
     "reshape_labels",
     "rotary_form",
     "rotary_tables",
     "rotated_pairs",
     "unmet_demands",
+    "write_stored",
 ]
 
 
@@ -226,6 +242,7 @@ def operator_table() -> dict[tuple[str, str], OpSpec]:
         normalization_entries,
         attention_entries,
         rotary_entries,
+        routing_entries,
         opaque_entries,
     )
     for entries in families:

@@ -78,6 +78,14 @@ class NameNodes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
+FORK_SHARED_CONSTANTS = GraphPass(
+    "fork-shared-constants",
+    "canonicalize",
+    ForkSharedConstants,
+    "gives each consumer of a shared vector a copy of its own",
+    "last: the copies are named after initializers that stay",
+)
+
 CANONICALIZATION_PASSES = (
     GraphPass(
         "inline-functions",
@@ -156,13 +164,7 @@ CANONICALIZATION_PASSES = (
         "lets each layer, and each head, select columns of its own of a shared rotary table",
         "after naming, as it names its nodes after the uses; before forking constants, as stored tables stay shared",
     ),
-    GraphPass(
-        "fork-shared-constants",
-        "canonicalize",
-        ForkSharedConstants,
-        "gives each consumer of a shared vector a copy of its own",
-        "last: the copies are named after initializers that stay",
-    ),
+    FORK_SHARED_CONSTANTS,
 )
 
 
