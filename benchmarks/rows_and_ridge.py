@@ -24,13 +24,13 @@ import numpy as np
 
 import snpc
 from snpc.passes.weights import closed_form_kinds
+from snpc.runtime.batches import unpack_symmetric
 from snpc.runtime.closed_form.algebra import relative_ridge, unit_columns
 from snpc.runtime.closed_form.elimination import LeastSquaresSystem, eliminate
 from snpc.runtime.closed_form.ridge import REFIT_SHARE, choose_refit_ridge, refit_regression
 from snpc.runtime.statistics import StatisticRequest, required_statistics, statistic_requests
 from snpc.runtime.statistics.measure import measure_batches
 from snpc.runtime.statistics.moments import moment_about
-from snpc.runtime.statistics.packed_symmetric import unpack_symmetric
 from snpc.types import FloatArray, Group, IntArray
 
 STRIDES = (1, 2, 4, 8)

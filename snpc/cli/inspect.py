@@ -67,6 +67,7 @@ def inspect_command(
     if output.json.replaces_tables:
         return
     tables.print_groups(analysis)
+    tables.print_sublayers(analysis)
     if output.curves:
         tables.print_loss_curves(analysis, curves)
     if output.pins:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -44,8 +44,8 @@ class BudgetOptions(TypedDict, total=False):
 
 
 class PruneOptions(BudgetOptions, total=False):
-    """The same, how units are chosen and outputs judged (see ``plan``), and whether caches may get narrower (see
-    ``analyze``)."""
+    """The same, how units are chosen and outputs judged (see ``plan``), whether caches may get narrower (see
+    ``analyze``), and which models are cut alike (see ``load``)."""
 
     method: PruningMethod | None
     criterion: str | None
@@ -53,6 +53,7 @@ class PruneOptions(BudgetOptions, total=False):
     effort: Effort
     prune_kv_cache: bool
     dequantize: bool
+    companions: Sequence[Path | str]
 
 
 def prune(
@@ -75,18 +76,19 @@ def prune(
     can get fewer, else "none". ``options``: the fields of ``Budget``, one of ``ratio``, ``target``, ``max_drift`` and
     ``max_ppl`` among them; with ``tokens`` alone no widths are cut. ``method``, ``criterion``, ``metric`` and
     ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a quantized one is pruned, see
-    ``snpc.dequantize``.
+    ``snpc.dequantize``. ``companions``: models with the same weights (a decoder that goes on from this one's caches),
+    cut by the same plan and written beside ``path`` under their own names.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
     effort, narrow_caches = options.pop("effort", "normal"), options.pop("prune_kv_cache", False)
-    of_quantized = options.pop("dequantize", False)
+    of_quantized, companions = options.pop("dequantize", False), options.pop("companions", ())
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only else Budget(**budget)
-    loaded = dequantized(model, execution=execution) if of_quantized else load(model)
+    loaded = dequantized(model, execution=execution) if of_quantized else load(model, companions=companions)
     analysis = with_metrics(analyze(loaded, prune_kv_cache=narrow_caches), metric)
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = load_calibration(calibration, loaded.inputs, text=TextOptions(find_tokenizer(loaded.source)))

@@ -78,8 +78,16 @@ FORM_NAMES: Mapping[ClosedFormKind, str] = {
     "low_rank_vo": "values",
     "refit": "refit",
     "score_selection": "coupled",
+    "score_refit": "coupled_refit",
 }
 """Closed forms under the names that reports have for them."""
+
+
+def describe_approximation(role: str, form: str | None) -> str:
+    """What is approximate about a cut group that is normalized inside, by its closed form (None: there is none)."""
+    if role == "qk":
+        return f"norm on query and key heads {'refitted' if form == 'score_refit' else 'not refitted'}"
+    return f"normalized inside, {'refitted' if form == 'refit' else 'not refitted'}"
 
 
 def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = None) -> list[dict[str, Any]]:
@@ -108,6 +116,9 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
                 "kept": plan.kept_width(group),
                 "freedom": group.freedom,
                 "normalized_inside": group.normalized_inside,
+                "approximation": describe_approximation(group.role, kinds.get(group.id))
+                if group.normalized_inside and group.id in plan.keep
+                else None,
                 "form": FORM_NAMES[kinds[group.id]] if group.id in kinds else None,
                 "sites": sites,
             }
@@ -142,6 +153,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
         "quality": quality_json(verdict.quality),
+        "requantization": asdict(verdict.requantization) if verdict.requantization is not None else None,
     }
 
 
@@ -197,6 +209,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "nodes": analysis.cost.nodes,
         "macs_at": dict(analysis.dim_sizes),
         "groups": groups,
+        "sublayers": [{**asdict(sublayer), "removable": sublayer.removable} for sublayer in analysis.sublayers],
         "pins": pins_json(analysis),
         "tokens": tokens_json(analysis),
     }

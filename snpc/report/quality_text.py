@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from snpc.passes.quantization import operator_counts
-from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Verdict
+from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Requantization, Verdict
 
 MEANINGS: dict[Grade, str] = {
     "good": "outputs are close to the original's",
@@ -37,6 +37,17 @@ def dequantization_text(record: Dequantization) -> str:
         return f"{text}; outputs were not compared with the quantized model's ({record.compared})"
     largest = max(difference.relative for difference in record.differences)
     return f"{text}; outputs change by {largest:.2g} relative on {record.compared}"
+
+
+def requantization_text(record: Requantization) -> str:
+    """Which weights have the codes of the file, which were rounded anew, and what that changes by itself."""
+    sliced = f"quantized as it was: {record.sliced} constants sliced bit for bit"
+    if not record.requantized:
+        return sliced
+    text = f"{sliced}, {record.requantized} quantized anew"
+    if not record.differences:
+        return text
+    return f"{text}, which changes the outputs by {record.relative:.2g} relative, apart from pruning"
 
 
 def quality_text(quality: Quality) -> str:

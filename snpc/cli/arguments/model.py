@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import click
 
 import snpc
-from snpc.cli.arguments.group import ArgumentGroup, argument, option, subgroup
+from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, option, subgroup
 from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.cli.progress import command_progress
@@ -146,7 +146,15 @@ class PrunedModelArguments(WatchedModelArguments):
         help="Where MODEL is a folder of several models: the one to cut, such as encoder_model.onnx. The others are "
         "copied.",
     )
-
+    companions: tuple[Path, ...] = option(
+        "--companion",
+        multiple=True,
+        type=FILE_PATH,
+        metavar="MODEL",
+        section="What to cut",
+        help="A model with the same weights, such as decoder_with_past_model.onnx: it is cut alike, and written beside "
+        "the output under its own name. Of a folder it is found; repeatable.",
+    )
     keep_kv_cache: bool = option(
         "--keep-kv-cache",
         is_flag=True,
@@ -158,12 +166,28 @@ class PrunedModelArguments(WatchedModelArguments):
     def of_folder(self, source: ModelFolder) -> PrunedModelArguments:
         """The model of the folder in place of the folder."""
         narrows = self.kv_cache or (source.says_cache_widths and not self.keep_kv_cache)
-        return replace(self, path=source.model_path, kv_cache=narrows)
+        return replace(self, path=source.model_path, kv_cache=narrows, companions=source.companion_paths)
+
+    def files(self) -> set[Path]:
+        """The models and the files of their weights, none of which may be overwritten."""
+        return set().union(*map(model_files, (self.path, *self.companions)))
+
+    def read(self, observer: PassObserver | None = None) -> snpc.Model:
+        """``observer``: called after each graph pass."""
+        if not self.companions:
+            return super().read(observer)
+        if self.dequantize:
+            raise UserError(
+                f"--dequantize is for one model, and {self.companions[0]} goes with it: snpc dequantize both first"
+            )
+        return snpc.load(self.path, observer, companions=self.companions)
 
     def folder(self) -> ModelFolder | None:
         """The contents of MODEL where it is a folder."""
         if self.keep_kv_cache and self.kv_cache:
             raise UserError("--keep-kv-cache and --prune-kv-cache say the opposite: give one of the two")
+        if self.path.is_dir() and self.companions:
+            raise UserError("--companion is for files: those of a folder are found")
         if self.path.is_dir():
             return find_model_folder(self.path, self.file)
         if self.keep_kv_cache:

@@ -8,6 +8,8 @@ Files
   masked_statistics  Statistics over the units that stay, in a graph that still has all of them.
   rewrite            The rewrite: split packed projections where widths would differ, slice, keep attention scales,
                      check the result.
+  rewrite_as_stored  Rewriting for a file: that of a quantized one has the nodes and codes of the file in place of the
+                     float ones.
   shape_parameters   Writes recomputed parameters into the graph: a constant, or the smallest change of the nodes that
                      compute one.
   slice              Slicing: removes units from every constant and recomputes every parameter that spells a size.
@@ -20,6 +22,7 @@ from __future__ import annotations
 from snpc.passes.slicing.mask import mask_constants, mask_model, zeroed_positions
 from snpc.passes.slicing.masked_statistics import mask_statistic
 from snpc.passes.slicing.rewrite import REWRITE_PASSES, RewrittenModel, rewrite_model
+from snpc.passes.slicing.rewrite_as_stored import rewrite_as_stored
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.slicing.slice import Cuts, find_removed_units
 from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statistics, weights_name
@@ -33,6 +36,7 @@ __all__ = [
     "mask_constants",
     "mask_model",
     "mask_statistic",
+    "rewrite_as_stored",
     "rewrite_model",
     "unit_weights",
     "weigh_statistics",

@@ -119,16 +119,32 @@ def find_language_head(
     ``rows``: embedding rows by name of the input of ids. ``outputs``: what the original makes of ``feeds``; it is run
     on changed ids too.
     """
-    ids, mask = find_ids(model.inputs), find_mask(model.inputs)
-    if ids is None or ids.name not in feeds:
-        return None
-    vocabulary = max(int(feeds[ids.name].max(initial=0)) + 1, rows.get(ids.name, 0))
-    for spec in sorted(model.outputs, key=lambda spec: spec.name != "logits"):
-        if has_logits(spec, outputs[spec.name], feeds[ids.name], vocabulary):
-            head = LanguageHead(spec.name, ids.name, mask.name if mask is not None else None)
-            if is_causal(head, run, feeds, outputs):
+    for ids, mask in predicted_ids(model.inputs):
+        if ids not in feeds:
+            continue
+        vocabulary = max(int(feeds[ids].max(initial=0)) + 1, rows.get(ids, 0))
+        for spec in sorted(model.outputs, key=lambda spec: spec.name != "logits"):
+            head = LanguageHead(spec.name, ids, mask)
+            if has_logits(spec, outputs[spec.name], feeds[ids], vocabulary) and is_causal(head, run, feeds, outputs):
                 return head
     return None
+
+
+def predicted_ids(inputs: Sequence[TensorSpec]) -> list[tuple[str, str | None]]:
+    """Inputs whose ids the logits may predict, each with its mask: of an encoder and decoder in one file, those of the
+    decoder first, all of which count where it takes no mask."""
+    decoder = find_decoder_ids(inputs)
+    ids, mask = find_ids(inputs), find_mask(inputs)
+    found = [decoder] if decoder is not None else []
+    return found + ([(ids.name, mask.name if mask is not None else None)] if ids is not None else [])
+
+
+def find_decoder_ids(inputs: Sequence[TensorSpec]) -> tuple[str, str | None] | None:
+    """The ids that the decoder of an encoder and decoder reads, and their mask."""
+    names = {spec.name for spec in inputs if len(spec.shape) == 2 and spec.dtype.kind in "iub"}
+    if "decoder_input_ids" not in names:
+        return None
+    return "decoder_input_ids", "decoder_attention_mask" if "decoder_attention_mask" in names else None
 
 
 def has_logits(spec: TensorSpec, output: AnyArray, ids: AnyArray, vocabulary: int) -> bool:

@@ -55,6 +55,7 @@ from snpc.runtime.statistics.padding import (
     probe_row_counters,
     token_mask_runner,
 )
+from snpc.runtime.statistics.probe_layout import infer_probe_layout
 from snpc.runtime.statistics.rows import SampledRows
 from snpc.runtime.statistics.statistics import (
     Statistics,
@@ -97,6 +98,7 @@ __all__ = [
     "find_padding",
     "group_moments",
     "group_weight_rows",
+    "infer_probe_layout",
     "is_streamed",
     "keep_token_masks",
     "load_statistics",

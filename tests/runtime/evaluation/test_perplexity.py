@@ -14,10 +14,12 @@ import pytest
 
 import snpc
 from snpc.runtime.evaluation import LanguageHead, perplexity
-from snpc.runtime.evaluation.perplexity import Surprise
+from snpc.runtime.evaluation.perplexity import Surprise, find_language_head
 from snpc.types import Perplexity
 from tests.command_line import invoke, reported
 from tests.models.language import Language, as_text, negative_log_likelihoods, write_language_folder
+from tests.oracle import analysis_of
+from tests.oracle import feeds_of as export_feeds
 from tests.patching import patch
 
 SHARP = Language(sharpness=3)
@@ -210,3 +212,15 @@ def test_samples_whose_outputs_are_not_kept_count_too(monkeypatch: pytest.Monkey
     assert every.quality.perplexity is not None
     assert every.quality.perplexity.tokens == 8 * calibration.held_out.samples
     assert few.quality.perplexity == every.quality.perplexity
+
+
+def test_of_an_encoder_and_decoder_the_decoder_predicts(tmp_path: Path) -> None:
+    """Its own ids, not those that the encoder reads; all of them where it takes no mask."""
+    model = analysis_of("bart__ts17").model
+    feeds = export_feeds("bart__ts17")
+    outputs = run(model.path, feeds)
+    head = find_language_head(model, {}, lambda changed: run(model.path, dict(changed)), feeds, outputs)
+    assert head == LanguageHead("logits", "decoder_input_ids", None)
+    expected = negative_log_likelihoods(outputs["logits"], feeds["decoder_input_ids"])
+    found = head.surprise(feeds, outputs)
+    assert (found.tokens, found.nats) == (expected.size, pytest.approx(expected.sum(), rel=1e-5))
