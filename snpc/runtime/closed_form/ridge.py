@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ START = 0.1  # where the search begins
 HALF_TO_WHOLE = 0.4  # twice the rows ask for half the ridge, and a little less: measured, docs/rows-and-ridge.md
 BOTH_WAYS = 1024  # regressors up to which either half judges the other: beyond, one way costs enough and says the same
 REFIT_SHARE = 1 / 3  # of the ridge with the least squared error: see ``choose_refit_ridge``
+SINGLE: np.dtype[Any] = np.dtype(np.float32)
 PROBES = 64  # random combinations of the targets that stand for all of them
 
 
@@ -57,8 +59,8 @@ class Regression:
 
     def for_search(self) -> Regression:
         """What a search of the ridge needs of it: half of the memory, and few targets (``combine_targets``)."""
-        targets = combine_targets(self.cross).astype(np.float32, copy=False)
-        return Regression(self.moment.astype(np.float32, copy=False), targets)
+        targets = combine_targets(self.cross)
+        return Regression(*(part.astype(SINGLE, copy=False) for part in (self.moment, targets)))
 
     @property
     def mean_diagonal(self) -> float:
