@@ -16,7 +16,9 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +28,18 @@ from calibration_cost import Seconds, StageTimes, anonymous_bytes, sampled_peaks
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAPOLATED = 32  # layers
-SEED_BATCH = 4  # samples per batch
+SAMPLES_PER_BATCH = 4  # samples per batch
+
+
+class PrintedStages(StageTimes):
+    """Says how long a stage took as soon as it ends: such runs take hours."""
+
+    @contextmanager
+    def stage(self, name: str, total: float) -> Iterator[Callable[[float], None]]:
+        with super().stage(name, total) as advance:
+            yield advance
+        seconds = self.seconds[name]
+        print(f"{name}: {seconds.wall:.0f} s, {seconds.cpu:.0f} s of processors", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -63,13 +76,15 @@ def measure_prune(asked: LargePrune) -> LargeCost:
     import snpc
     from snpc.runtime.execution import parse_bytes
 
-    times, calibration = StageTimes(), None
+    times, calibration = PrintedStages(), None
     work = snpc.WorkFolder(asked.work) if asked.work is not None else None
     execution = snpc.Execution(memory_limit=parse_bytes(asked.memory_limit), progress=times, work=work)
     if asked.samples:
         drawn = np.random.default_rng(0).integers(0, 1000, (asked.samples + 4, asked.sequence))
         inputs = snpc.load(asked.model).inputs
-        calibration = snpc.load_calibration({"input_ids": drawn}, inputs, samples=asked.samples, batch=SEED_BATCH)
+        calibration = snpc.load_calibration(
+            {"input_ids": drawn}, inputs, samples=asked.samples, batch=SAMPLES_PER_BATCH
+        )
     before = anonymous_bytes()
     with tempfile.TemporaryDirectory(dir=asked.model.parent) as folder, sampled_peaks(lambda: times.current) as peaks:
         start = Seconds.now()

@@ -25,7 +25,7 @@ from snpc.types import AnyArray, FloatArray
 if TYPE_CHECKING:
     from snpc.runtime.batches.distributed import DistributedBatchValues
 
-LARGE_SHARE = 8  # weights that take more than one part in so many of the memory are held once only
+HELD_ONCE_SHARE = 8  # weights that take more than one part in so many of the memory are held once only
 DENSE_ENTRY = "values of the dense model"
 
 
@@ -53,7 +53,7 @@ class LocalBatchValues:
         """See ``BatchValues``. No program with ``observe`` runs here: it names samples, which are not known."""
         assert program.observe is None
         sums = BatchSums()
-        large = LARGE_SHARE * session_bytes(model_weights(program.model)) > self.budget
+        large = HELD_ONCE_SHARE * session_bytes(model_weights(program.model)) > self.budget
         memory: MemoryMode = "least" if large else "shared"
         with temporary_session(program.model, execution=self.execution, memory=memory, external=large) as run:
             for number, values in enumerate(self.batches):

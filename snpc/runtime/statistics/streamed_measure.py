@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from snpc.errors import UserError
 from snpc.graph import Segment, extract_segment
 from snpc.passes import Analysis
-from snpc.runtime.batches import DenseValues, stream_segments
+from snpc.runtime.batches import DenseValues, border_store, stream_segments
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution import Advance, Execution, SpillableStore, memory_budget, temporary_session
+from snpc.runtime.execution import Advance, Execution, memory_budget, temporary_session
 from snpc.runtime.io import StoredStage
 from snpc.runtime.statistics.instrument import Instrument
 from snpc.runtime.statistics.measure import (
@@ -29,8 +29,6 @@ from snpc.types import AnyArray
 
 Observe = Callable[[Sequence[StatisticRequest], int, Mapping[str, AnyArray]], None]
 """Takes what requests measured of the batch of this number."""
-
-BORDER_SHARE = 8  # one part in so many of the memory is for values at borders
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class StreamedMeasurement:
         names = dense.names if dense is not None else ()
         self.segments = plan_segments(analysis, calibration, requests, self.together, names, execution)
         self.padding = padding_of(analysis, requests)
-        self.store = SpillableStore(memory_budget(execution.memory_limit) // BORDER_SHARE)
+        self.store = border_store(execution)
         self.states: list[dict[str, AnyArray]] = []
 
     def steps(self, part: MeasuredSegment) -> int:
