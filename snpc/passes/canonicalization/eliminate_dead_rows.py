@@ -30,7 +30,7 @@ MAX_TRACKED_LENGTH = 1 << 24  # longer axes are not tracked position by position
 
 @dataclass(frozen=True)
 class Demand:
-    """Only ``positions`` (ascending) of ``axis`` are needed."""
+    """Only ``positions`` (ascending) of ``axis`` are needed. Negative ones are counted from its end."""
 
     axis: int
     positions: tuple[int, ...]
@@ -144,8 +144,14 @@ def selected_rows(analysis: DemandAnalysis, node: ir.Node) -> Demand | None:
             positions = sorted({int(p) for p in sources.reshape(-1)})
             others = [k for k in range(len(shape)) if k != axis]
             if 0 < 2 * len(positions) <= size and all(keeps_positions(call, k) for k in others):
-                return Demand(axis, tuple(positions))
+                return Demand(axis, tuple(p - size for p in positions) if counts_from_end(call) else tuple(positions))
     return None
+
+
+def counts_from_end(call: OpCall) -> bool:
+    """Does a Gather or Slice name its positions from the end of the axis, whatever its size is?"""
+    first = call.stored_value(1)
+    return first is not None and first.size > 0 and bool((first < 0).all())
 
 
 def keeps_positions(call: OpCall, axis: int) -> bool:
@@ -278,7 +284,8 @@ def apply_demands(analysis: DemandAnalysis) -> ir.Model:
 
 
 def insert_row_gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -> ir.Value:
-    name = f"{source.name}__rows_{demand.axis}_{demand.positions[0]}_{len(demand.positions)}"
+    first = f"last{-demand.positions[0]}" if demand.positions[0] < 0 else demand.positions[0]
+    name = f"{source.name}__rows_{demand.axis}_{first}_{len(demand.positions)}"
     index = add_constant(model.graph, np.asarray(demand.positions, np.int64), f"{name}_index")
     node = make_node(GATHER, [source, index], {"axis": demand.axis}, name=name)
     node.outputs[0].type = source.type
@@ -290,8 +297,9 @@ def rebuild_selection(model: ir.Model, analysis: DemandAnalysis, node: ir.Node, 
     """The node that started a demand selects from fewer positions now."""
     sources = source_positions(analysis.call(node), demand.axis)
     assert sources is not None
-    positions = np.searchsorted(demand.positions, sources.reshape(-1)).astype(np.int64)
     call = analysis.call(node)
+    found = sources.reshape(-1) - (call.shape(0)[demand.axis] if demand.positions[0] < 0 else 0)
+    positions = np.searchsorted(demand.positions, found).astype(np.int64)
     scalar = len(call.out_shapes[0]) < len(call.shape(0))
     if not scalar and len(positions) == 1:  # one position, several times
         positions = positions.repeat(call.out_shapes[0][demand.axis])
