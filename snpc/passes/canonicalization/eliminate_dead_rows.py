@@ -181,6 +181,7 @@ def input_demands(analysis: DemandAnalysis, node: ir.Node, demand: Demand) -> Ma
     rule = {
         "pointwise": demand_pointwise,
         "normalize": demand_normalization,
+        "reduce": demand_reduction,
         "contraction": demand_contraction,
         "movement": demand_movement,
     }.get(spec.kind)
@@ -206,6 +207,14 @@ def demand_normalization(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[
         or others
         or call.shape(0) != call.out_shapes[0]
     ):
+        return None
+    return {0: demand}
+
+
+def demand_reduction(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[int, Demand] | None:
+    """A mean of each row; reduced axes stay with size 1."""
+    kept = len(call.out_shapes[0]) == len(call.shape(0))
+    if spec.axes is None or not kept or demand.axis in spec.axes(call):
         return None
     return {0: demand}
 

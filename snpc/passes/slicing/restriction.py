@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import UserError
-from snpc.graph import add_constant, make_node, replace_graph_output, unused_name
+from snpc.graph import add_constant, make_node, replace_graph_output, static_shape, unused_name
 from snpc.ops import GATHER, lookup
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.propagation import varying_axes
@@ -21,13 +21,15 @@ from snpc.types import BoolArray, IntArray
 
 
 def find_logits(traced_graph: TracedGraph, ids: str) -> ir.Value:
-    """The output [batch, tokens, vocabulary] of a model with token ids [batch, tokens] in the input ``ids``. Raises
-    UserError where there is none."""
+    """The output [batch, tokens, vocabulary] of a model with token ids [batch, tokens] in the input ``ids``: as wide as
+    a table that these address, or wider. Raises UserError where there is none."""
     facts = traced_graph.facts
-    tokens = next(facts.shape.get(v) for v in traced_graph.model.graph.inputs if v.name == ids)
+    source = next(v for v in traced_graph.model.graph.inputs if v.name == ids)
+    tokens = facts.shape.get(source)
+    entries = min((rows_of(table) for _, table in readers_of_ids(source) if table is not None), default=2)
     for value in traced_graph.model.graph.outputs:
         shape, labeled = facts.shape.get(value), traced_graph.trace.values.get(value)
-        if shape is None or labeled is None or len(shape) != 3 or shape[:2] != tokens:
+        if shape is None or labeled is None or len(shape) != 3 or shape[:2] != tokens or shape[2] < entries:
             continue
         if any(varying_axes(labels) == {2} for labels in labeled.factors):
             return value
@@ -39,11 +41,8 @@ def vocabulary_cuts(traced_graph: TracedGraph, ids: str, kept: IntArray) -> Cuts
     model, trace, units = traced_graph.model, traced_graph.trace, traced_graph.units
     logits = find_logits(traced_graph, ids)
     labels = next(f for f in trace.values[logits].factors if varying_axes(f) == {2}).reshape(-1)
-    tables = list(addressed_tables(next(v for v in model.graph.inputs if v.name == ids)))
-    if not tables:
-        raise UserError(f"input {ids} addresses no table of embeddings")
-    sizes = [int(table.const_value.shape[0]) for table in tables if table.const_value is not None]  # type: ignore[arg-type]
-    least = min(len(labels), *sizes)
+    tables = addressed_tables(model, ids)
+    least = min(len(labels), *map(rows_of, tables))
     if kept[-1] >= least:
         raise UserError(f"entry {kept[-1]} of the vocabulary is not among its {least}")
     gone = np.zeros(trace.table.count + 1, bool)
@@ -53,8 +52,8 @@ def vocabulary_cuts(traced_graph: TracedGraph, ids: str, kept: IntArray) -> Cuts
         mask = gone[units.unit_of_label[axis.first_label : axis.first_label + axis.size]]
         if mask.any():
             cuts[str(axis.constant.name), axis.axis] = mask
-    for table, size in zip(tables, sizes, strict=True):
-        cuts[str(table.name), 0] = removed_mask(size, kept)
+    for table in tables:
+        cuts[str(table.name), 0] = removed_mask(rows_of(table), kept)
     return cuts
 
 
@@ -65,20 +64,38 @@ def removed_mask(size: int, kept: IntArray) -> BoolArray:
     return mask
 
 
-def addressed_tables(ids: ir.Value) -> Iterator[ir.Value]:
-    """The constants whose rows ``ids`` address. Raises UserError where the ids are used otherwise: their numbers would
-    no longer mean the same."""
+def readers_of_ids(ids: ir.Value) -> Iterator[tuple[ir.Node, ir.Value | None]]:
+    """(node, the table whose rows it reads by ``ids``); None where it reads the ids themselves."""
     for node, index in ids.uses():
         spec = lookup(node.domain, node.op_type)
         table = node.inputs[0]
         if index == 0 and (spec.kind == "movement" or (spec.kind == "pointwise" and spec.effect == "same")):
-            yield from addressed_tables(node.outputs[0])
+            yield from readers_of_ids(node.outputs[0])
         elif index == 1 and spec.selects and table is not None and table.const_value is not None:
-            yield table
+            yield node, table
         elif spec.kind != "shape":
-            raise UserError(
-                f"{node.op_type} {node.name} reads the token ids themselves, and other ids would mean something else there"
-            )
+            yield node, None
+
+
+def addressed_tables(model: ir.Model, ids: str) -> list[ir.Value]:
+    """The constants whose rows the input ``ids`` addresses. Raises UserError where there is none, and where the ids are
+    used otherwise: their numbers would no longer mean the same."""
+    readers = list(readers_of_ids(next(v for v in model.graph.inputs if v.name == ids)))
+    other = next((node for node, table in readers if table is None), None)
+    if other is not None:
+        raise UserError(
+            f"{other.op_type} {other.name} reads the token ids themselves, and other ids would mean something else there"
+        )
+    tables = [table for _, table in readers if table is not None]
+    if not tables:
+        raise UserError(f"input {ids} addresses no table of embeddings")
+    return list(dict.fromkeys(tables))
+
+
+def rows_of(table: ir.Value) -> int:
+    """The number of rows of a table."""
+    assert table.const_value is not None
+    return static_shape(table.const_value)[0]
 
 
 def keep_last_row(model: ir.Model, logits: str) -> None:
