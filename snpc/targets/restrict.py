@@ -149,6 +149,11 @@ def checked_ids(values: Any, label: str) -> IntArray:
     return kept
 
 
+def kept_vocabulary(model: Model) -> IntArray | None:
+    """The ids of its source that a model has; None where it has all."""
+    return model.restriction.vocabulary if model.restriction is not None else None
+
+
 def vocabulary_path(model: Path) -> Path:
     """The mapping of a model's ids: ``out.vocabulary.json`` beside ``out.onnx``."""
     return model.with_name(f"{model.stem}.vocabulary.json")

@@ -22,6 +22,7 @@ from snpc.graph import (
     make_node,
     opset_version,
     replace_value,
+    selection_at,
 )
 from snpc.ops import GATHER, RESHAPE, SHAPE, SLICE, Blocked, Labels, OpCall, OpSpec, letters_of, lookup
 
@@ -90,7 +91,7 @@ def propagate_demand(analysis: DemandAnalysis, node: ir.Node) -> None:
     outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
     if has_subgraphs(node) or any(analysis.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
         return
-    demand = common_demand(analysis, outputs[0]) if len(outputs) == 1 else None
+    demand = common_demand(analysis, outputs[0]) if len(outputs) == 1 and not turns_selection(node) else None
     upstream = input_demands(analysis, node, demand) if demand is not None else None
     if demand is not None and upstream is not None:
         analysis.narrowed[node] = demand
@@ -100,6 +101,15 @@ def propagate_demand(analysis: DemandAnalysis, node: ir.Node) -> None:
     if seed is not None:
         analysis.seeds[node] = seed
         analysis.demands[node, 0] = seed
+
+
+def turns_selection(node: ir.Node) -> bool:
+    """Is it the last node of a selection of columns? Nothing is put inside of one."""
+    reshape = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    source = reshape.inputs[0] if reshape is not None and reshape.inputs else None
+    gather = source.producer() if source is not None else None
+    selection = selection_at(gather) if gather is not None else None
+    return selection is not None and selection.nodes[-1] is node
 
 
 def common_demand(analysis: DemandAnalysis, value: ir.Value) -> Demand | None:
