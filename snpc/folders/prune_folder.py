@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snpc.errors import UserError
 from snpc.folders.model_folder import find_model_folder
 from snpc.folders.output_folder import PrunedFolder, open_output_folder
 from snpc.pipeline import PruneOptions, prune
@@ -13,6 +14,12 @@ from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+TOKENIZER_ADVICE = (
+    "{folder}: its tokenizer gives the old ids, and no runtime maps them to those of a smaller vocabulary: prune the "
+    "file alone (snpc prune {model} --vocabulary IDS), and map ids by its OUTPUT.vocabulary.json"
+)
 
 
 def prune_folder(
@@ -36,6 +43,8 @@ def prune_folder(
     ``path`` is not empty.
     """
     source = find_model_folder(Path(folder), file)
+    if options.get("vocabulary") is not None:
+        raise UserError(TOKENIZER_ADVICE.format(folder=source.path, model=source.model_path))
     options.setdefault("prune_kv_cache", source.says_cache_widths)
     with open_output_folder(source, Path(path)) as place:
         result = prune(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from snpc.errors import UserError
 from snpc.passes import analyze
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
@@ -96,6 +97,10 @@ def prune(
     if restricted:
         loaded = restrict(loaded, vocabulary=vocabulary, last_logits=last_logits, execution=execution)
     analysis = with_metrics(analyze(loaded, prune_kv_cache=narrow_caches), metric)
+    if isinstance(calibration, Calibration) and kept_vocabulary(loaded) is not None:
+        raise UserError(
+            "with a vocabulary, give the data themselves in place of a Calibration: their ids are renumbered"
+        )
     if calibration is not None and not isinstance(calibration, Calibration):
         text = TextOptions(find_tokenizer(loaded.source), vocabulary=kept_vocabulary(loaded))
         calibration = load_calibration(calibration, loaded.inputs, text=text)

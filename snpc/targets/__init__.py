@@ -15,7 +15,7 @@ Files
   quantize          Quantization to int8: weights and the activations they multiply, as QuantizeLinear and
                     DequantizeLinear nodes.
   restrict          A model that says less: some entries of the vocabulary, logits of the last position. Written,
-                    compared, and loaded.
+                    compared, loaded.
   shape_profile     Ranges of input shapes that an engine serves: given by the user, or derived from the dynamic axes.
   tensorrt          Build targets TensorRT and TensorRT for RTX, whose Python interfaces are the same.
 """

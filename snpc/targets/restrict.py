@@ -1,4 +1,4 @@
-"""A model that says less: some entries of the vocabulary, logits of the last position. Written, compared, and loaded."""
+"""A model that says less: some entries of the vocabulary, logits of the last position. Written, compared, loaded."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def restrict(
     last_logits: bool = False,
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Model:
-    """The model with logits of some entries of the vocabulary only, or of the last position only, or both. It is written
-    to ``path`` (None: to a temporary file that lives as long as the returned value), and loaded.
+    """The model with logits of some entries of the vocabulary only, or of the last position only, or both. It is
+    written to ``path`` (None: to a temporary file that lives as long as the returned value), and loaded.
 
         small = snpc.restrict("model.onnx", "small.onnx", vocabulary="ids.json")
 
@@ -76,9 +76,7 @@ def restrict(
     return replace(result, restriction=compared, dequantization=loaded.dequantization)
 
 
-def restricted_graph(
-    traced: TracedGraph, ids: str, logits: str, kept: IntArray | None, last_logits: bool
-) -> Any:
+def restricted_graph(traced: TracedGraph, ids: str, logits: str, kept: IntArray | None, last_logits: bool) -> Any:
     """The graph with fewer entries of the vocabulary, and then with the last row alone."""
     if kept is None:
         graph = traced.model.clone()
@@ -134,13 +132,17 @@ def read_vocabulary(source: Sequence[int] | IntArray | Path | str) -> IntArray:
         text = path.read_text(encoding="utf-8")
         values: Any = json.loads(text) if path.suffix.lower() == ".json" else [int(word) for word in text.split()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: holds no token ids ({str(error) or type(error).__name__}): a .json list, or .txt") from None
+        raise UserError(
+            f"{path}: holds no token ids ({str(error) or type(error).__name__}): a .json list, or .txt"
+        ) from None
     return checked_ids(list(values.values()) if isinstance(values, dict) else values, str(path))
 
 
 def checked_ids(values: Any, label: str) -> IntArray:
     """The ids, ascending, each once. Raises UserError where they are no ids."""
-    whole = isinstance(values, list) and all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values)
+    whole = isinstance(values, list) and all(
+        isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values
+    )
     if not whole or not values or min(values) < 0:
         raise UserError(f"{label}: holds no token ids: give a list of whole numbers from 0 on")
     kept = np.unique(np.asarray(values, np.int64))
@@ -163,5 +165,7 @@ def write_vocabulary(model: Path, kept: IntArray) -> Path:
     """Write the mapping beside ``model``: JSON, id of the original (text) -> id of the model."""
     place = vocabulary_path(model)
     with atomic_write(place) as temporary:
-        temporary.write_text(json.dumps({str(old): new for new, old in enumerate(kept.tolist())}) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({str(old): new for new, old in enumerate(kept.tolist())}) + "\n", encoding="utf-8"
+        )
     return place

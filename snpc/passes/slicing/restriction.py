@@ -84,7 +84,7 @@ def addressed_tables(model: ir.Model, ids: str) -> list[ir.Value]:
     other = next((node for node, table in readers if table is None), None)
     if other is not None:
         raise UserError(
-            f"{other.op_type} {other.name} reads the token ids themselves, and other ids would mean something else there"
+            f"{other.op_type} {other.name} reads the token ids themselves, where other ids would mean something else"
         )
     tables = [table for _, table in readers if table is not None]
     if not tables:

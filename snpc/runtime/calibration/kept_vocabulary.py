@@ -15,8 +15,8 @@ from snpc.types import AnyArray, IntArray
 
 
 def with_kept_vocabulary(source: CalibrationSource, kept: IntArray | None) -> CalibrationSource:
-    """The source for a model whose id k is the id ``kept[k]`` of the data; None: ids stay. All samples of files are read
-    at once. Raises UserError where none is left."""
+    """The source for a model whose id k is the id ``kept[k]`` of the data; None: ids stay. All samples of files are
+    read at once. Raises UserError where none is left."""
     ids = find_ids(source.inputs)
     if kept is None or ids is None:
         return source
@@ -26,8 +26,8 @@ def with_kept_vocabulary(source: CalibrationSource, kept: IntArray | None) -> Ca
     parts = list(renumbering.parts())
     if not parts:
         raise UserError(
-            f"{source.label}: each of its {renumbering.seen} samples holds ids that are not in the vocabulary: keep more "
-            "ids, or give shorter samples (--seq-len)"
+            f"{source.label}: each of its {renumbering.seen} samples holds ids that are not in the vocabulary: keep "
+            "more ids, or give shorter samples (--seq-len)"
         )
     gone = renumbering.seen - renumbering.used
     words = f"samples of kept ids alone ({gone} of {renumbering.seen} hold others and are left out)"
@@ -67,4 +67,4 @@ class VocabularyFilter:
         shown = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else np.asarray(mask) != 0
         places = np.minimum(np.searchsorted(self.kept, ids), len(self.kept) - 1)
         known = (self.kept[places] == ids) | ~shown
-        return np.atleast_2d(known).all(1), np.where(shown, places, 0).astype(ids.dtype)
+        return np.asarray(np.atleast_2d(known).all(1)), np.where(shown, places, 0).astype(ids.dtype)
