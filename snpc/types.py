@@ -32,11 +32,12 @@ ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residu
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
-PinKind = Literal["hard", "norm", "sum", "choice"]
+PinKind = Literal["hard", "norm", "head_norm", "sum", "choice"]
 ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized", "expert"]
-ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
+ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection", "score_refit"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
-refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
+refitted consumer weights; or a selection by the error of the attention scores, with no weight changed, or with the
+gains of the norms on queries and keys refitted to the scores."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -45,6 +46,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
 NORMALIZED_INSIDE_REASON = "normalized inside: statistics over it change, so it is cut approximately"
+NORMALIZED_HEADS_REASON = "queries and keys are normalized: statistics over it change, so it is cut approximately"
 
 Feeds = Mapping[str, AnyArray]
 Shape = tuple[int, ...]
@@ -168,13 +170,19 @@ class Model:
     quantized: QuantizedForm | None = field(default=None, repr=False, compare=False)
     """Where ``graph`` is the float graph that the file stands for: the file's own, in which pruned models are
     written."""
+    companions: tuple[Model, ...] = field(default=(), repr=False)
+    """Models with the same weights, which are cut alike: a decoder that goes on from the caches of this one."""
+    merged: Path | None = None
+    """The file that holds this model and its only companion as branches, if one does; ``path`` is a copy then."""
 
     @property
     def source(self) -> Path:
-        """The user's file: that which was dequantized or restricted, where one was."""
+        """The user's file: that which was dequantized or restricted, or that holds both branches, where there is one."""
         if self.restriction is not None:
             return self.restriction.source
-        return self.path if self.dequantization is None else self.dequantization.source
+        if self.dequantization is not None:
+            return self.dequantization.source
+        return self.merged or self.path
 
 
 @dataclass(frozen=True)
@@ -210,9 +218,9 @@ class Probe:
 class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
-    ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, possibly within a head only; "choice": some of its positions are chosen for each
-    token, as experts are.
+    ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "head_norm": the same
+    within each head; "sum": it is summed or compared over, possibly within a head only; "choice": some of its positions
+    are chosen for each token, as experts are.
     """
 
     tensor: str
@@ -230,7 +238,7 @@ class Group:
     ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
     half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
     over the units, so removing some changes the statistics of the others. The residual stream (role "residual") is cut
-    only on request; a hidden layer that is normalized inside is cut as others are.
+    only on request; a hidden layer that is normalized inside, and queries and keys that are, are cut as others are.
 
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
@@ -265,7 +273,7 @@ class Group:
 
     @property
     def normalized_inside(self) -> bool:
-        """Is it a hidden layer over which a normalization takes statistics?"""
+        """Is it a hidden layer, or are they queries and keys, over which a normalization takes statistics?"""
         return self.approximate and self.role != "residual"
 
 

@@ -36,16 +36,19 @@ def prune_folder(
     that say its widths, tokenizer, other models.
 
     ``file``: the model that is cut, by its path in the folder; None: the one that genai_config.json names, or the only
-    one. Everything else is as in ``prune``, but that caches may get narrower where the folder has a genai_config.json,
+    one. Decoders with the same weights, with and without a past, are cut by one plan. Everything else is as in
+    ``prune``, but that companions are found, and that caches may get narrower where the folder has a genai_config.json,
     which says their width (``prune_kv_cache=False`` keeps them).
 
-    Raises UserError where there are several models and none is named, where another one has the same weights, and where
-    ``path`` is not empty.
+    Raises UserError where there are several models and none is named, and where ``path`` is not empty.
     """
     source = find_model_folder(Path(folder), file)
     if options.get("vocabulary") is not None:
         raise UserError(TOKENIZER_ADVICE.format(folder=source.path, model=source.model_path))
     options.setdefault("prune_kv_cache", source.says_cache_widths)
+    if "companions" in options:
+        raise UserError("companions are for files: those of a folder are found")
+    options["companions"] = source.companion_paths
     with open_output_folder(source, Path(path)) as place:
         result = prune(
             source.model_path,

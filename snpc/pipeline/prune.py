@@ -46,8 +46,8 @@ class BudgetOptions(TypedDict, total=False):
 
 
 class PruneOptions(BudgetOptions, total=False):
-    """The same, how units are chosen and outputs judged (see ``plan``), and whether caches may get narrower (see
-    ``analyze``)."""
+    """The same, how units are chosen and outputs judged (see ``plan``), whether caches may get narrower (see
+    ``analyze``), and which models are cut alike (see ``load``)."""
 
     method: PruningMethod | None
     criterion: str | None
@@ -57,6 +57,7 @@ class PruneOptions(BudgetOptions, total=False):
     dequantize: bool
     vocabulary: Sequence[int] | Path | str | None
     last_logits: bool
+    companions: Sequence[Path | str]
 
 
 def prune(
@@ -80,20 +81,22 @@ def prune(
     ``max_ppl`` among them; with ``tokens`` alone no widths are cut. ``method``, ``criterion``, ``metric`` and
     ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a quantized one is pruned, see
     ``snpc.dequantize``. ``vocabulary``, ``last_logits``: the model says less first, see ``snpc.restrict``; ids of the
-    data are those of the original, and without an amount to cut, nothing else goes.
+    data are those of the original, and without an amount to cut, nothing else goes. ``companions``: models with the
+    same weights (a decoder that goes on from this one's caches), cut by the same plan and written beside ``path`` under
+    their own names.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
     """
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
     effort, narrow_caches = options.pop("effort", "normal"), options.pop("prune_kv_cache", False)
-    of_quantized = options.pop("dequantize", False)
+    of_quantized, companions = options.pop("dequantize", False), options.pop("companions", ())
     vocabulary, last_logits = options.pop("vocabulary", None), options.pop("last_logits", False)
     restricted = vocabulary is not None or last_logits
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only or (restricted and not budget) else Budget(**budget)
-    loaded = dequantized(model, execution=execution) if of_quantized else load(model)
+    loaded = dequantized(model, execution=execution) if of_quantized else load(model, companions=companions)
     if restricted:
         loaded = restrict(loaded, vocabulary=vocabulary, last_logits=last_logits, execution=execution)
     analysis = with_metrics(analyze(loaded, prune_kv_cache=narrow_caches), metric)

@@ -93,8 +93,16 @@ FORM_NAMES: Mapping[ClosedFormKind, str] = {
     "low_rank_vo": "values",
     "refit": "refit",
     "score_selection": "coupled",
+    "score_refit": "coupled_refit",
 }
 """Closed forms under the names that reports have for them."""
+
+
+def describe_approximation(role: str, form: str | None) -> str:
+    """What is approximate about a cut group that is normalized inside, by its closed form (None: there is none)."""
+    if role == "qk":
+        return f"norm on query and key heads {'refitted' if form == 'score_refit' else 'not refitted'}"
+    return f"normalized inside, {'refitted' if form == 'refit' else 'not refitted'}"
 
 
 def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = None) -> list[dict[str, Any]]:
@@ -123,6 +131,9 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
                 "kept": plan.kept_width(group),
                 "freedom": group.freedom,
                 "normalized_inside": group.normalized_inside,
+                "approximation": describe_approximation(group.role, kinds.get(group.id))
+                if group.normalized_inside and group.id in plan.keep
+                else None,
                 "form": FORM_NAMES[kinds[group.id]] if group.id in kinds else None,
                 "sites": sites,
             }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from snpc.runtime.io import ModelSource
 
 METADATA = "snpc.vocabulary"
+ALONE_ADVICE = "leave out --vocabulary and --last-logits, or give one file without companions"
 LARGEST_DIFFERENCE = 1e-4  # of the logits that stay, relative to them: kernels of other sizes round apart
 
 
@@ -54,6 +55,9 @@ def restrict(
         raise UserError("nothing to restrict: give a vocabulary (--vocabulary), or --last-logits")
     loaded = model if isinstance(model, Model) else load(model, execution.observer)
     kept = None if vocabulary is None else read_vocabulary(vocabulary)
+    if loaded.companions or loaded.merged:
+        other = loaded.companions[0].path if loaded.companions else loaded.merged
+        raise UserError(f"{loaded.path}: one model is restricted at a time, and {other} goes with it: {ALONE_ADVICE}")
     ids = find_ids(loaded.inputs)
     if ids is None:
         raise UserError(f"{loaded.path}: it takes no token ids, so it has no vocabulary and no last position")

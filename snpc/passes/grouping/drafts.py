@@ -142,7 +142,7 @@ def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
         return "head"
     if flags & LabelFlag.PASSED_THROUGH:
         return "vo"
-    if flags & LabelFlag.ADDED or any(pin.kind in ("sum", "choice") for pin in pins):
+    if flags & LabelFlag.ADDED or any(pin.kind in ("sum", "head_norm", "choice") for pin in pins):
         return "residual"
     if flags & LabelFlag.CONVOLVED or (flags & LabelFlag.POINTWISE and flags & LabelFlag.DEPTHWISE):
         return "conv"
@@ -203,5 +203,7 @@ def spans_several_heads(pin: LabelPin, units: Units) -> bool:
 
 def is_approximate(draft: GroupDraft) -> bool:
     """Whether only normalization statistics pin the group, which can then be cut with an approximate result."""
+    if draft.role == "qk":
+        return bool(draft.pins) and all(pin.kind in ("norm", "head_norm") for pin in draft.pins)
     is_one_block = draft.role in ("residual", "ffn", "conv") and len(draft.units) == 1
     return is_one_block and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)

@@ -27,6 +27,7 @@ from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
 from snpc.types import (
     APPROXIMATE_REASON,
+    NORMALIZED_HEADS_REASON,
     NORMALIZED_INSIDE_REASON,
     Freedom,
     Group,
@@ -102,7 +103,8 @@ def to_pin(pin: LabelPin) -> Pin:
 def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     """How the units of a group may be transformed before they are cut, and why not more freely."""
     if is_approximate(draft):
-        return "select", APPROXIMATE_REASON if draft.role == "residual" else NORMALIZED_INSIDE_REASON
+        reasons = {"residual": APPROXIMATE_REASON, "qk": NORMALIZED_HEADS_REASON}
+        return "select", reasons.get(draft.role, NORMALIZED_INSIDE_REASON)
     if draft.role in ("head", "experts"):
         return "select", "whole heads" if draft.role == "head" else "whole experts"
     if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):

@@ -26,7 +26,13 @@ from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
 from snpc.passes.propagation.grouped_convolution import propagate_grouped_convolution
-from snpc.passes.propagation.kv_cache import KV_CACHE_ADVICE, find_kv_caches, label_kv_cache, present_outputs
+from snpc.passes.propagation.kv_cache import (
+    KV_CACHE_ADVICE,
+    find_kv_caches,
+    is_shared_cache,
+    label_kv_cache,
+    present_outputs,
+)
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import have_labels_in_common, unify_factors
 from snpc.passes.propagation.rotary_embedding import propagate_column_selection, propagate_rotary
@@ -80,7 +86,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
             statistic.context.pin(
                 statistic.data, statistic.labels, f"its mean is used outside the normalization, by {reader}"
             )
-    presents = set(present_outputs(trace, list(model.graph.outputs)))
+    presents = set(present_outputs(trace, list(model.graph.outputs))) if kv_cache else set()
     for value in model.graph.outputs:
         operand = trace.values.get(value)
         if operand is None or value in presents:
@@ -92,7 +98,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
                 str(value.name),
                 axis,
                 operand.shape[axis],
-                "it is a graph output",
+                KV_CACHE_ADVICE if is_shared_cache(value) else "it is a graph output",
                 f"output {value.name}",
             )
     return trace
@@ -351,11 +357,12 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
         for labels in factors:
             context.trace.table.flag(labels, LabelFlag.ADDED)
     axes = set(spec.axes(context.call)) if spec.axes else set()
+    normalized = [f for c in operands[: sum(c is not None for c in data)] for f in c.factors]
     for labels in factors:
         crossed = varying_axes(labels) & axes
         if spec.makes_shares and len(crossed) == len(varying_axes(labels)) == 1:
             compare_positions(context, first, labels)
-        elif crossed and not unify_statistic_parts(context, labels, axes):
+        elif crossed and not (is_shared_parameter(labels, normalized) or unify_statistic_parts(context, labels, axes)):
             reason = spec.reason or "its statistics are taken over this axis"
             folded = len(np.unique(labels)) < labels.size
             lost = folded and moves_from_own_axis(context.node.inputs[0], labels, context.trace) is None
@@ -363,6 +370,14 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
         context.trace.table.flag(labels, LabelFlag.NONLINEAR)
     kept = tuple(f for labels in factors for f in labels_of_kept_axes(context, labels))
     return [kept if not k or k in spec.sum_outputs else () for k in range(len(context.call.out_shapes))]
+
+
+def is_shared_parameter(labels: Labels, normalized: Sequence[Labels]) -> bool:
+    """Are these the labels of a gain or bias that the parts of finer labels share, of which the statistics are taken
+    (one vector for all heads)?"""
+    return all(labels is not finer for finer in normalized) and any(
+        varying_axes(labels) < varying_axes(finer) for finer in normalized
+    )
 
 
 def labels_of_kept_axes(context: NodeContext, labels: Labels) -> Factors:

@@ -159,8 +159,8 @@ class NodeContext:
         if kind == "norm" and operand.constant:
             kind = "hard"
         elif kind == "norm" and len(varying_axes(labels)) > 1:
-            kind = "sum"  # one of several statistics, each over its own part of the positions
-        if kind == "norm":
+            kind = "head_norm"  # one of several statistics, each over its own part of the positions
+        if kind in ("norm", "head_norm"):
             statistic = NormalizationStatistic(self, operand, labels, tuple(k - labels.ndim for k in sorted(axes)))
             self.trace.statistics.append(statistic)
         rest = [k for k in range(labels.ndim) if k not in axes]

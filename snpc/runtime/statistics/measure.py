@@ -53,7 +53,8 @@ class StatisticRequest:
     def add_to(self, instrument: Instrument) -> None:
         """Add the statistic to the instrumented model, as a new output."""
         if self.key.kind == "gram_joint":
-            gram = instrument.gram_joint(self.probe, self.group.size, self.window, self.stride)
+            units = self.group.blocks * self.group.size
+            gram = instrument.gram_joint(self.probe, units, self.window, self.stride)
             instrument.add_output(gram, self.output)
         elif self.product is not None:
             instrument.add_output(score_loss_matrix(instrument, self.product, self.group), self.output)
@@ -79,10 +80,12 @@ def statistic_requests(analysis: Analysis, keys: Mapping[str, Sequence[Statistic
 def requests_of_key(analysis: Analysis, group: Group, key: StatisticKey) -> list[StatisticRequest]:
     """The requests of one statistic, outputs without a name yet."""
     if key.kind == "score_loss":
-        return [score_loss_request(group, key, product) for product in analysis.weights[group.id].products]
+        products = analysis.weights[group.id].products
+        chosen = products if key.use is None else products[key.use : key.use + 1]
+        return [score_loss_request(group, key, product) for product in chosen]
     if key.probe == "normalized" and key.consumer is not None and key.use is not None:
-        normalization = analysis.weights[group.id].normalizations[key.consumer]
-        return [StatisticRequest(group, normalization.probes[key.use], key, "")]
+        probe = analysis.weights[group.id].normalizations[key.consumer].probes[key.use]
+        return [StatisticRequest(group, probe, key, "", columns=probe.units.size // (group.blocks * group.size))]
     if key.consumer is not None and key.use is not None:
         use = analysis.weights[group.id].uses[key.consumer][key.use]
         window = use.node if use.consumer.taps > 1 else None
