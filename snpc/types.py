@@ -177,7 +177,7 @@ class Model:
 
     @property
     def source(self) -> Path:
-        """The user's file: that which was dequantized or restricted, or that holds both branches, where there is one."""
+        """The user's file: that which was dequantized or restricted, or that holds both branches, if any."""
         if self.restriction is not None:
             return self.restriction.source
         if self.dequantization is not None:
