@@ -30,7 +30,7 @@ Files
 from __future__ import annotations
 
 from snpc.passes.propagation.attention import unify_keys_and_values
-from snpc.passes.propagation.kv_cache import resize_interface
+from snpc.passes.propagation.kv_cache import mark_shared_caches, resize_interface
 from snpc.passes.propagation.labels import Cover, LabeledAxis, LabelFlag, LabelPin, LabelTable, varying_axes
 from snpc.passes.propagation.propagate import propagate_labels
 from snpc.passes.propagation.removal import (
@@ -68,6 +68,7 @@ __all__ = [
     "Trace",
     "WidthTie",
     "affected_statistics",
+    "mark_shared_caches",
     "moves_from_own_axis",
     "propagate_labels",
     "removed_along",

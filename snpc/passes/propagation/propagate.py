@@ -26,7 +26,13 @@ from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
 from snpc.passes.propagation.grouped_convolution import propagate_grouped_convolution
-from snpc.passes.propagation.kv_cache import KV_CACHE_ADVICE, find_kv_caches, label_kv_cache, present_outputs
+from snpc.passes.propagation.kv_cache import (
+    KV_CACHE_ADVICE,
+    find_kv_caches,
+    is_shared_cache,
+    label_kv_cache,
+    present_outputs,
+)
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import have_labels_in_common, unify_factors
 from snpc.passes.propagation.rotary_embedding import propagate_column_selection, propagate_rotary
@@ -80,7 +86,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
             statistic.context.pin(
                 statistic.data, statistic.labels, f"its mean is used outside the normalization, by {reader}"
             )
-    presents = set(present_outputs(trace, list(model.graph.outputs)))
+    presents = set(present_outputs(trace, list(model.graph.outputs))) if kv_cache else set()
     for value in model.graph.outputs:
         operand = trace.values.get(value)
         if operand is None or value in presents:
@@ -92,7 +98,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
                 str(value.name),
                 axis,
                 operand.shape[axis],
-                "it is a graph output",
+                KV_CACHE_ADVICE if is_shared_cache(value) else "it is a graph output",
                 f"output {value.name}",
             )
     return trace
