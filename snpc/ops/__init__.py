@@ -22,6 +22,7 @@ Files
                  they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
+  routing        Routing of tokens to experts: positions that are chosen along an axis, and one-hot rows of them.
   spec           The schema of the operator table.
 """
 
@@ -120,6 +121,7 @@ from snpc.ops.quantization import (
 )
 from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
+from snpc.ops.routing import most_chosen, one_hot_axis, routing_entries
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
 __all__ = [
@@ -212,7 +214,9 @@ __all__ = [
     "letters_of",
     "lookup",
     "matmul_letters",
+    "most_chosen",
     "names",
+    "one_hot_axis",
     "operator_table",
     "parse_einsum",
     "partly_written",
@@ -238,6 +242,7 @@ def operator_table() -> dict[tuple[str, str], OpSpec]:
         normalization_entries,
         attention_entries,
         rotary_entries,
+        routing_entries,
         opaque_entries,
     )
     for entries in families:

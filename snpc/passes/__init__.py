@@ -3,6 +3,7 @@
 Files
   analyze            Analysis: the groups, pins and cost of a model (docs/how-it-works.md shows how they are found).
   canonicalization/  Canonicalization: rewrites without change of meaning that the analysis relies on.
+  companions/        Companions: models with the same weights as another one, which are cut alike.
   fusion/            Fusions that a runtime rewards: attention and biases in one node.
   grouping/          Grouping: from labels to units, and from units to groups of heads x width with their sites.
   mac_breakdown      The multiply-accumulates of a model by role, every contraction counted once.
@@ -19,7 +20,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.analyze import Analysis, GraphAtSizes, SizedFacts, analyze, analyze_graph, quoted_facts
+from snpc.passes.analyze import Analysis, Companion, GraphAtSizes, SizedFacts, analyze, analyze_graph, quoted_facts
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.passes.output_kinds import OutputKind, find_output_kinds, partly_written_outputs
 from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
@@ -30,6 +31,7 @@ __all__ = [
     "FUSE_GEMM_BIAS",
     "PASSES",
     "Analysis",
+    "Companion",
     "DumpAfter",
     "GraphAtSizes",
     "OutputKind",

@@ -45,6 +45,7 @@ SPECS = (
     "lrp",
     "movement",
     "qm",
+    "reap",
     "serene",
     "serene:outputs=0",
     "snp",
@@ -53,7 +54,12 @@ SPECS = (
     "snp:average=grams",
     "taylor",
 )
-KINDS: Mapping[Role, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("context", "value"), "head": ("context",)}
+KINDS: Mapping[Role, tuple[str, ...]] = {
+    "qk": ("query", "key"),
+    "vo": ("context", "value"),
+    "head": ("context",),
+    "experts": ("expert",),
+}
 
 # --- a group made of random numbers -----------------------------------------------------------------------------------
 
@@ -82,6 +88,9 @@ def measure(role: Role, values: Batch) -> Batch:
         batch[f"tokens:{kind}"] = np.full(len(x), float(x.shape[2]))
         if role != "head":
             batch[f"gram:{kind}"] = np.swapaxes(x, -1, -2) @ x
+    if role == "experts":
+        norms = np.abs(values["expert"]).sum(axis=2).reshape(len(values["expert"]), -1)
+        batch["routed:expert"] = np.stack([norms, np.full(norms.shape, 9.0)], axis=1)
     first = next(iter(values.values()))
     batch["gate:loss"] = first.sum(axis=2)
     batch["gate:weights"] = np.square(first).sum(axis=2)
@@ -591,7 +600,7 @@ def test_a_broken_package_does_not_stop_snpcs_own(monkeypatch: pytest.MonkeyPatc
     offer(monkeypatch, ("new", "no_such_module_of_snpc:X"))
     assert make_criterion("snp") == Snp()
     with pytest.raises(
-        UserError, match=r"choose one of activation, .*, movement, new, qm, random, serene, snp, taylor$"
+        UserError, match=r"choose one of activation, .*, movement, new, qm, random, reap, serene, snp, taylor$"
     ):
         make_criterion("old")
     assert "no_such_module_of_snpc" not in sys.modules

@@ -36,7 +36,8 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("canonicalization", "propagation"),
         ("quantization", "grouping", "fusion"),
         ("weights", "token_analysis", "sublayers"),
-        ("slicing", "analyze"),
+        ("slicing", "companions"),
+        ("analyze",),
         ("mac_breakdown", "output_kinds", "pass_list"),
     ),
     "runtime": (

@@ -37,6 +37,7 @@ class LabelFlag(IntFlag):
     DEPTHWISE = 16384  # channel of a convolution of its own
     BATCHED = 4096  # batch axis of a product of two activations: one product per position
     CACHED = 2048  # stored in a KV cache
+    ROUTED = 32768  # an expert: data choose some of them for each token
 
 
 @dataclass(frozen=True)

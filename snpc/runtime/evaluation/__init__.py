@@ -25,7 +25,13 @@ from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
-from snpc.runtime.evaluation.cached_decoding import cache_bytes_per_token, cache_interface, cached_decoding_error
+from snpc.runtime.evaluation.cached_decoding import (
+    RunningDecoder,
+    cache_bytes_per_token,
+    cache_interface,
+    cached_decoding_error,
+    decoder_interface,
+)
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
@@ -65,6 +71,7 @@ __all__ = [
     "MetricRequest",
     "OutputMetric",
     "OutputMetrics",
+    "RunningDecoder",
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
@@ -76,6 +83,7 @@ __all__ = [
     "check_structure",
     "compare_models",
     "compare_on_equal_selections",
+    "decoder_interface",
     "evaluate",
     "find_language_head",
     "find_selectors",

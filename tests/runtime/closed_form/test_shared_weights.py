@@ -15,7 +15,6 @@ import pytest
 import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.weights.attention_operands import score_products
-from snpc.passes.weights.closed_form_kinds import closed_form_kinds
 from snpc.passes.weights.consumers import consumer_uses, consumer_weights, single_consumer_weight
 from snpc.passes.weights.edits import existing_bias
 from snpc.pipeline.planner import PruningPlan
@@ -323,17 +322,3 @@ def test_padded_tokens_do_not_count_among_rotary_pairs() -> None:
         for f in (feeds, other)
     ]
     assert np.abs(sums[0] - sums[1]).max() < 1e-5 * np.abs(sums[0]).max()
-
-
-@pytest.mark.parametrize("name", ["qwen3__ts17", "vit_timm_qknorm__ts17"])
-def test_query_and_key_behind_a_norm_of_each_head_stay_and_the_rest_does_not(name: str) -> None:
-    analysis = analysis_of(name)
-    assert not groups_of(analysis, "qk")
-    assert not groups_of(analysis, "head")
-    said = [p.reason for p in analysis.pins if "q_norm" in p.operator]
-    assert said
-    assert all("mean" in reason or "statistics" in reason for reason in said)
-    groups = [g for role in ("vo", "ffn") for g in groups_of(analysis, role)]  # type: ignore[arg-type]
-    kinds = closed_form_kinds(analysis.weights, groups)
-    assert sorted(set(kinds.values())) == ["low_rank_vo", "refit"]
-    assert len(kinds) == len(groups)
