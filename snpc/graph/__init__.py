@@ -3,8 +3,7 @@
 Files
   binding          Sizes for the dynamic dimensions of a graph's inputs.
   builder          Adds constants and nodes to a graph, under names that are free, and redirects uses to what was added.
-  column_selection Selections of columns of a table that heads share: how one is written, and found
-                   again.
+  column_selection Selections of columns of a table that heads share: how one is written into a graph, and found again.
   constant_values  The contents of values that a graph computes from shapes and constants only.
   cost             What a model costs in multiply-accumulates, from shapes and the operator table, without running it.
   decoder_names    Names of a decoder's inputs and outputs, by which exporters and runtimes know them.
