@@ -30,6 +30,7 @@ from snpc.report import (
     quality_text,
     quality_warning,
     requantization_text,
+    restriction_text,
     rewrite_text,
 )
 from snpc.runtime.closed_form import ClosedForms
@@ -281,6 +282,8 @@ def print_dequantization(model: Model) -> None:
     """How the float model was made of a quantized file, and how much that changed."""
     if model.dequantization is not None:
         print_line(dequantization_text(model.dequantization))
+    if model.restriction is not None:
+        print_line(f"restricted: {restriction_text(model.restriction)}")
 
 
 def print_pins(analysis: Analysis) -> None:
