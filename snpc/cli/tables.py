@@ -307,6 +307,7 @@ def print_skipped_groups(closed_forms: ClosedForms | None) -> None:
 
 def print_plan(plan: SlicePlan) -> None:
     """The width of each group of a plan, before and after."""
+    print_removed_layers(plan)
     rows = []
     for g in plan.analysis.groups:
         if g.id in plan.keep:
@@ -319,7 +320,8 @@ def print_plan(plan: SlicePlan) -> None:
                     format_share(plan.kept_width(g), g.size),
                 )
             )
-    print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    if rows or plan.analysis.removal is None:
+        print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
 
 
 def print_result(result: PrunedModel) -> None:
@@ -348,6 +350,7 @@ def print_result(result: PrunedModel) -> None:
         + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    print_removed_layers(result.plan)
     slower = slower_decoding_text(*result.head_size) if result.head_size else ""
     if slower:
         print_note(slower)
@@ -371,6 +374,14 @@ def print_result(result: PrunedModel) -> None:
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
     print_verdict(result.verification)
+
+
+def print_removed_layers(plan: SlicePlan) -> None:
+    """The layers that are gone whole, and what stands for them."""
+    removal = plan.analysis.removal
+    if removal is not None:
+        listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
+        print_line(f"layers gone: {', '.join(listed)}")
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

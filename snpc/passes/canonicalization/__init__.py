@@ -26,6 +26,7 @@ Files
 from __future__ import annotations
 
 from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, canonicalize
+from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC, infer_shapes
@@ -36,6 +37,7 @@ __all__ = [
     "ELIMINATE_DEAD_ROWS",
     "FINALIZATION_PASSES",
     "FOLD_SHAPE_ARITHMETIC",
+    "EliminateDeadNodes",
     "canonicalize",
     "finalize",
     "infer_shapes",

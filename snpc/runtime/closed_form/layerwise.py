@@ -86,7 +86,7 @@ def fit_layerwise(
     groups = [g for g in analysis.groups if g.id in plan.keep]
     errors = residual_errors(analysis, groups)
     base = fit_for_dense_stream(closed_forms, plan, errors)
-    if not errors or not groups:
+    if not errors or not (groups or analysis.removal):
         return base
     cut = rewrite_model(base, cuts_of(plan))
     stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
@@ -182,7 +182,7 @@ def first_values(
         return values_on_workers(fit, names, calibration, execution, dense)
     values = LocalBatchValues(batches(), execution)
     if dense is None or not dense.batches:
-        values.run(dense_program(fit.analysis.traced_graph, names))
+        values.run(dense_program(fit.analysis, names))
     return values
 
 
@@ -201,15 +201,19 @@ def values_on_workers(
         values, known = DistributedBatchValues(calibration, execution.executor, execution), False
     keep_token_masks(values, fit.analysis.traced_graph, fit.padding)
     if not known:
-        values.run(dense_program(fit.analysis.traced_graph, names))
+        values.run(dense_program(fit.analysis, names))
     return values
 
 
-def dense_program(graph: TracedGraph, names: tuple[str, ...]) -> BatchProgram:
-    """The dense model, which keeps its values of these names."""
+def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
+    """The dense model, with all its layers, which keeps what its values of these names are there: in front of a layer
+    that is gone, the sum behind it."""
+    removal = analysis.removal
+    graph = analysis.traced_graph if removal is None else removal.source
+    dense = {name: removal.continued.get(name, name) if removal is not None else name for name in names}
     instrument = Instrument(graph.model)
-    instrument.add_values(names, graph.facts.types_by_name)
-    return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
+    instrument.add_values(dense.values(), graph.facts.types_by_name)
+    return BatchProgram(instrument.model, kept={dense[name]: dense_name(name) for name in names})
 
 
 @dataclass(frozen=True)
