@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import add_constant, make_node, replace_graph_output, unused_name
+from snpc.graph import add_constant, make_node, redirect_uses, replace_graph_output, unused_name
 from snpc.ops import names as op
 from snpc.passes.canonicalization import EliminateDeadNodes
 from snpc.passes.grouping import TracedGraph
@@ -28,33 +28,52 @@ class SublayerRemoval:
     """The sublayers that are gone from a graph. ``means``: name -> [D], the constant that stands for one; nothing
     stands for the others. ``source``: the graph that still has them.
 
-    ``continued``: value of the stream in front of removed sublayers -> the sum behind them in ``source``, which it
-    stands for."""
+    ``continued``: value of the stream in front of a removed sublayer -> what it stands for behind it."""
 
     sublayers: tuple[Sublayer, ...]
     means: Means
     source: TracedGraph = field(repr=False, compare=False)
-    continued: Mapping[str, str] = field(repr=False, compare=False)
+    continued: Mapping[str, Continuation] = field(repr=False, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sublayer.name for sublayer in self.sublayers)
 
+    def stands_for(self, name: str) -> Continuation:
+        """What a value of the stream stands for in ``source``: that of its name, or the sum behind the sublayers that
+        are gone there, less the constants that still follow."""
+        found = self.continued.get(name)
+        if found is None or found.added is None:
+            return found or Continuation(name)
+        behind = self.stands_for(found.summed)
+        return Continuation(behind.summed, found.added + (0.0 if behind.added is None else behind.added))
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The sum ``summed``, less the constant ``added`` [D] where there is one."""
+
+    summed: str
+    added: FloatArray | None = None
+
 
 def without_sublayers(
     source: TracedGraph, sublayers: Iterable[Sublayer], means: Means = NO_MEANS
-) -> tuple[ir.Model, Mapping[str, str]]:
+) -> tuple[ir.Model, Mapping[str, Continuation]]:
     """(a copy of the graph that lacks these sublayers and all that only they read, ``SublayerRemoval.continued``)."""
     copy, types = source.model.clone(), source.facts.types_by_name
     removed = {(sublayer.summed, sublayer.branch): sublayer for sublayer in sublayers}
     nothing: set[ir.Value] = set()  # values that are the sum of no term any more
-    continued: dict[str, str] = {}
+    continued: dict[str, Continuation] = {}
     for node in list(copy.graph):
         total = node.outputs[0]
         gone = []
         for index, value in enumerate(node.inputs):
             sublayer = removed.get((str(total.name), str(value.name))) if value is not None else None
             if sublayer is not None and sublayer.name in means:
+                rest = node.inputs[1 - index]
+                assert rest is not None
+                continued[str(rest.name)] = Continuation(str(total.name), means[sublayer.name])
                 node.replace_input_with(index, mean_constant(copy.graph, sublayer, means[sublayer.name], types))
             elif sublayer is not None or value in nothing:
                 gone.append(index)
@@ -64,7 +83,7 @@ def without_sublayers(
             rest = node.inputs[1 - gone[0]]
             assert rest is not None
             bypass(copy.graph, node, rest)
-            continued[str(rest.name)] = str(total.name)
+            continued[str(rest.name)] = Continuation(str(total.name))
     EliminateDeadNodes()(copy)
     return copy, continued
 
@@ -72,7 +91,7 @@ def without_sublayers(
 def bypass(graph: ir.Graph, node: ir.Node, rest: ir.Value) -> None:
     """Let what reads the sum ``node`` read ``rest``; an output of the graph keeps its name."""
     total = node.outputs[0]
-    total.replace_all_uses_with(rest)
+    redirect_uses(list(total.uses()), rest)
     if total.is_graph_output():
         passed = make_node(op.IDENTITY, [rest], name=unused_name(f"{node.name}_without", node_names(graph)))
         passed.outputs[0].type, passed.outputs[0].shape = total.type, total.shape

@@ -209,11 +209,18 @@ def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
     """The dense model, with all its layers, which keeps what its values of these names are there: in front of a layer
     that is gone, the sum behind it."""
     removal = analysis.removal
-    graph = analysis.traced_graph if removal is None else removal.source
-    dense = {name: removal.continued.get(name, name) if removal is not None else name for name in names}
-    instrument = Instrument(graph.model)
-    instrument.add_values(dense.values(), graph.facts.types_by_name)
-    return BatchProgram(instrument.model, kept={dense[name]: dense_name(name) for name in names})
+    if removal is None:
+        instrument = Instrument(analysis.traced_graph.model)
+        instrument.add_values(names, analysis.traced_graph.facts.types_by_name)
+        return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
+    instrument, types = Instrument(removal.source.model), removal.source.facts.types_by_name
+    for name in names:
+        found = removal.stands_for(name)
+        value, dtype = instrument.values[found.summed], types[found.summed]
+        if found.added is not None:
+            value = instrument.node(op.SUB, [value, instrument.constant(found.added.astype(dtype.numpy()))])
+        instrument.add_output(instrument.node(op.IDENTITY, [value]), dense_name(name), dtype)
+    return BatchProgram(instrument.model, kept={dense_name(name): dense_name(name) for name in names})
 
 
 @dataclass(frozen=True)
