@@ -27,7 +27,9 @@ from snpc.torch import TrainingOptions
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 MODEL = DATA / "digits_vit.onnx"
-SELECTED = ("random", "magnitude", "mixed", "taylor", "lm", "qm", "fisher", "group_fisher", "movement", "gum", "lrp")
+SELECTED = (
+    "random", "magnitude", "mixed", "taylor", "lm", "qm", "fisher", "group_fisher", "movement", "gum", "lrp", "serene",
+)  # fmt: skip
 METHODS: tuple[PruningMethod, PruningMethod] = ("select", "auto")
 SCORED = 64  # samples that units are chosen with: gradients are taken one by one
 STEPS = (0, 8, 16, 32, 64, 128, 256)

@@ -134,10 +134,10 @@ def reason_against(analysis: Any, scores: Any) -> str:
     """Empty where the summed width is a group that can be cut, else what pins it."""
     from snpc.passes.propagation.labels import varying_axes
 
-    units = analysis.traced.units.unit
+    units = analysis.traced_graph.units.unit_of_label
     free = {(site.tensor, site.axis) for g in analysis.groups if g.prunable and g.role == "qk" for site in g.sites}
-    axes = [a for a in analysis.traced.trace.book.axes if (str(a.constant.name), a.axis) in free]
-    cuttable = {int(u) for a in axes for u in units[a.first : a.first + a.size]}
+    axes = [a for a in analysis.traced_graph.trace.table.axes if (str(a.constant.name), a.axis) in free]
+    cuttable = {int(u) for a in axes for u in units[a.first_label : a.first_label + a.size]}
     mine: set[int] = set()
     for side, letters in ((scores.left, scores.letters.left), (scores.right, scores.letters.right)):
         for labels in side.factors:
@@ -145,12 +145,12 @@ def reason_against(analysis: Any, scores: Any) -> str:
                 mine |= {int(u) for u in units[labels[labels >= 0]]}
     if mine and mine <= cuttable:
         return ""
-    reasons = [n.reason for n in analysis.traced.trace.book.pins if mine & {int(u) for u in units[n.labels]}]
+    reasons = [n.reason for n in analysis.traced_graph.trace.table.pins if mine & {int(u) for u in units[n.labels]}]
     if reasons:
         return reasons[0]
     if not mine and scores.left.factors and scores.right.factors:
         return "what is summed over is no width that a weight makes (tokens, say)"
-    strangers = [side.because or f"{side.name} holds no width that a float weight makes"
+    strangers = [side.unlabeled_reason or f"{side.name} holds no width that a float weight makes"
                  for side in (scores.left, scores.right) if not side.factors]  # fmt: skip
     return (strangers or ["nothing says why"])[0]
 

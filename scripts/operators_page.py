@@ -14,6 +14,8 @@ KINDS = {
     "concat": "Several inputs laid end to end",
     "sample": "Channels, read at positions that others give",
     "scatter": "Parts of a tensor written over",
+    "choose": "The largest along an axis",
+    "one_hot": "Rows with one entry",
     "pointwise": "One position at a time",
     "contraction": "Sums of products",
     "attention": "Attention in one node",

@@ -27,18 +27,19 @@ AnyArray = npt.NDArray[Any]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
-Role = Literal["qk", "vo", "ffn", "head", "conv", "residual", "other", "layer"]
-ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "conv", "residual", "other", "layer")
+Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer"]
+ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer")
 LAYER_ROLE: Role = "layer"
 """The role of whole sublayers, which are no groups: they go or stay."""
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
-PinKind = Literal["hard", "norm", "sum"]
-ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized"]
-ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection"]
+PinKind = Literal["hard", "norm", "head_norm", "sum", "choice"]
+ProbeKind = Literal["query", "key", "value", "context", "hidden", "normalized", "expert"]
+ClosedFormKind = Literal["low_rank_qk", "low_rank_vo", "refit", "score_selection", "score_refit"]
 """How a group is pruned in closed form: a low-rank basis of queries and keys, or of values; selected units with
-refitted consumer weights; or a selection by the error of the attention scores, with no weight changed."""
+refitted consumer weights; or a selection by the error of the attention scores, with no weight changed, or with the
+gains of the norms on queries and keys refitted to the scores."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -46,7 +47,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
+QUANTIZED_TOKENS_REASON = "nodes of a quantized file stay as they are: `--dequantize` takes the float model"
 NORMALIZED_INSIDE_REASON = "normalized inside: statistics over it change, so it is cut approximately"
+NORMALIZED_HEADS_REASON = "queries and keys are normalized: statistics over it change, so it is cut approximately"
 
 Feeds = Mapping[str, AnyArray]
 Shape = tuple[int, ...]
@@ -86,6 +89,69 @@ class Dequantization:
 
 
 @dataclass(frozen=True)
+class StoredConstant:
+    """What a quantized file holds for a constant of the float graph.
+
+    ``parts``: "codes", "scale", "zero" (a bias has the "input_scale" of its node too) -> the initializer. ``places``:
+    (part, node, index of the input) wherever one is read. ``layout``: see ``ops.quantization.layouts``; ``attributes``:
+    of the node that reads it. ``reader``: the node whose output the constant is, where it is one of its own.
+    """
+
+    layout: Literal["tensor", "product", "table", "bias"]
+    parts: Mapping[str, str]
+    places: tuple[tuple[str, str, int], ...]
+    attributes: Mapping[str, Any]
+    axis: int
+    block: int
+    reader: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizedForm:
+    """The canonical ``graph`` of a quantized file, and how the float graph that is analyzed was made of it, by name.
+
+    ``nodes``: node of the float graph -> the stored one, of those that both have. ``stand_ins``: stored node -> the
+    float node in its place, where it has one. ``values``: stored value of a node that is not in the float graph -> the
+    float value behind it; ``quantized``: those that hold codes. ``constants``: float constant -> what is stored.
+    ``made``: all nodes of the float graph.
+    """
+
+    graph: ir.Model
+    nodes: Mapping[str, str]
+    stand_ins: Mapping[str, str]
+    values: Mapping[str, str]
+    quantized: frozenset[str]
+    constants: Mapping[str, StoredConstant]
+    made: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """What a model says of that which its ``source`` does.
+
+    ``vocabulary``: [kept] token ids of the source, ascending; each id of the model is a position here. None: all.
+    ``last_logits``: there are logits of the last position only. ``differences``: of the outputs from those of the
+    source, at what both have, on inputs that ``compared`` describes.
+    """
+
+    source: Path
+    vocabulary: IntArray | None = field(default=None, repr=False)
+    entries: int = 0
+    last_logits: bool = False
+    differences: tuple[Difference, ...] = ()
+    compared: str = ""
+
+    def describe(self) -> str:
+        """In words."""
+        parts = []
+        if self.vocabulary is not None:
+            parts.append(f"{len(self.vocabulary)} of {self.entries} entries of the vocabulary")
+        if self.last_logits:
+            parts.append("logits of the last position only, which give no perplexity")
+        return f"{self.source.name}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
     ``external`` says that its weights lie in other files. ``nodes``: those of the file, constants included. ``kind``:
@@ -102,11 +168,24 @@ class Model:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     dequantization: Dequantization | None = None
     """How it was made of a quantized file, if it was."""
+    restriction: Restriction | None = None
+    """What it says of its source, if not all."""
+    quantized: QuantizedForm | None = field(default=None, repr=False, compare=False)
+    """Where ``graph`` is the float graph that the file stands for: the file's own, in which pruned models are
+    written."""
+    companions: tuple[Model, ...] = field(default=(), repr=False)
+    """Models with the same weights, which are cut alike: a decoder that goes on from the caches of this one."""
+    merged: Path | None = None
+    """The file that holds this model and its only companion as branches, if one does; ``path`` is a copy then."""
 
     @property
     def source(self) -> Path:
-        """The user's file: that which was dequantized, where one was."""
-        return self.path if self.dequantization is None else self.dequantization.source
+        """The user's file: that which was dequantized or restricted, or that holds both branches, if any."""
+        if self.restriction is not None:
+            return self.restriction.source
+        if self.dequantization is not None:
+            return self.dequantization.source
+        return self.merged or self.path
 
 
 @dataclass(frozen=True)
@@ -128,19 +207,23 @@ class Probe:
     """An activation that shows a group's units during calibration.
 
     ``units`` has the tensor's rank, is 1 on axes the units do not vary on, and holds unit numbers (-1: none).
+    Of kind "expert": what experts add to their tokens, a row each. All rows are of the one unit in ``units``, or
+    ``chosen`` is the tensor that names the expert of each row, whose number ``units`` [experts] translates.
     """
 
     kind: ProbeKind
     tensor: str
     units: IntArray = field(repr=False)
+    chosen: str = ""
 
 
 @dataclass(frozen=True)
 class Pin:
     """Why ``axis`` of ``tensor`` (``size`` entries) keeps its width.
 
-    ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "sum": it is summed or
-    compared over, possibly within a head only.
+    ``kind`` "norm": a normalization takes means over it, which fewer positions approximate; "head_norm": the same
+    within each head; "sum": it is summed or compared over, possibly within a head only; "choice": some of its positions
+    are chosen for each token, as experts are.
     """
 
     tensor: str
@@ -158,11 +241,13 @@ class Group:
     ``macs`` and ``params`` are what the group accounts for in the whole model (removing half of the units saves about
     half of them). A group with ``pins`` is shown but never cut. ``approximate``: normalization statistics are taken
     over the units, so removing some changes the statistics of the others. The residual stream (role "residual") is cut
-    only on request; a hidden layer that is normalized inside is cut as others are.
+    only on request; a hidden layer that is normalized inside, and queries and keys that are, are cut as others are.
 
     ``channels``: of one head that a unit stands for, 2 for a rotary pair. ``step``: kernels take widths in multiples of
     so many units. Groups of the same ``tie``, which is not empty, keep equally many channels per head: keys and values
-    of a fused node whose kernel takes one width. Each has its own units. ``cached``: the units lie in a KV cache.
+    of a fused node whose kernel takes one width. Each has its own units. ``least``: units of a block that must stay:
+    of experts as many as a router chooses. ``owned``: by unit, constants that go with it as a whole: the weights of an
+    expert that has nodes of its own. ``cached``: the units lie in a KV cache.
     """
 
     id: str
@@ -181,6 +266,8 @@ class Group:
     channels: int = 1
     step: int = 1
     tie: str = ""
+    least: int = 1
+    owned: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     cached: bool = False
 
     @property
@@ -189,7 +276,7 @@ class Group:
 
     @property
     def normalized_inside(self) -> bool:
-        """Is it a hidden layer over which a normalization takes statistics?"""
+        """Is it a hidden layer, or are they queries and keys, over which a normalization takes statistics?"""
         return self.approximate and self.role != "residual"
 
 
@@ -325,6 +412,22 @@ class Difference:
         return "good" if self.distance <= good else "fair" if self.distance <= fair else "poor"
 
 
+@dataclass(frozen=True)
+class Requantization:
+    """How the constants of a quantized file were cut: ``sliced`` are made of stored codes and scales, bit for bit;
+    ``requantized`` were rounded anew, in the same scheme. ``differences``: what that rounding changes in the outputs of
+    the pruned float model; none where nothing was rounded, or nothing was run."""
+
+    sliced: int
+    requantized: int
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """The largest relative change of an output."""
+        return max((difference.relative for difference in self.differences), default=0.0)
+
+
 Grade = Literal["good", "fair", "poor", "unknown"]
 GRADES: tuple[Grade, ...] = ("unknown", "good", "fair", "poor")
 GRADE_LIMITS: Mapping[str, tuple[float, float]] = {
@@ -384,6 +487,8 @@ class Verdict:
     compared: str
     tolerance: float
     not_run: str = ""
+    requantization: Requantization | None = None
+    """How the codes of a quantized file were cut; None of a float file, or of one whose plan is not known."""
 
     @property
     def max_abs_diff(self) -> float | None:

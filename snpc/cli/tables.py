@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
-from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult
+from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation
 from snpc.planning import SlicePlan
 from snpc.report import (
     dequantization_text,
@@ -29,12 +29,14 @@ from snpc.report import (
     output_lines,
     quality_text,
     quality_warning,
+    requantization_text,
+    restriction_text,
     rewrite_text,
 )
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult, slower_decoding_text
-from snpc.types import Cost, FloatArray, Group, Model, Quality, Verdict
+from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -280,12 +282,14 @@ def print_dequantization(model: Model) -> None:
     """How the float model was made of a quantized file, and how much that changed."""
     if model.dequantization is not None:
         print_line(dequantization_text(model.dequantization))
+    if model.restriction is not None:
+        print_line(f"restricted: {restriction_text(model.restriction)}")
 
 
 def print_pins(analysis: Analysis) -> None:
-    """The axes that keep their size, with reasons. Those of a quantized model are not listed: most are reached through
-    nodes that are not looked into."""
-    if analysis.pins and is_mostly_quantized(analysis.cost):
+    """The axes that keep their size, with reasons. Those of a quantized model without a float graph are not listed:
+    most are reached through nodes that are not looked into."""
+    if analysis.pins and analysis.model.quantized is None and is_mostly_quantized(analysis.cost):
         print_line(f"pinned: {len(analysis.pins)} axes, as quantized nodes are not looked into (--json lists them)")
     elif analysis.pins:
         rows = [(p.tensor, str(p.axis), str(p.size), p.reason, p.operator) for p in analysis.pins]
@@ -322,6 +326,23 @@ def print_plan(plan: SlicePlan) -> None:
             )
     if rows or plan.analysis.removal is None:
         print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    if plan.method == "select":
+        print_approximations(plan, {})
+    else:
+        kinds = {group_id: plan.analysis.weights[group_id].kind for group_id in plan.keep}
+        print_approximations(plan, {group_id: kind for group_id, kind in kinds.items() if kind is not None})
+
+
+def print_approximations(plan: SlicePlan, forms: Mapping[str, ClosedFormKind]) -> None:
+    """What is approximate about the cut, a line each. ``forms``: closed forms by group id."""
+    cut: dict[str, list[str]] = defaultdict(list)
+    for group in plan.analysis.groups:
+        if group.normalized_inside and plan.kept_width(group) < group.size:
+            cut[describe_approximation(group.role, forms.get(group.id))].append(group.id)
+    for text, names in cut.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        advice = "; refitting takes --calib DATA, and another method than select" if "not refitted" in text else ""
+        print_line(f"approximate: {text}: {names[0]}{more}, whose statistics are now over fewer units{advice}")
 
 
 def print_result(result: PrunedModel) -> None:
@@ -356,10 +377,7 @@ def print_result(result: PrunedModel) -> None:
         print_note(slower)
     for sampled in result.sampled_rows:
         print_line(sampled.describe())
-    inside = [g.id for g in result.plan.analysis.groups if g.normalized_inside and g.id in result.plan.keep]
-    if inside:
-        more = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
-        print_line(f"normalized inside: {inside[0]}{more}, whose statistics are now over fewer units")
+    print_approximations(result.plan, result.closed_forms)
     reduction = result.plan.analysis.reduction
     if reduction is not None:
         steps = reduction.to_json()["steps"]
@@ -401,6 +419,8 @@ def search_text(search: SearchResult) -> str:
 def print_verdict(verdict: Verdict) -> None:
     """Two statements: whether the rewrite is correct, and how close outputs are to the original's."""
     print_line(rewrite_text(verdict))
+    if verdict.requantization is not None:
+        print_line(requantization_text(verdict.requantization))
     print_quality(verdict.quality)
 
 
@@ -426,6 +446,9 @@ def print_finetuned(result: FinetuneResult) -> None:
     if not result.helped:
         given = "given" if result.training.reinit == "none" else "new"
         print_line(f"training did not help: the {given} weights are kept")
+    if result.training.sparsify:
+        zeros, weights = result.sparsity
+        print_line(f"{zeros:,} of {weights:,} weights in matrices are zero ({zeros / max(weights, 1):.1%})")
     print_line(f"written file: {'; '.join(result.structure)}")
     for line in output_lines(result.before):
         print_line(f"before: {line}")

@@ -16,12 +16,15 @@ What can be measured, for a probe kind K of query, key, value, context, hidden (
     ffn, conv, residual,      hidden
     other
     head                      context, as "energy" only: [samples, 1, heads], summed over the head's width
+    experts                   expert, as "routed" only: [parts, 2, experts], sums over the tokens of an expert of the
+                              norm of what it adds to them, and the number of these tokens
 
 With torch, of a gate on each unit (a factor: one as the model is, zero where the unit is gone), for every role:
 
     "gate:loss"        [samples, blocks, size]   derivative of the sample's loss
     "gate:weights"     [samples, blocks, size]   sum over the unit's weights of (w dL/dw)^2
     "gate:relevance"   [samples, blocks, size]   relevance (LRP) that passes through the unit
+    "gate:sensitivity" [samples, blocks, size]   mean over outputs y of |dy/dp|, p the unit's value in a row; rows added
     "gate:macs", "gate:memory"   [samples]       what one unit costs: MACs, activations
 
 A probe the group has no activation for (a constant query) is absent from the batch: a criterion must cope.
@@ -37,7 +40,9 @@ Files
   mixed       The default where there is data: for each role the criterion that was measured to keep most.
   movement    Movement: which units training would make larger, and which smaller.
   random      Random: the floor that every other criterion has to beat.
+  reap        REAP: how much an expert adds to the tokens that are routed to it (arXiv 2510.13999).
   relevance   Layer-wise relevance propagation: how much of the answer came through a unit.
+  serene      SeReNe: how sensitive the outputs are to what a unit says.
   snp         SNP: keep the attention scores, drop what others already say (ECCV 2024, arXiv 2404.11630).
   taylor      First and second order models of what the loss does when a unit goes.
 """
@@ -57,7 +62,9 @@ from snpc.criteria.magnitude import Magnitude
 from snpc.criteria.mixed import Mixed
 from snpc.criteria.movement import Gum, Movement
 from snpc.criteria.random import Random
+from snpc.criteria.reap import Reap
 from snpc.criteria.relevance import Relevance
+from snpc.criteria.serene import Serene
 from snpc.criteria.snp import Snp
 from snpc.criteria.taylor import Linear, Quadratic, Taylor
 from snpc.errors import UserError
@@ -105,7 +112,8 @@ class Description(NamedTuple):
 
 
 _CLASSES: tuple[type[Criterion], ...] = (
-    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Relevance, Snp, Taylor,
+    Activation, Fisher, GroupFisher, Gum, Linear, Magnitude, Mixed, Movement, Quadratic, Random, Reap, Relevance,
+    Serene, Snp, Taylor,
 )  # fmt: skip
 _BUILT_IN: Mapping[str, type[Criterion]] = MappingProxyType({cls.name: cls for cls in _CLASSES})
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from snpc.types import CriterionInputs, FloatArray, Role
 
+ROUTED = "routed:expert"
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -23,6 +25,8 @@ class Activation:
         other  E[h^2] |W[j, :]|^2         lambda (2505.12942, 6.7) have this form; |W[j, :]| over all that read the unit
         head   the sum of c^2 over the head's width, times |W|^2 of the head's rows
 
+    **experts**: the sum over its tokens of the norm of what an expert adds to them.
+
     A factor that does not exist counts as one: the query energy where the query is a constant, the weights where
     nothing with weights reads the unit, the energy of a residual stream that the runtime does not watch.
     """
@@ -33,18 +37,23 @@ class Activation:
 
     def probes(self, role: Role) -> tuple[str, ...]:
         """The energies it multiplies."""
+        if role == "experts":
+            return (ROUTED,)
         if role == "qk":
             return ("energy:query", "energy:key")
         return ("energy:context",) if role in ("vo", "head") else ("energy:hidden",)
 
     def observe(self, role: Role, batch: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
-        """``energy:K`` [blocks, size] and ``tokens:K`` [] of the batch, summed over its samples."""
+        """``energy:K`` [blocks, size] and ``tokens:K`` [] of the batch, summed over its samples; of experts
+        ``routed:expert`` [2, experts]."""
         names = [name for probe in self.probes(role) for name in (probe, _row_count_name(probe))]
         return {name: np.asarray(batch[name].sum(axis=0)) for name in names if name in batch}
 
     def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size], in squared units of the activation (times the weights that read it)."""
         score = np.ones((inputs.blocks, inputs.size))
+        if inputs.role == "experts":
+            return np.asarray(inputs.sums[ROUTED][0].reshape(score.shape)) if ROUTED in inputs.sums else score
         for probe in self.probes(inputs.role):
             if probe in inputs.sums:
                 rows = float(inputs.sums.get(_row_count_name(probe), np.float64(inputs.samples)))

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from snpc.criteria.reap import weight_scores
 from snpc.types import CriterionInputs, FloatArray, Role
 
 WeightNorm = Literal["l1", "l2"]
@@ -21,6 +22,7 @@ class Magnitude:
     l1: sum of ``|w|``; l2: ``sqrt(sum of w^2)``; over the unit's rows in every weight of ``side``. Where that side has
     no weights (nothing but an activation reads a query), the other side stands in. A head is made of tensors of
     different sizes, so there each counts by its mean instead of its sum: l2 is ``sqrt(sum over tensors of mean w^2)``.
+    Of a whole expert it is the norm of the router's row times that of all its weights.
     """
 
     name: ClassVar[str] = "magnitude"
@@ -38,6 +40,8 @@ class Magnitude:
 
     def score(self, inputs: CriterionInputs) -> FloatArray:
         """[blocks, size]; zeros where the group has no weights at all."""
+        if inputs.role == "experts":
+            return weight_scores(inputs)
         total = np.zeros(inputs.blocks * inputs.size)
         for weight in self._weights(inputs):
             terms = np.abs(weight) if self.norm == "l1" else np.square(weight)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
-from snpc.graph import is_float
+from snpc.graph import is_cache_name, is_float
 from snpc.runtime.io import load, model_files
+from snpc.types import Model
 
 GENAI_CONFIG = "genai_config.json"
 CONFIGS = (GENAI_CONFIG, "config.json")
 MODEL_PLACES = ("", "onnx")  # subfolders in which tools put models
 USUAL_NAME = "model.onnx"  # of the one model of a folder
+PARTS = ("encoder", "decoder")
 MIN_ELEMENTS = 256  # of a constant that is compared with those of other models
 FORMS = ("fp16", "bf16", "int8", "uint8", "quantized", "q4", "q4f16", "q8", "bnb4", "int4", "optimized")
 """Endings of the names of a model's other forms: ``model_q4.onnx`` holds what ``model.onnx`` does."""
@@ -26,18 +28,31 @@ FORMS = ("fp16", "bf16", "int8", "uint8", "quantized", "q4", "q4f16", "q8", "bnb
 class ModelFolder:
     """Files of a folder, by their paths inside it.
 
-    ``model``: what is cut. ``forms``: the same model in other precisions, with their external data, which would no
-    longer belong to it. ``others``: everything else, which goes with it as it is.
+    ``model``: what is cut. ``companions``: models with the same weights, which are cut alike, such as a decoder that
+    goes on from the caches of ``model``. ``forms``: the same models in other precisions, with their external data,
+    which would no longer belong to them. ``others``: everything else, which goes with them as it is.
     """
 
     path: Path
     model: Path
+    companions: tuple[Path, ...] = ()
     forms: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
 
     @property
     def model_path(self) -> Path:
         return self.path / self.model
+
+    @property
+    def companion_paths(self) -> tuple[Path, ...]:
+        return tuple(self.path / companion for companion in self.companions)
+
+    @property
+    def part(self) -> str:
+        """Which part of an encoder-decoder model is cut: "encoder", "decoder", or "" where it is the whole model."""
+        models = [file for file in (self.model, *self.others) if file.suffix == ".onnx"]
+        parts = {part for part in PARTS for model in models if part in model.stem}
+        return next((part for part in PARTS if part in self.model.stem and parts == set(PARTS)), "")
 
     @property
     def says_cache_widths(self) -> bool:
@@ -52,13 +67,18 @@ def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
     Raises UserError where there is no such model, or several and none is named.
     """
     models = models_in(path)
-    model = chosen_model(path, models, file)
-    forms = [other for other in models if other != model and is_form_of(other, model)]
-    own = files_of(path, [model])
+    chosen = chosen_model(path, models, file)
+    model, *companions = decoders_alike(path, models, chosen)
+    forms = [f for f in models if f not in (model, *companions) and any(is_form_of(f, m) for m in (model, *companions))]
+    own = files_of(path, [model, *companions])
     left_out = files_of(path, forms) - own
     others = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p, path)]
     return ModelFolder(
-        path, model, tuple(sorted(left_out)), tuple(other for other in others if other not in own | left_out)
+        path,
+        model,
+        tuple(companions),
+        tuple(sorted(left_out)),
+        tuple(other for other in others if other not in own | left_out),
     )
 
 
@@ -83,28 +103,39 @@ def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
         if not (path / named).is_file():
             raise UserError(f"{path / GENAI_CONFIG}: names the model {named}, which is not in the folder")
         return named
-    bare = [model for model in models if not any(is_form_of(model, other) for other in models if other != model)]
+    bare = without_forms(models)
     if len(bare) == 1:
         return bare[0]
     usual = [model for model in bare if model.name == USUAL_NAME]
     if len(usual) == 1 and not any(is_part(model) for model in bare):
         return usual[0]
+    if len(bare) > 1 and len(alike := decoders_alike(path, bare, bare[0])) == len(bare):
+        return alike[0]
     if not bare:
         raise UserError(f"{path}: holds no .onnx file, and none in {path / MODEL_PLACES[1]}")
     raise UserError(f"{path}: {listed(bare)}: name the one to cut with --file; the others are copied")
 
 
-def models_with_same_weights(folder: ModelFolder) -> tuple[Path, ...]:
-    """Other models of the folder that hold most of the weights of the one that is cut, as a decoder with a past and one
-    without do. They must be cut alike."""
-    candidates = [other for other in folder.others if other.suffix == ".onnx"]
-    own = weight_digests(folder.model_path) if candidates else set()
-    return tuple(o for o in candidates if 2 * len(own & weight_digests(folder.path / o)) > len(own))
+def decoders_alike(path: Path, models: Sequence[Path], model: Path) -> list[Path]:
+    """``model`` and those beside it that hold most of its weights, as a decoder with a past and one without do. They
+    are cut alike. The first is the one to plan on: it takes no caches, so that any data will do."""
+    bare = without_forms(models)
+    beside = [other for other in bare if other.parent == model.parent and other != model]
+    if not beside or model not in bare:
+        return [model]
+    loaded = {file: load(path / file) for file in (model, *beside)}
+    own = weight_digests(loaded[model])
+    alike = [file for file in loaded if file == model or 2 * len(own & weight_digests(loaded[file])) > len(own)]
+    return sorted(alike, key=lambda file: (cache_inputs(loaded[file]), file != model, file.name))
 
 
-def weight_digests(path: Path) -> set[bytes]:
+def cache_inputs(model: Model) -> int:
+    return sum(is_cache_name(spec.name) for spec in model.inputs)
+
+
+def weight_digests(model: Model) -> set[bytes]:
     """Of the content of every large float constant."""
-    constants = [value.const_value for value in load(path).graph.graph.initializers.values()]
+    constants = [value.const_value for value in model.graph.graph.initializers.values()]
     return {
         hashlib.sha1(tensor.tobytes(), usedforsecurity=False).digest()
         for tensor in constants
@@ -124,6 +155,11 @@ def is_part(model: Path) -> bool:
 def is_form_of(model: Path, other: Path) -> bool:
     """Does ``model`` have the name of another precision of ``other``?"""
     return model.parent == other.parent and any(model.stem == f"{other.stem}_{form}" for form in FORMS)
+
+
+def without_forms(models: Sequence[Path]) -> list[Path]:
+    """The models that do not have the name of another precision of one of them."""
+    return [model for model in models if not any(is_form_of(model, other) for other in models if other != model)]
 
 
 def genai_model(path: Path) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import CheckFailed, UserError
-from snpc.folders.model_folder import CONFIGS, ModelFolder, models_with_same_weights, read_json
+from snpc.folders.model_folder import CONFIGS, ModelFolder, read_json
 from snpc.folders.runtime_config import updated_config, width_changes
 from snpc.pipeline import PrunedModel
 from snpc.runtime.io import write_errors
@@ -55,7 +55,7 @@ class OutputFolder:
         Raises UserError where that fails; then nothing is at ``target``.
         """
         changed, unsaid, copied = {}, {}, []
-        changes = width_changes(result.plan, result.inputs)
+        changes = width_changes(result, self.source.part)
         for file in self.source.others:
             place = self.staged / file
             with write_errors(self.target):
@@ -75,7 +75,12 @@ class OutputFolder:
             if self.target.is_dir():
                 self.target.rmdir()
             self.staged.rename(self.target)
-        model = replace(result, path=self.target / self.source.model)
+        place = (self.target / self.source.model).parent
+        model = replace(
+            result,
+            path=self.target / self.source.model,
+            companions=tuple(replace(c, path=place / c.path.name) for c in result.companions),
+        )
         return PrunedFolder(self.target, model, tuple(copied), self.source.forms, changed, unsaid)
 
 
@@ -83,11 +88,9 @@ class OutputFolder:
 def open_output_folder(source: ModelFolder, target: Path) -> Iterator[OutputFolder]:
     """A folder beside ``target`` that ``publish`` renames. What the block leaves unpublished is deleted.
 
-    Raises UserError where ``target`` is not empty, lies in the source, or cannot be made, and where another model of
-    the folder has the same weights.
+    Raises UserError where ``target`` is not empty, lies in the source, or cannot be made.
     """
     check_output_folder(source, target)
-    check_alone(source)
     with write_errors(target):
         folder = TemporaryFolder(target.parent)
         staged = folder.path / target.name
@@ -98,18 +101,6 @@ def open_output_folder(source: ModelFolder, target: Path) -> Iterator[OutputFold
         raise type(error)(str(error).replace(str(staged), str(target))) from None
     finally:
         folder.delete()
-
-
-def check_alone(source: ModelFolder) -> None:
-    """Raises UserError where another model of the folder has the same weights: one of two that is cut does not go with
-    the other any more."""
-    same = models_with_same_weights(source)
-    if same:
-        raise UserError(
-            f"{source.path}: {source.model} has the same weights as {', '.join(map(str, same))}: both would have to be "
-            "cut alike, which snpc does not do; cut another model of the folder (--file), or this file alone: "
-            f"snpc prune {source.model_path}"
-        )
 
 
 def check_output_folder(source: ModelFolder, target: Path) -> None:

@@ -7,15 +7,15 @@ and all layers have the same width after; where layers differ, no value would be
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from snpc.graph import is_cache_name
+from snpc.pipeline import PrunedModel
 from snpc.planning import SlicePlan
 from snpc.types import Role, TensorSpec
 
-CACHE_INPUT = re.compile(r"(past|cache).*(key|value|\.k|\.v|_k|_v)", re.IGNORECASE)
 HEAD_KEYS = ("head_size", "head_dim", "d_kv", "kv_channels")
 ROLE_KEYS: Mapping[Role, tuple[str, ...]] = {
     "ffn": (
@@ -50,13 +50,13 @@ class ConfigUpdate:
     unsaid: tuple[str, ...] = ()
 
 
-def width_changes(plan: SlicePlan, inputs: Sequence[TensorSpec]) -> list[WidthChange]:
-    """Of caches, by the original's inputs and those of the pruned model, ``inputs``; of the roles that configurations
-    know, by the plan."""
-    return [
-        *cache_changes(plan.analysis.model.inputs, inputs),
-        *(c for role in ROLE_KEYS for c in role_changes(plan, role)),
-    ]
+def width_changes(result: PrunedModel, part: str) -> list[WidthChange]:
+    """Of caches, by the inputs of the original and of the pruned model and their companions; of the roles that
+    configurations know, by the plan. ``part``: see ``ModelFolder.part``; layers of the other part stay as they are."""
+    pairs = [(result.plan.analysis.model.inputs, result.inputs)]
+    pairs += [(companion.original.inputs, companion.inputs) for companion in result.companions]
+    caches = {change: None for before, after in pairs for change in cache_changes(before, after)}
+    return [*caches, *(c for role in ROLE_KEYS for c in role_changes(result.plan, role, part))]
 
 
 def cache_changes(original: Sequence[TensorSpec], pruned: Sequence[TensorSpec]) -> Iterator[WidthChange]:
@@ -65,15 +65,16 @@ def cache_changes(original: Sequence[TensorSpec], pruned: Sequence[TensorSpec]) 
     widths = [
         (shape[-1], spec.shape[-1])
         for spec in pruned
-        if CACHE_INPUT.search(spec.name) and len(shape := before.get(spec.name, ())) == 4
+        if is_cache_name(spec.name) and len(shape := before.get(spec.name, ())) == 4
     ]
     for wide in sorted({a for a, b in widths if isinstance(a, int) and isinstance(b, int) and a != b}):
         after = tuple(b for a, b in widths if a == wide and isinstance(b, int))
         yield WidthChange("heads of caches", HEAD_KEYS, wide, after)
 
 
-def role_changes(plan: SlicePlan, role: Role) -> Iterator[WidthChange]:
-    """Groups of a role, those of one width together."""
+def role_changes(plan: SlicePlan, role: Role, part: str) -> Iterator[WidthChange]:
+    """Groups of a role, those of one width together. Of a ``part``, keys of the other part are left alone, and keys of
+    both stand for its layers too."""
     groups = [group for group in plan.analysis.groups if group.role == role]
     for size in sorted({group.blocks * group.size for group in groups}):
         after = tuple(
@@ -82,9 +83,11 @@ def role_changes(plan: SlicePlan, role: Role) -> Iterator[WidthChange]:
             if group.blocks * group.size == size
         )
         if set(after) != {size}:
-            yield WidthChange(
-                {"ffn": "hidden layers", "residual": "the residual stream"}[role], ROLE_KEYS[role], size, after
-            )
+            own = tuple(key for key in ROLE_KEYS[role] if part and key.startswith(part))
+            both = tuple(key for key in ROLE_KEYS[role] if not key.startswith(("encoder", "decoder")))
+            yield WidthChange(ROLE_SUBJECTS[role], own if part else ROLE_KEYS[role], size, after)
+            if part:
+                yield WidthChange(ROLE_SUBJECTS[role], both, size, (*after, size))
 
 
 def updated_config(config: dict[str, Any], changes: Sequence[WidthChange]) -> ConfigUpdate:

@@ -3,8 +3,10 @@
 Files
   binding          Sizes for the dynamic dimensions of a graph's inputs.
   builder          Adds constants and nodes to a graph, under names that are free, and redirects uses to what was added.
+  column_selection Selections of columns of a table: how one is marked in a graph, and found again.
   constant_values  The contents of values that a graph computes from shapes and constants only.
   cost             What a model costs in multiply-accumulates, from shapes and the operator table, without running it.
+  decoder_names    Names of a decoder's inputs and outputs, by which exporters and runtimes know them.
   measured_shapes  Shapes that inference cannot know, read from one run of the graph.
   module_paths     Readable, stable names for groups, from what the exporter called nodes and weights.
   pass_manager     What a graph pass is, and how a list of passes is run: data, so that passes can be listed, and
@@ -38,8 +40,10 @@ from snpc.graph.builder import (
     share_int64_constant,
     unused_name,
 )
+from snpc.graph.column_selection import ColumnSelection, mark_selection, selection_at, selects_columns
 from snpc.graph.constant_values import is_constant_along
 from snpc.graph.cost import contraction_sizes, cost_of, count_macs, node_macs, parameter_count
+from snpc.graph.decoder_names import BRANCH_INPUT, DecoderInput, decoder_input, find_presents, is_cache_name
 from snpc.graph.measured_shapes import MeasuredValue, register_shape_source
 from snpc.graph.module_paths import common_module_path, module_path, unique_names
 from snpc.graph.pass_manager import (
@@ -58,6 +62,7 @@ from snpc.graph.shapes import (
     has_subgraphs,
     infer_graph,
     infer_node,
+    infer_nodes,
     initial_facts,
     is_float,
     opset_version,
@@ -87,7 +92,10 @@ from snpc.graph.traversal import (
 from snpc.graph.union_find import connected_components, number_components
 
 __all__ = [
+    "BRANCH_INPUT",
     "Attribute",
+    "ColumnSelection",
+    "DecoderInput",
     "DimSizes",
     "GraphPass",
     "MalformedGraphError",
@@ -110,20 +118,25 @@ __all__ = [
     "cost_of",
     "count_macs",
     "data_dependent_values",
+    "decoder_input",
     "dependent_values",
     "dynamic_axes",
     "error_summary",
     "extract_segment",
+    "find_presents",
     "has_subgraphs",
     "infer_graph",
     "infer_node",
+    "infer_nodes",
     "initial_facts",
+    "is_cache_name",
     "is_constant_along",
     "is_float",
     "is_stored_constant",
     "leading_dims",
     "make_node",
     "malformed_graph_errors",
+    "mark_selection",
     "module_path",
     "movement_behind",
     "movement_root",
@@ -143,6 +156,8 @@ __all__ = [
     "run_reference",
     "scalar_factor_of",
     "select_dimensions",
+    "selection_at",
+    "selects_columns",
     "shape_source",
     "share_int64_constant",
     "split_into_segments",

@@ -34,7 +34,7 @@ def fold_value(model: ir.Model, known: ShapeFacts, value: ir.Value) -> AnyArray 
     if (
         node is None
         or has_subgraphs(node)
-        or lookup(node.domain, node.op_type).kind in ("contraction", "attention", "opaque")
+        or lookup(node.domain, node.op_type).kind in ("contraction", "attention", "choose", "opaque")
     ):
         return None
     for source in node.inputs:

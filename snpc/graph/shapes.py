@@ -24,6 +24,7 @@ SizeSequence = TypeVar("SizeSequence", Shape, IntArray)
 
 MAX_INTEGERS = 1 << 22
 MAX_FLOATS = 64
+ROUTING_STEPS = 8  # movement between one-hot rows of experts and the tokens of one of them
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 
@@ -348,3 +349,32 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
         dims = info.tensor_type.shape.dim if info.tensor_type.HasField("shape") else None
         known = dims is not None and all(d.HasField("dim_value") for d in dims)
         facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
+    if spec.counts_data:
+        bind_routed_count(facts, node)
+
+
+def bind_routed_count(facts: ShapeFacts, node: ir.Node) -> None:
+    """Give the positions that NonZero finds among the tokens of one expert the count of an even routing.
+
+    The number is a size that data decide, as a dynamic dimension is one that the inputs decide; what a cut model finds
+    is ``measured`` of the original. Nothing else is bound: what other NonZero nodes find is measured by a run.
+    """
+    seen = facts.measured.get(node.outputs[0])
+    if seen is not None:
+        facts.shape[node.outputs[0]] = seen.shape
+        return
+    source, steps = node.inputs[0], 0
+    while source is not None and (producer := source.producer()) is not None and steps < ROUTING_STEPS:
+        spec = lookup(producer.domain, producer.op_type)
+        if spec.kind == "one_hot":
+            depth = facts.value.get(producer.inputs[1])  # type: ignore[arg-type]
+            shape = facts.shape.get(node.inputs[0])  # type: ignore[arg-type]
+            if depth is not None and shape is not None:
+                even = int(np.prod(shape, dtype=np.int64)) // max(int(depth.reshape(-1)[0]), 1)
+                found = (len(shape), max(even, 2))
+                facts.shape[node.outputs[0]] = found
+                facts.measured[node.outputs[0]] = MeasuredValue(found, facts.dtype.get(node.outputs[0]))
+            return
+        if spec.kind != "movement" and not (spec.kind == "pointwise" and spec.effect == "same"):
+            return
+        source, steps = producer.inputs[0], steps + 1

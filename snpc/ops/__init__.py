@@ -22,6 +22,7 @@ Files
                  they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
+  routing        Routing of tokens to experts: positions that are chosen along an axis, and one-hot rows of them.
   spec           The schema of the operator table.
 """
 
@@ -57,7 +58,9 @@ from snpc.ops.names import (
     CONCAT,
     CONSTANT,
     CONSTANT_OF_SHAPE,
+    COS,
     CUMSUM,
+    DEQUANTIZE_LINEAR,
     DIV,
     EINSUM,
     EQUAL,
@@ -73,6 +76,7 @@ from snpc.ops.names import (
     MUL,
     MULTI_HEAD_ATTENTION,
     POW,
+    QUANTIZE_LINEAR,
     REDUCE_MAX,
     REDUCE_MEAN,
     REDUCE_SUM,
@@ -80,6 +84,7 @@ from snpc.ops.names import (
     RESHAPE,
     SCATTER_ELEMENTS,
     SHAPE,
+    SIN,
     SLICE,
     SOFTMAX,
     SPLIT,
@@ -102,16 +107,21 @@ from snpc.ops.quantization import (
     KEEPS_SIGN,
     NOT_NEGATIVE,
     FloatForm,
+    Layout,
     Operand,
     Packed,
     Plain,
     Quantized,
+    QuantizedArray,
     QuantizedBias,
     dequantize_array,
     float_form,
+    read_stored,
+    write_stored,
 )
 from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
+from snpc.ops.routing import most_chosen, one_hot_axis, routing_entries
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
 __all__ = [
@@ -126,7 +136,9 @@ __all__ = [
     "CONCAT",
     "CONSTANT",
     "CONSTANT_OF_SHAPE",
+    "COS",
     "CUMSUM",
+    "DEQUANTIZE_LINEAR",
     "DIV",
     "DYNAMIC_QUANTIZERS",
     "EINSUM",
@@ -147,6 +159,7 @@ __all__ = [
     "MULTI_HEAD_ATTENTION",
     "NOT_NEGATIVE",
     "POW",
+    "QUANTIZE_LINEAR",
     "REDUCE_MAX",
     "REDUCE_MEAN",
     "REDUCE_SUM",
@@ -155,6 +168,7 @@ __all__ = [
     "SCATTER_ELEMENTS",
     "SHAPE",
     "SHAPE_MISMATCH",
+    "SIN",
     "SLICE",
     "SOFTMAX",
     "SPLIT",
@@ -173,6 +187,7 @@ __all__ = [
     "Blocked",
     "FloatForm",
     "Labels",
+    "Layout",
     "Letters",
     "OpCall",
     "OpSpec",
@@ -180,6 +195,7 @@ __all__ = [
     "Packed",
     "Plain",
     "Quantized",
+    "QuantizedArray",
     "QuantizedBias",
     "RotaryForm",
     "SizeDemand",
@@ -198,16 +214,20 @@ __all__ = [
     "letters_of",
     "lookup",
     "matmul_letters",
+    "most_chosen",
     "names",
+    "one_hot_axis",
     "operator_table",
     "parse_einsum",
     "partly_written",
     "qkv_widths",
+    "read_stored",
     "reshape_labels",
     "rotary_form",
     "rotary_tables",
     "rotated_pairs",
     "unmet_demands",
+    "write_stored",
 ]
 
 
@@ -222,6 +242,7 @@ def operator_table() -> dict[tuple[str, str], OpSpec]:
         normalization_entries,
         attention_entries,
         rotary_entries,
+        routing_entries,
         opaque_entries,
     )
     for entries in families:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from snpc.ops.movement import collapse_constant_axes
+from snpc.ops.movement import collapse_constant_axes, gather_axis
 from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec, ParameterUpdate, TensorCut
 from snpc.types import AnyArray, IntArray
 
@@ -16,6 +16,11 @@ def indexed_axes(call: OpCall, indices: int) -> range:
     """Axes of the data that the last axis of ``indices`` addresses, behind the batch axes."""
     batch = int(call.attrs.get("batch_dims", 0))
     return range(batch, batch + call.shape(indices)[-1])
+
+
+def _only_indexed_axis(call: OpCall) -> int | None:
+    axes = indexed_axes(call, 1)
+    return axes.start if len(axes) == 1 and not axes.start else None
 
 
 def check_indices(indices: AnyArray, sizes: IntArray, axis: int) -> None:
@@ -120,9 +125,11 @@ def indexing_entries() -> list[OpSpec]:
     return [
         OpSpec(
             "GatherND", "movement", reads, data=(0,), move=_gather_nd, recompute=_gather_nd_repair,
+            index_axis=_only_indexed_axis,
         ),
         OpSpec(
             "GatherElements", "movement", reads, data=(0,), move=_gather_elements, recompute=_gather_elements_repair,
+            index_axis=gather_axis,
         ),
         OpSpec(
             "GridSample", "sample", "labels pass on channels and samples; positions stay, and so does the grid",
@@ -136,7 +143,7 @@ def indexing_entries() -> list[OpSpec]:
         *(
             OpSpec(
                 name, "scatter", "what it addresses stays: its indices have the shape of what they write",
-                data=(0, 2), axes=_element_axes, reason="positions of it are written",
+                data=(0, 2), axes=_element_axes, reason="positions of it are written", index_axis=gather_axis,
             )
             for name in ("ScatterElements", "Scatter")
         ),

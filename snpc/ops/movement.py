@@ -200,6 +200,10 @@ def _split_repair(call: OpCall, data: TensorCut, outs: list[TensorCut]) -> Param
     return ParameterUpdate(inputs={1: np.asarray(sizes, np.int64)}, attrs={"num_outputs": None})
 
 
+def gather_axis(call: OpCall) -> int:
+    return int(call.attrs.get("axis", 0)) % len(call.shape(0))
+
+
 def _gather(call: OpCall, labels: Labels) -> list[Labels]:
     axis = int(call.attrs.get("axis", 0)) % labels.ndim
     indices = call.value(1)
@@ -314,6 +318,7 @@ def movement_entries() -> list[OpSpec]:
         replace(
             entry("Gather", "runs on the labels; constant indices are renumbered", _gather, _gather_repair),
             selects=True,
+            index_axis=gather_axis,
         ),
         entry("Pad", "runs on the labels; what is padded has none", _pad),
         entry("DepthToSpace", "runs on the labels", _depth_space_blocks),

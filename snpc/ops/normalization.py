@@ -264,7 +264,7 @@ def reduction_specs() -> list[OpSpec]:
 
 def shape_specs() -> list[OpSpec]:
     """Operators that look at nothing but shapes, or at nothing at all."""
-    reading = "Shape Size ConstantOfShape Range EyeLike OneHot HannWindow HammingWindow BlackmanWindow"
+    reading = "Shape Size ConstantOfShape Range EyeLike HannWindow HammingWindow BlackmanWindow"
     return [
         OpSpec("Constant", "shape", "becomes an initializer while loading"),
         *(OpSpec(name, "shape", "reads shapes or makes constants: labels end here") for name in reading.split()),

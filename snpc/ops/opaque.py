@@ -19,7 +19,7 @@ REASONS = {
     ),
     SUBGRAPH: "Loop Scan SequenceMap",
     "which positions are read or written depends on the data": (
-        "TopK Unique Compress ReverseSequence NonMaxSuppression MaxUnpool MaxRoiPool AffineGrid DeformConv NonZero"
+        "Unique Compress ReverseSequence NonMaxSuppression MaxUnpool MaxRoiPool AffineGrid DeformConv"
     ),
     "a cache of fixed length that it writes into": "TensorScatter",
     "a recurrence over its input": "LSTM GRU RNN",

@@ -28,6 +28,8 @@ OpKind = Literal[
     "rotary",  # pairs of channels turned by tables
     "sample",  # channels of its first input, read at positions that others give
     "scatter",  # a tensor with parts of it written over by another
+    "choose",  # the largest positions along an axis, and their indices
+    "one_hot",  # indices become rows with one entry
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]
@@ -174,3 +176,6 @@ class OpSpec:
     makes_log_shares: bool = False  # the logarithm of a softmax
     chooses: bool = False  # each entry is that of one of its inputs
     selects: bool = False  # drops an axis by reading one position of it
+    index_axis: Callable[[OpCall], int | None] | None = None
+    """The axis that the indices of its second input name; None where they name positions of several."""
+    counts_data: bool = False  # how many positions it returns depends on the data

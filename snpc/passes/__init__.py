@@ -3,6 +3,7 @@
 Files
   analyze            Analysis: the groups, pins and cost of a model (docs/how-it-works.md shows how they are found).
   canonicalization/  Canonicalization: rewrites without change of meaning that the analysis relies on.
+  companions/        Companions: models with the same weights as another one, which are cut alike.
   fusion/            Fusions that a runtime rewards: attention and biases in one node.
   grouping/          Grouping: from labels to units, and from units to groups of heads x width with their sites.
   mac_breakdown      The multiply-accumulates of a model by role, every contraction counted once.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from snpc.passes.analyze import (
     Analysis,
+    Companion,
     GraphAtSizes,
     SizedFacts,
     analyze,
@@ -41,6 +43,7 @@ __all__ = [
     "FUSE_GEMM_BIAS",
     "PASSES",
     "Analysis",
+    "Companion",
     "DumpAfter",
     "GraphAtSizes",
     "OutputKind",

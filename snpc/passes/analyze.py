@@ -24,22 +24,26 @@ from snpc.graph import (
     run_pass,
 )
 from snpc.passes.canonicalization import ELIMINATE_DEAD_ROWS
+from snpc.passes.companions import GraphAlignment, GroupMatch, align_graphs, match_groups, restrict_groups
 from snpc.passes.grouping import (
     GroupDraft,
     TracedGraph,
     build_groups,
     draft_groups,
-    is_approximate,
+    pins_that_hold,
     to_pin,
     trace_graph,
 )
 from snpc.passes.propagation import LabelFlag
+from snpc.passes.quantization import with_float_graph
 from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
-from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
+from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import ChosenMetric, Cost, Group, Model, Pin, Sublayer
+from snpc.types import QUANTIZED_TOKENS_REASON, ChosenMetric, Cost, Group, Model, Pin, Sublayer
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
+
+QUANTIZED_TOKENS = TokenFacts((), (Pin("", TOKEN_AXIS, 0, QUANTIZED_TOKENS_REASON, "the model"),), 0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Analysis:
     """The sublayers that are gone, if any are. ``traced_graph`` does not contain them, ``model`` does."""
     metrics: Mapping[str, ChosenMetric] = field(default_factory=dict)
     """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
+    companions: tuple[Companion, ...] = field(default=(), repr=False)
+    """Models that are cut alike; what they cannot cut is pinned here."""
 
     @property
     def name(self) -> str:
@@ -121,6 +127,20 @@ class Analysis:
         return next(g for g in self.groups if g.id == name)
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A model that is cut alike: its ``analysis``, which of its constants and nodes are those of the first model, and
+    by group id of the first model, its group that is the same."""
+
+    analysis: Analysis
+    alignment: GraphAlignment = field(repr=False)
+    matches: Mapping[str, GroupMatch] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.analysis.model.source.name
+
+
 def analyze(
     model: Model,
     dim_sizes: Mapping[str, int] | None = None,
@@ -138,9 +158,44 @@ def analyze(
     chosen = SizedFacts(*choose_dim_sizes(model.graph, dim_sizes))
     quoted = quoted_facts(model.graph, chosen, dim_sizes or {})
     cost = replace(cost_of(model.graph, quoted.facts), nodes=model.nodes)
-    tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
+    model = with_float_graph(model, observer)
+    if model.quantized is not None:
+        chosen = SizedFacts(chosen.dim_sizes, infer_graph(model.graph, chosen.dim_sizes))
+        quoted = SizedFacts(quoted.dim_sizes, infer_graph(model.graph, quoted.dim_sizes))
+    tokens = QUANTIZED_TOKENS
+    if model.quantized is None:
+        tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
     sized = GraphAtSizes(model.graph, chosen, quoted, dim_sizes or {})
-    return analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)
+    analysis = analyze_graph(model, sized, cost, tokens=tokens, kv_cache=prune_kv_cache, observer=observer)
+    for companion in model.companions:
+        analysis = with_companion(
+            analysis, analyze(companion, known_sizes(companion, dim_sizes), prune_kv_cache=prune_kv_cache)
+        )
+    return analysis
+
+
+def known_sizes(model: Model, dim_sizes: Mapping[str, int] | None) -> dict[str, int]:
+    """The sizes of dimensions that the model has."""
+    names = {dim for spec in model.inputs for dim in spec.shape}
+    return {name: size for name, size in (dim_sizes or {}).items() if name in names}
+
+
+def with_companion(analysis: Analysis, other: Analysis) -> Analysis:
+    """The analysis with what ``other``, and its companions, cannot cut alike pinned."""
+    alignment = align_graphs(analysis.traced_graph.model, other.traced_graph.model)
+    matches, reasons = match_groups(analysis.groups, other.groups, alignment)
+    companion = Companion(other, alignment, matches)
+    groups = restrict_groups(analysis.groups, reasons, companion.name)
+    pins = {pin: None for group in groups for pin in group.pins} | dict.fromkeys(analysis.pins)
+    site = analysis.traced_graph.model.graph.inputs[0]
+    alike = Pin(str(site.name), 0, 0, f"{companion.name} is cut alike, in widths only", companion.name)
+    return replace(
+        analysis,
+        groups=groups,
+        pins=tuple(pins),
+        tokens=replace(analysis.tokens, points=(), pins=analysis.tokens.pins or (alike,)),
+        companions=(*analysis.companions, companion),
+    )
 
 
 @dataclass(frozen=True)
@@ -182,10 +237,11 @@ def analyze_graph(
     """
     graph, traced, quoted = sized.graph, sized.traced, sized.quoted
     facts, cost_facts = traced.facts, quoted.facts
-    narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, observer, facts=facts)
-    if narrowed.modified:
-        graph = narrowed.model
-        facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
+    if model.quantized is None:  # what is written back has the nodes of the file, on all rows
+        narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, observer, facts=facts)
+        if narrowed.modified:
+            graph = narrowed.model
+            facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)
     groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
@@ -263,13 +319,13 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
     """Pins of the groups, and of all other labels that weights produce; one per tensor, axis and reason."""
     free = np.zeros(traced_graph.trace.table.count, bool)
     for draft in drafts:
-        if is_approximate(draft):
+        if draft.approximate:
             free[draft.units] = True
     produced = np.zeros(traced_graph.trace.table.count, bool)
     flags = traced_graph.trace.table.flags[: traced_graph.trace.table.count]
     produced[traced_graph.units.unit_of_label[(flags & int(LabelFlag.PRODUCED)) > 0]] = True
     pins = {(pin.tensor, pin.axis, pin.reason): pin for group in groups for pin in group.pins}
-    for label_pin in traced_graph.trace.table.pins:
+    for label_pin in pins_that_hold(traced_graph.trace, traced_graph.units):
         own = traced_graph.units.unit_of_label[label_pin.labels]
         if not len(own) or (produced[own] & ~free[own]).any():
             key = (label_pin.tensor, label_pin.axis, label_pin.reason)

@@ -42,6 +42,7 @@ from snpc.pipeline.prune import PruneOptions, prune
 from snpc.pipeline.report_json import (
     analysis_json,
     dequantization_json,
+    describe_approximation,
     groups_json,
     json_report,
     quality_json,
@@ -85,6 +86,7 @@ __all__ = [
     "complete_plan",
     "completion_stages",
     "dequantization_json",
+    "describe_approximation",
     "effective_token_request",
     "effort_costs",
     "file_decisions",

@@ -14,7 +14,8 @@ from snpc.errors import CheckFailed
 from snpc.graph import cost_of, infer_graph
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
-from snpc.passes.slicing import rewrite_model
+from snpc.passes.slicing import rewrite_as_stored
+from snpc.pipeline.companions import FittedPlan, WrittenCompanion, write_companions
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
@@ -99,6 +100,8 @@ class PrunedModel:
     """Of the pruned model; caches may be narrower than the original's."""
     sampled_rows: tuple[SampledRows, ...] = ()
     """Where second moments are not from all rows of the calibration data."""
+    companions: tuple[WrittenCompanion, ...] = ()
+    """Models with the same weights that were cut alike, and written beside it."""
 
     @property
     def quality(self) -> Quality:
@@ -108,7 +111,10 @@ class PrunedModel:
     @property
     def cache_bytes(self) -> tuple[int, int]:
         """Bytes of the key/value caches per token, before and after; 0 of a model without caches."""
-        return cache_bytes_per_token(self.plan.analysis.model.inputs), cache_bytes_per_token(self.inputs)
+        pairs = [(self.plan.analysis.model.inputs, self.inputs)]
+        pairs += [(companion.original.inputs, companion.inputs) for companion in self.companions]
+        before, after = ([cache_bytes_per_token(inputs) for inputs in side] for side in zip(*pairs, strict=True))
+        return max(before), max(after)
 
     @property
     def head_size(self) -> tuple[int, int] | None:
@@ -130,7 +136,8 @@ class PrunedModel:
 
 @dataclass(frozen=True)
 class CandidateModel:
-    """A verified model in a staging folder, with its ``inputs``. ``reference``: what it was compared with."""
+    """A verified model in a staging folder, with its ``inputs``. ``reference``: what it was compared with.
+    ``companions``: those of the model, cut alike, in the same folder."""
 
     slices: SlicePlan
     path: Path
@@ -139,6 +146,7 @@ class CandidateModel:
     verdict: Verdict
     closed_forms: Mapping[str, ClosedFormKind]
     reference: Reference = field(repr=False)
+    companions: tuple[WrittenCompanion, ...] = ()
 
     @property
     def drift(self) -> float:
@@ -152,13 +160,16 @@ def staging_folder_for(plan: PruningPlan, target: Path) -> Iterator[Path]:
 
     CheckFailed about a file in the folder names ``target``: the folder is gone when a user reads it.
     """
-    check_target(target, *model_files(plan.analysis.model.path))
+    model = plan.analysis.model
+    inputs = set().union(*(model_files(part.source) for part in (model, *model.companions)))
+    for output in (target, *(target.parent / companion.source.name for companion in model.companions)):
+        check_target(output, *inputs)
     with staging_folder(target) as folder:
         try:
             yield folder
         except CheckFailed as error:
-            staged = re.escape(str(folder)) + r"(/\d+)?/" + re.escape(target.name)
-            raise CheckFailed(re.sub(staged, lambda _: str(target), str(error))) from None
+            staged = re.escape(str(folder)) + r"(?:/\d+)?/([^/\s:]+)"
+            raise CheckFailed(re.sub(staged, lambda m: str(target.parent / m[1]), str(error))) from None
 
 
 def write_candidate(
@@ -174,21 +185,23 @@ def write_candidate(
         with stopwatch.stage("refit"):
             slices, source = with_refitted_weights(plan)
     with stopwatch.stage("rewrite"):
-        rewritten = rewrite_model(source, cuts_of(slices), plan.execution.observer)
+        rewritten, graph = rewrite_as_stored(analysis.model, source, cuts_of(slices), plan.execution.observer)
         if analysis.reduction is not None:
-            analysis.reduction.finalize(rewritten.model)
-        finalize(rewritten.model, plan.execution.observer)
+            analysis.reduction.finalize(graph)
+        finalize(graph, plan.execution.observer)
     with stopwatch.stage("write"):
-        save(rewritten.model, temporary, analysis.model.external)
+        save(graph, temporary, analysis.model.external)
     with stopwatch.stage("verify"):
         reference = reference or candidate_reference(plan)
         verdict = verify_candidate(temporary, rewritten, reference, plan)
+        companions = write_companions(FittedPlan(slices, source), temporary, plan.execution)
+        verdict = replace(verdict, structure=(*verdict.structure, *(c.holds for c in companions)))
     with stopwatch.stage("report"):
         written = load(temporary)
         after = cost_of_file(written, analysis)
     kinds = {**plan.closed_forms.kinds} if plan.closed_forms is not None and refits else {}
     kinds |= {group.id: "refit" for group in approximate_groups(slices) if refits}
-    return CandidateModel(slices, temporary, written.inputs, after, verdict, kinds, reference)
+    return CandidateModel(slices, temporary, written.inputs, after, verdict, kinds, reference, companions)
 
 
 def publish_candidate(
@@ -201,7 +214,8 @@ def publish_candidate(
     """Rename the verified file, and its external data, to their places."""
     analysis = plan.analysis
     with stopwatch.stage("write"):
-        publish_files([candidate.path], target)
+        files = [candidate.path, *(companion.path for companion in candidate.companions)]
+        publish_files(files, target)
     return PrunedModel(
         candidate.slices,
         target,
@@ -215,6 +229,7 @@ def publish_candidate(
         data=plan.calibration,
         inputs=candidate.inputs,
         sampled_rows=plan.statistics.sampled_rows if plan.statistics is not None else (),
+        companions=tuple(replace(c, path=target.parent / c.path.name) for c in candidate.companions),
     )
 
 

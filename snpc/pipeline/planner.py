@@ -281,7 +281,8 @@ def make_plan(
         assert calibration is not None
         near = None if request.full_curves else budget
         with using_algebra(execution.algebra):
-            curves = measure_loss_curves(closed_forms, scores, calibration, groups, near, execution=execution)
+            widths = [g for g in groups if g.role != "experts"]  # zero weights do not keep tokens from an expert
+            curves = measure_loss_curves(closed_forms, scores, calibration, widths, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
         scores = replace(scores, curves=curves, drift_exponent=exponent)
     elif method != "select" and not budget.uniform:

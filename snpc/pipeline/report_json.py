@@ -35,6 +35,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "method": plan.method,
         "criterion": plan.criterion,
         "dequantized": dequantization_json(plan.analysis.model),
+        "restricted": restriction_json(plan.analysis.model),
         "metric": {output or "all": metric.name for output, metric in plan.analysis.metrics.items()} or None,
         "options": dict(plan.options),
         "calibration": calibration_json(result),
@@ -84,6 +85,20 @@ def dequantization_json(model: Model) -> dict[str, Any] | None:
     }
 
 
+def restriction_json(model: Model) -> dict[str, Any] | None:
+    """What a model says of that which its source does; None where that is all."""
+    record = model.restriction
+    if record is None:
+        return None
+    return {
+        "source": str(record.source),
+        "vocabulary": None if record.vocabulary is None else {"kept": len(record.vocabulary), "of": record.entries},
+        "last_logits": record.last_logits,
+        "compared": record.compared,
+        "drift": [asdict(difference) for difference in record.differences],
+    }
+
+
 def calibration_json(result: PrunedModel) -> dict[str, Any] | None:
     """The data that a model was fitted to: its record, or only its words where it was measured before."""
     if result.data is not None:
@@ -96,8 +111,16 @@ FORM_NAMES: Mapping[ClosedFormKind, str] = {
     "low_rank_vo": "values",
     "refit": "refit",
     "score_selection": "coupled",
+    "score_refit": "coupled_refit",
 }
 """Closed forms under the names that reports have for them."""
+
+
+def describe_approximation(role: str, form: str | None) -> str:
+    """What is approximate about a cut group that is normalized inside, by its closed form (None: there is none)."""
+    if role == "qk":
+        return f"norm on query and key heads {'refitted' if form == 'score_refit' else 'not refitted'}"
+    return f"normalized inside, {'refitted' if form == 'refit' else 'not refitted'}"
 
 
 def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = None) -> list[dict[str, Any]]:
@@ -126,6 +149,9 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
                 "kept": plan.kept_width(group),
                 "freedom": group.freedom,
                 "normalized_inside": group.normalized_inside,
+                "approximation": describe_approximation(group.role, kinds.get(group.id))
+                if group.normalized_inside and group.id in plan.keep
+                else None,
                 "form": FORM_NAMES[kinds[group.id]] if group.id in kinds else None,
                 "sites": sites,
             }
@@ -160,6 +186,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "not_run": verdict.not_run,
         "equals_mask": [asdict(d) for d in verdict.equals_mask],
         "quality": quality_json(verdict.quality),
+        "requantization": asdict(verdict.requantization) if verdict.requantization is not None else None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze, partly_written_outputs
-from snpc.passes.slicing import RewrittenModel, rewrite_model
+from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
@@ -23,14 +24,17 @@ from snpc.runtime.evaluation import (
     LanguageJudge,
     MetricRequest,
     OutputMetrics,
+    RunningDecoder,
     cache_interface,
     cached_decoding_error,
     check_removed_layers,
     check_structure,
     compare_models,
     compare_on_equal_selections,
+    decoder_interface,
     find_language_head,
     find_selectors,
+    measure_requantization,
     name_selectors,
     raise_if_unequal,
     rounding_tolerance,
@@ -316,12 +320,21 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
         return not_run_verdict(structure, reference.not_run, rounding_tolerance(analysis.model))
     structure = (*structure, *outputs_left_out(analysis))
     if cache_interface(analysis.model) is not None:
-        structure = (*structure, *check_cached_decoding(analysis, load(path), plan.execution))
+        pruned = load(path)
+        structure = (
+            *structure,
+            *check_cached_decoding((analysis.model, analysis.model), (pruned, pruned), plan.execution),
+        )
     try:
-        return compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
+        verdict = compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
     except CheckFailed as error:
         advice = selection_advice(rewritten) if reference.data.random_inputs else ""
         raise CheckFailed(f"{error}; nothing is written{advice}") from None
+    if rewritten.rounded is None:
+        return verdict
+    first = reference.data.first(masked_batches(reference.data.sizes)).batches
+    measured = measure_requantization(rewritten, path, first, reference.metrics, plan.execution)
+    return replace(verdict, requantization=measured)
 
 
 def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:
@@ -349,27 +362,40 @@ def outputs_left_out(analysis: Analysis) -> tuple[str, ...]:
     )
 
 
-def check_cached_decoding(analysis: Analysis, pruned: Model, execution: Execution) -> tuple[str, ...]:
+DecoderPair = tuple[Model, Model]
+"""The decoder that reads a prompt, and the one that goes on from its caches, which may be the same."""
+
+
+def check_cached_decoding(originals: DecoderPair, pruned: DecoderPair, execution: Execution) -> tuple[str, ...]:
     """The check that decoding through caches gives what all tokens at once give, in words; none where ``pruned`` has no
-    caches, or the original does not do so either. Raises CheckFailed where only the pruned model does not."""
-    interface, tolerance = cache_interface(pruned), rounding_tolerance(analysis.model)
-    if interface is None:
+    caches, or the originals do not do so either. Raises CheckFailed where only the pruned ones do not."""
+    tolerance = rounding_tolerance(originals[0])
+    if not decodes(pruned):
         return ()
-    with open_file(pruned.path, execution) as run:
-        error = cached_decoding_error(interface, run)
+    error = decoding_error(pruned, execution)
     if error is not None and error <= tolerance:
         return (f"decoding step by step through the caches equals decoding at once to {error:.1e}",)
-    dense = cache_interface(analysis.model)
-    if dense is None:
-        return ()
-    with open_file(analysis.model.path, execution) as run:
-        original = cached_decoding_error(dense, run)
+    original = decoding_error(originals, execution) if decodes(originals) else None
     if original is None or original > tolerance:
         return ()
     found = f"differs from decoding at once by {error:.1e}" if error is not None else "does not run"
     raise CheckFailed(
-        f"{pruned.path}: decoding step by step through the caches {found}; in the original both give the same"
+        f"{pruned[1].path}: decoding step by step through the caches {found}; in the original both give the same"
     )
+
+
+def decodes(pair: DecoderPair) -> bool:
+    """Are these decoders whose inputs are of known kinds, and does the second take the caches of the first?"""
+    first, second = map(decoder_interface, pair)
+    return first is not None and second is not None and second.continues(first)
+
+
+def decoding_error(pair: DecoderPair, execution: Execution) -> float | None:
+    """See ``cached_decoding_error``."""
+    with ExitStack() as sessions:
+        runs = {path: sessions.enter_context(open_file(path, execution)) for path in {model.path for model in pair}}
+        first, second = (RunningDecoder(interface, runs[m.path]) for m in pair if (interface := decoder_interface(m)))
+        return cached_decoding_error(first, second)
 
 
 def selection_advice(rewritten: RewrittenModel) -> str:
@@ -414,10 +440,13 @@ def verify(
         calibration = calibration or plan.calibration
         check_caches_fit(plan, calibration)
         slices, source = with_refitted_weights(plan)
-        rewritten = rewrite_model(source, cuts_of(slices))
+        rewritten, _ = rewrite_as_stored(analysis.model, source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
     structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
-    structure = (*structure, *check_cached_decoding(analysis, pruned_model, execution))
+    structure = (
+        *structure,
+        *check_cached_decoding((analysis.model, analysis.model), (pruned_model, pruned_model), execution),
+    )
     data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
     reference = run_original(analysis, original, data, execution)
     return compare_with_reference(

@@ -172,6 +172,11 @@ class Budget:
             )
         if self.ratio is None and "head" in self.roles:
             raise UserError("--target, --max-drift and --max-ppl choose widths themselves: leave out the role head")
+        if self.ratio is None and "experts" in self.roles:
+            raise UserError(
+                "--target, --max-drift and --max-ppl rank by measured losses, and none is measured of whole experts: "
+                "give --ratio, or leave out the role experts"
+            )
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise UserError(
                 f"ratio {self.ratio:g} is not in [0, 1): it is the fraction of units to remove, such as 0.5"
@@ -222,15 +227,21 @@ def minimum_width(group: Group, budget: Budget) -> int:
     """The smallest width that the budget allows."""
     cap = budget.max_ratio.get(group.role, 1.0) if budget.max_ratio is not None else 1.0
     capped = math.ceil(group.size * (1 - cap) - 1e-9)
-    wanted = math.ceil(max(budget.min_width, budget.round_to) / group.channels)
-    return min(group.size, max(wanted, capped))
+    wanted = math.ceil(max(budget.min_width, budget.round_to) / group.channels) if counts_channels(group) else 1
+    return min(group.size, max(wanted, capped, group.least))
+
+
+def counts_channels(group: Group) -> bool:
+    """Whether the units of a group are channels, which widths of kernels are about; experts are none."""
+    return group.role != "experts"
 
 
 def allowed_widths(group: Group, budget: Budget) -> list[int]:
     """Widths that a group may have, descending; its full width first. ``round_to`` and ``min_width`` count channels, of
     which a unit may stand for several."""
     minimum = minimum_width(group, budget)
-    step = math.lcm(group.step, budget.round_to // math.gcd(budget.round_to, group.channels))
+    round_to = budget.round_to if counts_channels(group) else 1
+    step = math.lcm(group.step, round_to // math.gcd(round_to, group.channels))
     multiples = range(group.size - group.size % step, 0, -step)
     widths = [w for w in multiples if minimum <= w < group.size]
     fast = [w for w in widths if group.tie and w * group.channels in (budget.head_sizes or ())]

@@ -57,7 +57,8 @@ def plan_outlook(
     """The outlook of ``slices``, which ``budget`` made of the ``scores`` of ``groups``. ``limit``: see
     ``PlanOutlook``."""
     removed = removed_shares(groups, slices)
-    measured = [g for g in groups if not g.approximate and g.role != "head"]
+    unmeasured = {g.id for g in groups if g.approximate and not g.normalized_inside}
+    measured = [g for g in groups if g.id not in unmeasured and g.role not in ("head", "experts")]
     if not measured:
         return PlanOutlook(removed, max(removed.values(), default=0.0))
     # A latency and a drift are met by trial; what they take is told in MACs.

@@ -62,6 +62,10 @@ def check_kept_widths(kept: Mapping[str, int], groups: Sequence[Group], name: st
     for members in tied_sets(groups):
         widths = [kept.get(g.id, g.size) for g in members]
         for group, width in zip(members, widths, strict=True):
+            if width < group.least:
+                raise UserError(
+                    f"{name}: {group.id} keeps {width} experts, but the router chooses {group.least} for each token"
+                )
             if width % group.step and width != group.size:
                 raise UserError(
                     f"{name}: {group.id} keeps {width} units of each block, but the kernel takes multiples of "

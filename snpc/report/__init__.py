@@ -37,6 +37,8 @@ from snpc.report.quality_text import (
     output_lines,
     quality_text,
     quality_warning,
+    requantization_text,
+    restriction_text,
     rewrite_text,
 )
 from snpc.report.sweep_plot import write_sweep_plot
@@ -50,6 +52,8 @@ __all__ = [
     "output_lines",
     "quality_text",
     "quality_warning",
+    "requantization_text",
+    "restriction_text",
     "rewrite_text",
     "write_report",
     "write_sweep_plot",

@@ -13,7 +13,14 @@ from snpc.passes import analyze, macs_by_role
 from snpc.pipeline import PrunedModel, PruningPlan
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.format import describe_method
-from snpc.report.quality_text import dequantization_text, quality_text, quality_warning, rewrite_text
+from snpc.report.quality_text import (
+    dequantization_text,
+    quality_text,
+    quality_warning,
+    requantization_text,
+    restriction_text,
+    rewrite_text,
+)
 from snpc.report.token_maps import TokenMaps, token_maps
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import BenchResult
@@ -188,9 +195,14 @@ def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
 def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str, ...]:
     """What a reader should know before trusting the numbers."""
     warnings = []
+    restriction = result.plan.analysis.model.restriction
+    if restriction is not None:
+        warnings.append(f"Before and after have {restriction_text(restriction)}.")
     dequantization = result.plan.analysis.model.dequantization
     if dequantization is not None:
         warnings.append(f"Before and after are float models: {dequantization_text(dequantization)}.")
+    if result.verification.requantization is not None:
+        warnings.append(f"{requantization_text(result.verification.requantization).capitalize()}.")
     if not result.calibration:
         warnings.append("No calibration data: drift was measured on random inputs and may differ on real ones.")
     if not result.quality.differences:

@@ -29,7 +29,8 @@ def describe_method(result: PrunedModel) -> str:
     if not result.closed_forms:
         return f"selected by {result.plan.criterion}"
     forms = list(result.closed_forms.values())
-    coupled = forms.count("score_selection")
-    rotated = len(forms) - coupled - forms.count("refit")
+    coupled, norms = forms.count("score_selection"), forms.count("score_refit")
+    rotated = len(forms) - coupled - norms - forms.count("refit")
     selected = f", {coupled} selected by the loss of attention scores" if coupled else ""
+    selected += f", {norms} selected so and norms on their heads refitted" if norms else ""
     return f"in closed form: {rotated} groups rotated, {forms.count('refit')} refitted{selected}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snpc.pipeline import PrunedModel, PruningPlan
+from snpc.pipeline import PrunedModel, PruningPlan, describe_approximation
 from snpc.report.attention_maps import AttentionPicture, HeadMap
 from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_decades, widths_chart
 from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
@@ -29,6 +29,7 @@ ROLE_NAMES = {
     "vo": "value and output",
     "ffn": "feed-forward, hidden",
     "head": "heads",
+    "experts": "whole experts",
     "conv": "convolution channels",
     "residual": "residual stream",
     "other": "other weights",
@@ -38,6 +39,7 @@ WEIGHT_ORIGINS = {
     "low_rank_vo": "rotated",
     "refit": "refitted",
     "score_selection": "selected by scores",
+    "score_refit": "selected by scores",
 }
 
 
@@ -223,7 +225,7 @@ def group_row(item: GroupWidth) -> tuple[str, ...]:
     """A row of the table of groups."""
     origin = WEIGHT_ORIGINS.get(item.form, "sliced" if item.kept < item.size else "as they were")
     if item.normalized_inside and item.kept < item.size:
-        origin += ", normalized inside"
+        origin += f"; approximate: {describe_approximation(item.role, item.form)}"
     before, after = f"{item.blocks} x {item.size}", f"{item.blocks} x {item.kept}"
     return item.id, item.role, before, after, format_share(item.kept, item.size), origin
 

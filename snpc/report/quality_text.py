@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from snpc.passes.quantization import operator_counts
-from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Verdict
+from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Requantization, Restriction, Verdict
 
 MEANINGS: dict[Grade, str] = {
     "good": "outputs are close to the original's",
@@ -28,6 +28,13 @@ def rewrite_text(verdict: Verdict) -> str:
     return f"rewrite: correct ({same}; {checks})"
 
 
+def restriction_text(record: Restriction) -> str:
+    """How a model says less than its source, and that what is left is equal."""
+    worst = max((d.relative for d in record.differences), default=0.0)
+    equal = f"equal to the original's to {worst:.1e}" if record.differences else record.compared
+    return f"{record.describe()}; what is left: {equal}"
+
+
 def dequantization_text(record: Dequantization) -> str:
     """What became float, what did not, and how much that changed the outputs."""
     text = f"dequantized {record.source.name}: {operator_counts(record.replaced)} became float"
@@ -37,6 +44,17 @@ def dequantization_text(record: Dequantization) -> str:
         return f"{text}; outputs were not compared with the quantized model's ({record.compared})"
     largest = max(difference.relative for difference in record.differences)
     return f"{text}; outputs change by {largest:.2g} relative on {record.compared}"
+
+
+def requantization_text(record: Requantization) -> str:
+    """Which weights have the codes of the file, which were rounded anew, and what that changes by itself."""
+    sliced = f"quantized as it was: {record.sliced} constants sliced bit for bit"
+    if not record.requantized:
+        return sliced
+    text = f"{sliced}, {record.requantized} quantized anew"
+    if not record.differences:
+        return text
+    return f"{text}, which changes the outputs by {record.relative:.2g} relative, apart from pruning"
 
 
 def quality_text(quality: Quality) -> str:

@@ -191,7 +191,7 @@ MASKED = {
     "bert_zero_bias__ts17": (),
     "gpt2__ts17": ("--uniform",),
     "llama__ts17": (),
-    "qwen3__dyn20": (),
+    "qwen3__dyn20": ("--roles", "vo,ffn"),  # queries and keys are normalized over what stays
     "bart__dyn20": ("--roles", "vo,ffn"),
     "t5__ts17": ("--roles", "qk,vo,ffn,head"),
     "albert__dyn20": ("--roles", "qk,vo,ffn,head"),  # its layers share biases, but not weights, in the file

@@ -45,13 +45,21 @@ SPECS = (
     "lrp",
     "movement",
     "qm",
+    "reap",
+    "serene",
+    "serene:outputs=0",
     "snp",
     "snp:terms=1",
     "snp:terms=1000",
     "snp:average=grams",
     "taylor",
 )
-KINDS: Mapping[Role, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("context", "value"), "head": ("context",)}
+KINDS: Mapping[Role, tuple[str, ...]] = {
+    "qk": ("query", "key"),
+    "vo": ("context", "value"),
+    "head": ("context",),
+    "experts": ("expert",),
+}
 
 # --- a group made of random numbers -----------------------------------------------------------------------------------
 
@@ -80,10 +88,14 @@ def measure(role: Role, values: Batch) -> Batch:
         batch[f"tokens:{kind}"] = np.full(len(x), float(x.shape[2]))
         if role != "head":
             batch[f"gram:{kind}"] = np.swapaxes(x, -1, -2) @ x
+    if role == "experts":
+        norms = np.abs(values["expert"]).sum(axis=2).reshape(len(values["expert"]), -1)
+        batch["routed:expert"] = np.stack([norms, np.full(norms.shape, 9.0)], axis=1)
     first = next(iter(values.values()))
     batch["gate:loss"] = first.sum(axis=2)
     batch["gate:weights"] = np.square(first).sum(axis=2)
     batch["gate:relevance"] = first.mean(axis=2)
+    batch["gate:sensitivity"] = np.abs(first).mean(axis=2)
     batch["gate:macs"] = batch["gate:memory"] = np.full(len(first), 17.0)
     return batch
 
@@ -503,6 +515,7 @@ def test_spelling(spec: str, want: Criterion) -> None:
         ("snp:terms=few", "criterion 'snp': terms=few is not a whole number"),
         ("snp:terms=2.5", "criterion 'snp': terms=2.5 is not a whole number"),
         ("snp:terms=-1", "criterion 'snp': terms=-1 is negative: give a number of terms, or 0 for 8"),
+        ("serene:outputs=-1", "criterion 'serene': outputs=-1 is negative: give a number, or 0 for their sum"),
         ("snp:average=mean", "criterion 'snp': average=mean is not one of scores, grams"),
         ("magnitude:norm=l3", "criterion 'magnitude': norm=l3 is not one of l1, l2"),
         ("activation:weighted=1", "criterion 'activation': weighted=1 is not true or false"),
@@ -586,6 +599,8 @@ def test_refused_packages(offered: list[tuple[str, str]], words: str, monkeypatc
 def test_a_broken_package_does_not_stop_snpcs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, ("new", "no_such_module_of_snpc:X"))
     assert make_criterion("snp") == Snp()
-    with pytest.raises(UserError, match=r"choose one of activation, .*, movement, new, qm, random, snp, taylor$"):
+    with pytest.raises(
+        UserError, match=r"choose one of activation, .*, movement, new, qm, random, reap, serene, snp, taylor$"
+    ):
         make_criterion("old")
     assert "no_such_module_of_snpc" not in sys.modules

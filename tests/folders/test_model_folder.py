@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import onnx
 import pytest
 
 from snpc.errors import UserError
-from snpc.folders.model_folder import find_model_folder, main_model, models_with_same_weights
-from snpc.folders.output_folder import open_output_folder
-from tests.models.folders import GENAI_CONFIG, write_decoder, write_folder
-from tests.oracle import analysis_of
+from snpc.folders.model_folder import find_model_folder, main_model
+from tests.models.decoder_pairs import FIRST, SECOND
+from tests.models.folders import GENAI_CONFIG, write_decoder, write_folder, write_other_model, write_pair_folder
 
 
 def names(paths: tuple[Path, ...]) -> list[str]:
@@ -39,7 +37,7 @@ def test_other_precisions_of_the_model_are_its_forms(tmp_path: Path) -> None:
 
 def test_genai_config_names_the_model(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "llama", "decoder.onnx", {"genai_config.json": GENAI_CONFIG})
-    write_decoder(folder / "vision.onnx", external=False)
+    write_other_model(folder / "vision.onnx")
     found = find_model_folder(folder)
     assert found.model == Path("decoder.onnx")
     assert "vision.onnx" in names(found.others)
@@ -55,7 +53,7 @@ def test_a_config_that_names_no_model_is_refused(config: str, tmp_path: Path) ->
 
 def test_of_several_models_one_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "whisper", "encoder_model.onnx")
-    write_decoder(folder / "decoder_model.onnx", external=False)
+    write_other_model(folder / "decoder_model.onnx")
     with pytest.raises(UserError, match=r"decoder_model\.onnx, encoder_model\.onnx: name the one to cut with --file"):
         main_model(folder)
     found = find_model_folder(folder, "encoder_model.onnx")
@@ -65,18 +63,23 @@ def test_of_several_models_one_is_named(tmp_path: Path) -> None:
         find_model_folder(folder, "encoder.onnx")
 
 
-def test_a_pair_with_the_same_weights_is_not_torn(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "t5", "decoder_model.onnx")
-    write_decoder(folder / "decoder_with_past_model.onnx")
-    onnx.save(onnx.load(analysis_of("gpt2_cached__ts14").model.path), folder / "encoder_model.onnx")
-    pair, other = (find_model_folder(folder, name) for name in ("decoder_model.onnx", "encoder_model.onnx"))
-    assert names(models_with_same_weights(pair)) == ["decoder_with_past_model.onnx"]
-    assert not models_with_same_weights(other)
-    with (
-        pytest.raises(UserError, match=r"has the same weights as decoder_with_past_model\.onnx"),
-        open_output_folder(pair, tmp_path / "out"),
-    ):
-        pass
+def test_decoders_with_the_same_weights_go_together(tmp_path: Path) -> None:
+    """Whichever of them is named, the plan is made for the one that takes no caches."""
+    folder = write_pair_folder(tmp_path / "bart")
+    for name in (FIRST, SECOND):
+        found = find_model_folder(folder, name)
+        assert (found.model, found.companions, found.part) == (Path(FIRST), (Path(SECOND),), "decoder")
+        assert names(found.forms) == ["decoder_with_past_model_q4.onnx"]
+        assert names(found.others) == ["config.json", "encoder_model.onnx"]
+    encoder = find_model_folder(folder, "encoder_model.onnx")
+    assert (encoder.model, encoder.companions, encoder.part) == (Path("encoder_model.onnx"), (), "encoder")
+
+
+def test_a_pair_alone_needs_no_name(tmp_path: Path) -> None:
+    folder = write_pair_folder(tmp_path / "gpt2", cross=False)
+    found = find_model_folder(folder)
+    assert (found.model, found.companions, found.part) == (Path(FIRST), (Path(SECOND),), "")
+    assert main_model(folder) == folder / FIRST
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

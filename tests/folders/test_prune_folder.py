@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 
 import snpc
+from snpc.errors import UserError
 from tests.command_line import invoke, reported
-from tests.models.folders import CONFIG, GENAI_CONFIG, HIDDEN, write_decoder, write_folder
+from tests.models.decoder_pairs import FIRST, SECOND
+from tests.models.decoder_pairs import HIDDEN as HIDDEN_UNITS
+from tests.models.folders import (
+    CONFIG,
+    GENAI_CONFIG,
+    HIDDEN,
+    PAIR_CONFIG,
+    write_decoder,
+    write_folder,
+    write_pair_folder,
+)
 
 MAGNITUDE: dict[str, Any] = {"method": "select", "criterion": "magnitude"}
 
@@ -95,3 +106,31 @@ def test_a_dry_run_writes_no_folder(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "llama")
     invoke("prune", source, "--ratio", 0.5, "--dry-run", "-o", tmp_path / "half")
     assert not (tmp_path / "half").exists()
+
+
+def test_two_decoders_are_cut_by_one_plan(tmp_path: Path) -> None:
+    source = write_pair_folder(tmp_path / "bart")
+    before = content(source)
+    options = ("--ratio", 0.5, "--uniform", "--prune-kv-cache", "--method", "select", "--criterion", "magnitude")
+    report = reported("prune", source, "--file", SECOND, *options, "-o", tmp_path / "half")
+    assert content(source) == before
+    after = content(tmp_path / "half")
+    assert set(after) == {FIRST, SECOND, "encoder_model.onnx", "config.json"}
+    assert after["encoder_model.onnx"] == before["encoder_model.onnx"]
+    assert all(len(after[name]) < len(before[name]) for name in (FIRST, SECOND))
+    assert any(check.startswith(f"{SECOND}: sliced equals masked") for check in report["verify"]["structure"])
+    assert json.loads(after["config.json"]) == {**PAIR_CONFIG, "decoder_ffn_dim": HIDDEN_UNITS // 2, "d_kv": 4}
+    assert report["folder"]["unsaid"] == {"config.json": ["d_ff stays 32: hidden layers are 16 to 32 wide now"]}
+    assert report["folder"]["left_out"] == ["decoder_with_past_model_q4.onnx"]
+    # self attention: two layers, keys and values, three heads, float32; caches of the encoder's states do not grow
+    assert report["cache_bytes_per_token"] == {"before": 2 * 2 * 3 * 8 * 4, "after": 2 * 2 * 3 * 4 * 4}
+
+
+def test_companions_of_a_folder_are_found_and_not_given(tmp_path: Path) -> None:
+    source = write_pair_folder(tmp_path / "gpt2", cross=False)
+    found = snpc.prune_folder(source, tmp_path / "half", ratio=0.5, **MAGNITUDE)
+    assert [companion.path for companion in found.model.companions] == [tmp_path / "half" / SECOND]
+    with pytest.raises(UserError, match="companions are for files"):
+        snpc.prune_folder(source, tmp_path / "other", ratio=0.5, companions=[source / SECOND], **MAGNITUDE)
+    refused = invoke("prune", source, "--ratio", 0.5, "--companion", source / SECOND, code=2)
+    assert "--companion is for files" in refused.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from tests.models import decoder_pairs as pairs
 from tests.oracle import analysis_of
 
 DECODER = "llama_cached__dyn20"
@@ -32,6 +34,32 @@ def write_decoder(path: Path, external: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     model = onnx.load(analysis_of(DECODER).model.path)
     onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=64)
+
+
+def write_other_model(path: Path) -> None:
+    """A model with other weights."""
+    shutil.copy(analysis_of("gpt2_cached__ts14").model.path, path)
+
+
+PAIR_CONFIG: Mapping[str, Any] = {
+    "decoder_ffn_dim": pairs.HIDDEN,
+    "encoder_ffn_dim": pairs.HIDDEN,
+    "d_ff": pairs.HIDDEN,
+    "d_kv": pairs.HEAD_WIDTH,
+}
+
+
+def write_pair_folder(folder: Path, cross: bool = True) -> Path:
+    """A decoder in two files with its configuration; with an encoder where the decoder reads its states, and another
+    precision of the second file."""
+    folder.mkdir()
+    for path in pairs.pair_paths(cross):
+        shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps(PAIR_CONFIG))
+    if cross:
+        write_other_model(folder / "encoder_model.onnx")
+        shutil.copy(folder / pairs.SECOND, folder / "decoder_with_past_model_q4.onnx")
+    return folder
 
 
 def write_folder(folder: Path, model: str = "model.onnx", configs: Mapping[str, Any] | None = None) -> Path:

@@ -23,9 +23,11 @@ WIDTHS = ("qk", "vo", "ffn", "conv", "residual")
 RATIOS = {"qk": 0.5, "vo": 0.34, "ffn": 0.6, "conv": 0.4, "residual": 0.25, "head": 0.3}
 
 
-def rotary(count: int, *, kv_heads: int, tables: int = 1, pairs: int = 6) -> Kinds:
-    """Attention whose query heads share the rotary tables: the same pairs go in all heads (and layers), and no head."""
-    return Counter({("qk", 1, pairs): tables, ("vo", kv_heads, 12): count})
+def rotary(heads: int, beside: int = 0) -> Kinds:
+    """Two layers that share the rotary tables: pairs go in each key head with its query heads. ``beside``: channels of
+    a head that do not turn."""
+    turned = Counter({("qk", heads, (12 - beside) // 2): 2}) + Counter({("qk", heads, beside): 2} if beside else {})
+    return turned + without(attention(heads, 12, 2), "qk", *(["head"] if heads == 1 else []))
 
 
 KINDS: dict[str, Kinds] = {
@@ -50,8 +52,7 @@ KINDS: dict[str, Kinds] = {
     "pvt": without(attention(1, 8, 1), "head") + attention(2, 8, 2) + attention(3, 8, 1) + ffn(16, 1) + ffn(32, 2)
     + ffn(48, 1),
     "twins": without(attention(1, 16, 2), "head") + attention(2, 16, 2) + ffn(32, 2) + ffn(64, 2),
-    "eva02": Counter({("qk", 1, 8): 1, ("vo", 3, 16): 2}) + ffn(96, 2),
-    "eva02__ts17": Counter({("qk", 1, 8): 2, ("vo", 3, 16): 2}) + ffn(96, 2),  # a table per layer
+    "eva02": Counter({("qk", 3, 8): 2, ("vo", 3, 16): 2, ("head", 1, 3): 2}) + ffn(96, 2),
     # Pointwise convolutions in front of others, and two layers of the classifier.
     "efficientvit": ffn(8, 1) + ffn(16, 1) + ffn(48, 1) + ffn(32, 1),
     "mobilevit": attention(4, 16, 2) + attention(4, 20, 4) + attention(4, 24, 3) + ffn(128, 2) + ffn(160, 4)
@@ -61,7 +62,7 @@ KINDS: dict[str, Kinds] = {
     + Counter({("ffn", 1, size): 1 for size in (32, 128, 192, 256)}),
     "segformer": without(attention(1, 16, 1), "head") + attention(2, 16, 1) + ffn(32, 1) + ffn(64, 1) + ffn(24, 3),
     "dinov2": attention(4, 12, 2) + ffn(64, 2),
-    "dinov3": rotary(2, kv_heads=4, pairs=3) + ffn(96, 2),  # three frequencies, of rows and of columns
+    "dinov3": rotary(4) + ffn(96, 2),
     "sam": Counter({("qk", 1, 12): 2, ("vo", 4, 12): 2}) + ffn(96, 2),  # all heads read the same relative positions
     "clip": attention(4, 12, 2) + ffn(96, 2),
     "siglip": attention(4, 12, 3) + ffn(96, 3),
@@ -76,15 +77,14 @@ KINDS: dict[str, Kinds] = {
     "roberta": attention(4, 12, 2) + ffn(96, 2) + ffn(48, 1),
     "distilbert": attention(4, 12, 2) + ffn(96, 2) + ffn(48, 1),
     "deberta": without(attention(4, 12, 2), "head") + ffn(96, 2) + ffn(48, 1),
-    # global and local layers have a table each
-    "modernbert": rotary(2, kv_heads=4, tables=2) + ffn(96, 2) + ffn(48, 1),
-    "gemma2": rotary(2, kv_heads=2) + ffn(96, 2),
-    "phi": Counter({("qk", 4, 6): 2, ("qk", 1, 3): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
-    "neox": Counter({("qk", 4, 8): 2, ("qk", 1, 2): 1, ("vo", 4, 12): 2}) + ffn(96, 2),
+    "modernbert": rotary(4) + ffn(96, 2) + ffn(48, 1),
+    "gemma2": rotary(2) + ffn(96, 2),
+    "phi": rotary(4, beside=6) + ffn(96, 2),
+    "neox": rotary(4, beside=8) + ffn(96, 2),
     "moe": ffn(40, 2),  # the same units of every expert
-    "qwen2": rotary(2, kv_heads=2) + ffn(96, 2),
-    "mistral": rotary(2, kv_heads=2) + ffn(96, 2),
-    "gemma": rotary(2, kv_heads=1) + ffn(96, 2),
+    "qwen2": rotary(2) + ffn(96, 2),
+    "mistral": rotary(2) + ffn(96, 2),
+    "gemma": rotary(1) + ffn(96, 2),
 }  # fmt: skip
 
 # (role, what a pin of it must say): true reasons why something that looks like attention stays.
@@ -94,8 +94,6 @@ PINNED = {
     "xcit": [("qk", "summed over")],  # the score matrix has the width of query and key
     "efficientvit": [("qk", "cut independently"), ("vo", "cut independently")],
     "deberta": [("head", "indices")],
-    "phi": [("head", "shared by only some")],  # the rotary table, of the channels that turn
-    "neox": [("head", "shared by only some")],
 }
 
 

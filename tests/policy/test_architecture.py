@@ -33,10 +33,11 @@ LAYERS = (
 # levels, members of one row do not know each other.
 INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
     "passes": (
-        ("canonicalization", "propagation", "quantization"),
-        ("grouping", "fusion"),
+        ("canonicalization", "propagation"),
+        ("quantization", "grouping", "fusion"),
         ("weights", "token_analysis", "sublayers"),
-        ("slicing", "analyze"),
+        ("slicing", "companions"),
+        ("analyze",),
         ("mac_breakdown", "output_kinds", "pass_list"),
     ),
     "runtime": (

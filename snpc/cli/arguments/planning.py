@@ -42,7 +42,7 @@ class SelectionArguments(ArgumentGroup):
         show_default=True,
         metavar="ROLE,...",
         callback=parse_roles,
-        help="Roles of the groups to prune: qk, vo, ffn, head, conv, residual, other; layer, whole attention and "
+        help="Roles of the groups to prune: qk, vo, ffn, head, experts, conv, residual, other; layer, whole attention and "
         "feed-forward layers (needs --calib); or none.",
     )
     include: str | None = option("--include", metavar="REGEX", help="Prune only groups whose id matches.")
@@ -224,6 +224,12 @@ class PlanningArguments(ArgumentGroup):
                 "--max-ppl X for widths, --tokens SCHEDULE for tokens alone"
             )
         return bool(self.selection.roles) and self.amount.is_given
+
+    def alone(self) -> PlanningArguments:
+        """Of a model that says less already: nothing else goes where nothing says how much."""
+        if self.amount.is_given or self.reduction.schedule is not None:
+            return self
+        return replace(self, selection=replace(self.selection, roles=()))
 
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""

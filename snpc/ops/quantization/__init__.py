@@ -5,6 +5,10 @@ Files
                not.
   costs        What nodes on quantized or re-laid-out values cost. snpc does not look through them, but counts them.
   float_forms  Which float operator a node on quantized values stands for, and what its operands are.
+  layouts      How quantized arrays lie in a file: as tensors of codes, in the blocks of MatMulNBits, or as packed
+               tables.
+  schemes      Quantized arrays that can be cut, and quantized anew: codes with their scales and zero points, and their
+               range.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from snpc.ops.quantization.float_forms import (
     QuantizedBias,
     float_form,
 )
+from snpc.ops.quantization.layouts import Layout, read_stored, write_stored
+from snpc.ops.quantization.schemes import QuantizedArray
 
 __all__ = [
     "COMMUTING",
@@ -35,13 +41,17 @@ __all__ = [
     "NCHWC",
     "NOT_NEGATIVE",
     "FloatForm",
+    "Layout",
     "Operand",
     "Packed",
     "Plain",
     "Quantized",
+    "QuantizedArray",
     "QuantizedBias",
     "QuantizedCost",
     "WeightCount",
     "dequantize_array",
     "float_form",
+    "read_stored",
+    "write_stored",
 ]

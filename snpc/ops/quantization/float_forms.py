@@ -13,6 +13,7 @@ from typing import Any
 from snpc.ops import names
 from snpc.ops.quantization.arrays import UNPACKED_BITS, dequantize_blocks, dequantize_table
 from snpc.ops.quantization.costs import unpacked_table_shape
+from snpc.ops.quantization.layouts import Layout
 from snpc.ops.spec import MICROSOFT
 from snpc.types import AnyArray, Shape
 
@@ -57,11 +58,13 @@ class Packed:
     """A constant that ``unpack`` makes of the stored inputs, weight and scales first (None: left out).
 
     ``shape``: of that constant, from the attributes, the stored shape of the weight, and the bits of its entries.
+    ``layout``: how the inputs lie.
     """
 
     inputs: tuple[int, ...]
     unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray]
     shape: Callable[[Attributes, Shape, int], Shape]
+    layout: Layout
 
 
 Operand = Plain | Quantized | QuantizedBias | Packed
@@ -88,6 +91,8 @@ class FloatForm:
     condition: Callable[[Attributes], bool] | None = None
     repeated: bool = False
     """The last operand stands for one after each three inputs, as many as there are."""
+    written_back: bool = True
+    """Whether the float node, cut, can be this node again."""
 
     def operands_of(self, inputs: int) -> tuple[Operand, ...]:
         """The operands of a node with so many inputs."""
@@ -161,18 +166,18 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
     (MICROSOFT, "DynamicQuantizeMatMul"): FloatForm(names.MATMUL, (Plain(0), Quantized(1, 2, 3)), {}, bias=Plain(4)),
     (MICROSOFT, "MatMulNBits"): FloatForm(
         names.MATMUL,
-        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks, _product_shape)),
+        (Plain(0), Packed((1, 2, 3, 4), dequantize_blocks, _product_shape, "product")),
         {},
         bias=Plain(5),
         condition=_fills_bytes,
     ),
     (MICROSOFT, "GatherBlockQuantized"): FloatForm(
         names.GATHER,
-        (Packed((0, 2, 3), dequantize_table, unpacked_table_shape), Plain(1)),
+        (Packed((0, 2, 3), dequantize_table, unpacked_table_shape, "table"), Plain(1)),
         {"gather_axis": "axis"},
         condition=_fills_bytes,
     ),
-    (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT),
+    (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT, written_back=False),
     (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),
     (MICROSOFT, "QLinearMul"): _two_operands(names.MUL),
     (MICROSOFT, "QLinearConcat"): FloatForm(names.CONCAT, (Quantized(2, 3, 4),), output=(0, 1), repeated=True),

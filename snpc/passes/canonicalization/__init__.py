@@ -18,6 +18,8 @@ Files
                          not know.
   inline_functions       Inlines model-local functions. How many nodes that makes is counted first: functions that call
                          others twice each grow to 2^depth nodes from a file of two kilobytes.
+  rotary_tables          Rotary tables that layers share: each layer, and each head, selects columns of its own of
+                         them.
   shared_constants       Constants with several consumers: forked for the analysis, merged again before writing.
   static_cache_widths    Static widths of KV caches: exporters declare the width of a cache as dynamic, though the node
                          that reads it takes one.
@@ -25,7 +27,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, canonicalize
+from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, FORK_SHARED_CONSTANTS, canonicalize
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
@@ -37,6 +39,7 @@ __all__ = [
     "ELIMINATE_DEAD_ROWS",
     "FINALIZATION_PASSES",
     "FOLD_SHAPE_ARITHMETIC",
+    "FORK_SHARED_CONSTANTS",
     "EliminateDeadNodes",
     "canonicalize",
     "finalize",

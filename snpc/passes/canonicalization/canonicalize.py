@@ -7,7 +7,8 @@
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
 - Einsum nodes have two operands,
 - nodes stand in topological order and every node has a name,
-- KV caches of fused attention have a static width.
+- KV caches of fused attention have a static width,
+- rotary tables are read through selections of columns, one per use.
 
 The copies share their bytes, and ``finalize`` merges those that end equal, so a model that is not cut is written as it
 was read.
@@ -25,6 +26,7 @@ from snpc.passes.canonicalization.eliminate_zero_terms import EliminateZeroTerms
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
 from snpc.passes.canonicalization.inline_branches import InlineBranches
 from snpc.passes.canonicalization.inline_functions import InlineFunctions
+from snpc.passes.canonicalization.rotary_tables import ForkRotaryTables
 from snpc.passes.canonicalization.shared_constants import ForkSharedConstants
 from snpc.passes.canonicalization.static_cache_widths import DeclareCacheWidths
 
@@ -75,6 +77,14 @@ class NameNodes(ir.passes.InPlacePass):
             taken.add(name)
         return ir.passes.PassResult(model, modified)
 
+
+FORK_SHARED_CONSTANTS = GraphPass(
+    "fork-shared-constants",
+    "canonicalize",
+    ForkSharedConstants,
+    "gives each consumer of a shared vector a copy of its own",
+    "last: the copies are named after initializers that stay",
+)
 
 CANONICALIZATION_PASSES = (
     GraphPass(
@@ -148,12 +158,13 @@ CANONICALIZATION_PASSES = (
         "after branches and functions, which may hold the attention",
     ),
     GraphPass(
-        "fork-shared-constants",
+        "fork-rotary-tables",
         "canonicalize",
-        ForkSharedConstants,
-        "gives each consumer of a shared vector a copy of its own",
-        "last: the copies are named after initializers that stay",
+        ForkRotaryTables,
+        "lets each layer, and each head, select columns of its own of a shared rotary table",
+        "after naming, as it names its nodes after the uses; before forking constants, as stored tables stay shared",
     ),
+    FORK_SHARED_CONSTANTS,
 )
 
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from snpc.graph import GraphPass, PassObserver, run_passes
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
+from snpc.passes.canonicalization.rotary_tables import SimplifyColumnSelections
 from snpc.passes.canonicalization.shared_constants import MergeForkedConstants, ShareRotaryTables
 
 
@@ -25,11 +26,18 @@ class DropStaleShapes(ir.passes.InPlacePass):
 
 FINALIZATION_PASSES = (
     GraphPass(
+        "simplify-column-selections",
+        "finalize",
+        SimplifyColumnSelections,
+        "leaves of the selections of columns of rotary tables those that a cut needs",
+        "first: what it leaves unused is removed by the next pass",
+    ),
+    GraphPass(
         "remove-unused-nodes",
         "finalize",
         EliminateDeadNodes,
         "removes nodes and initializers that no output depends on",
-        "first: what nothing uses need not be compared by the next pass",
+        "before constants are merged: what nothing uses need not be compared",
     ),
     GraphPass(
         "merge-forked-constants",

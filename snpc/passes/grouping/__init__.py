@@ -3,6 +3,8 @@
 Files
   drafts             Group drafts: units with the same sites, with role, pins and [blocks, size] grid, before they get
                      names.
+  experts            Whole experts as units: what pins them, how many must stay, what is theirs alone, and where they
+                     are observed.
   feasibility        Whether a group can be cut at all: every tensor that its blocks share with others must stay
                      rectangular.
   groups             From drafts to groups: names, sites, probes, freedom, and the cost that each group accounts for.
@@ -14,7 +16,8 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
+from snpc.passes.grouping.drafts import GroupDraft, draft_groups
+from snpc.passes.grouping.experts import pins_that_hold
 from snpc.passes.grouping.groups import build_groups, to_pin
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
 from snpc.passes.grouping.units import Units
@@ -25,7 +28,7 @@ __all__ = [
     "Units",
     "build_groups",
     "draft_groups",
-    "is_approximate",
+    "pins_that_hold",
     "to_pin",
     "trace_graph",
 ]

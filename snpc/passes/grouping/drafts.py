@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from snpc.passes.grouping.experts import least_experts, pins_that_hold
 from snpc.passes.grouping.feasibility import ValuesByUnit, infeasible_cut_pin, values_by_unit
 from snpc.passes.grouping.units import Units
 from snpc.passes.grouping.width_ties import tie_widths
@@ -32,6 +33,20 @@ class GroupDraft:
     channels: int = 1
     step: int = 1
     tie: int = 0
+    least: int = 1
+
+    @property
+    def approximate(self) -> bool:
+        """Do only normalization statistics pin it? It can then be cut with an approximate result."""
+        kinds = {pin.kind for pin in self.pins}
+        if self.role == "qk":
+            return bool(kinds) and kinds <= {"norm", "head_norm"}
+        return kinds == {"norm"} and self.role in ("residual", "ffn", "conv") and len(self.units) == 1
+
+    @property
+    def held_by(self) -> tuple[LabelPin, ...]:
+        """The pins for which it keeps its width."""
+        return () if self.approximate else self.pins
 
 
 def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
@@ -42,19 +57,22 @@ def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
 
 
 def site_signatures(trace: Trace, units: Units) -> npt.NDArray[np.uint64]:
-    """[units]: a hash of the set of constant axes that each unit occurs on."""
+    """[units]: a hash of the set of constant axes that each unit occurs on, and of the selections of rotary columns: a
+    unit of a head that turns has two channels, one beside it that does not has one."""
     rng = np.random.default_rng(0)
     signatures = np.zeros(trace.table.count, np.uint64)
     for axis in trace.table.axes:
         axis_units = np.unique(units.unit_of_label[axis.first_label : axis.first_label + axis.size])
         signatures[axis_units] += rng.integers(1, 1 << 63, dtype=np.uint64)
+    for labels in trace.table.selections:
+        signatures[np.unique(units.unit_of_label[labels])] += rng.integers(1, 1 << 63, dtype=np.uint64)
     return signatures
 
 
 def pins_by_unit(trace: Trace, units: Units) -> dict[int, list[LabelPin]]:
     """unit -> pins of its labels."""
     pins: dict[int, list[LabelPin]] = defaultdict(list)
-    for pin in trace.table.pins:
+    for pin in pins_that_hold(trace, units):
         for unit in np.unique(units.unit_of_label[pin.labels]):
             pins[int(unit)].append(pin)
     return pins
@@ -77,7 +95,9 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
         pins = unique_pins(pins_of, bundle) if is_pinned else ()
         for grid in block_grids(np.array(bundle), units.block_of_unit):
             merged_flags = LabelFlag(int(np.bitwise_or.reduce(flags[grid.reshape(-1)])))
-            drafts.append(GroupDraft(grid, role_of(merged_flags, pins), merged_flags, pins))
+            role = role_of(merged_flags, pins)
+            least = least_experts(trace, units, grid) if role == "experts" else 1
+            drafts.append(GroupDraft(grid, role, merged_flags, pins, least=least))
     drafts = tie_widths(trace.width_ties, units, pin_infeasible(trace, units, drafts, values))
     drafts += draft_head_groups(drafts, heads, units, pins_of, flags)
     return sorted(drafts, key=lambda d: (int(d.units.min()), d.role == "head"))
@@ -127,13 +147,15 @@ def block_grids(members: IntArray, block: IntArray) -> list[IntArray]:
 
 def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
     """The role of a group, from what operators did to its labels."""
+    if flags & LabelFlag.ROUTED:
+        return "experts"
     if flags & LabelFlag.SCORED:
         return "qk"
     if flags & LabelFlag.BATCHED:  # heads that have their own axis in every weight
         return "head"
     if flags & LabelFlag.PASSED_THROUGH:
         return "vo"
-    if flags & LabelFlag.ADDED or any(pin.kind == "sum" for pin in pins):
+    if flags & LabelFlag.ADDED or any(pin.kind in ("sum", "head_norm", "choice") for pin in pins):
         return "residual"
     if flags & LabelFlag.CONVOLVED or (flags & LabelFlag.POINTWISE and flags & LabelFlag.DEPTHWISE):
         return "conv"
@@ -190,9 +212,3 @@ def draft_head_groups(
 def spans_several_heads(pin: LabelPin, units: Units) -> bool:
     """Whether a pin is due to a statistic over more than one head."""
     return len(np.unique(units.block_of_unit[units.unit_of_label[pin.labels]])) > 1
-
-
-def is_approximate(draft: GroupDraft) -> bool:
-    """Whether only normalization statistics pin the group, which can then be cut with an approximate result."""
-    is_one_block = draft.role in ("residual", "ffn", "conv") and len(draft.units) == 1
-    return is_one_block and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)

@@ -21,11 +21,13 @@ from snpc.graph import (
 )
 from snpc.ops import lookup
 from snpc.passes.canonicalization import original_name
-from snpc.passes.grouping.drafts import GroupDraft, is_approximate
+from snpc.passes.grouping.drafts import GroupDraft
+from snpc.passes.grouping.experts import expert_probes, owned_constants
 from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
 from snpc.types import (
     APPROXIMATE_REASON,
+    NORMALIZED_HEADS_REASON,
     NORMALIZED_INSIDE_REASON,
     Freedom,
     Group,
@@ -59,6 +61,8 @@ def build_groups(
         freedom, freedom_reason = freedom_and_reason(draft)
         sites = builder.sites(numbers)
         macs, params = builder.count_macs_and_params(numbers, sites)
+        owned = owned_constants(trace, units, numbers) if draft.role == "experts" else ()
+        params += sum(weight_size(model.graph.initializers[name]) for part in owned for name in part)
         groups.append(
             Group(
                 id=name,
@@ -72,15 +76,23 @@ def build_groups(
                 freedom_reason=freedom_reason,
                 macs=macs,
                 params=params,
-                pins=() if is_approximate(draft) else tuple(to_pin(pin) for pin in draft.pins),
-                approximate=is_approximate(draft),
+                pins=tuple(to_pin(pin) for pin in draft.held_by),
+                approximate=draft.approximate,
                 channels=draft.channels if draft.tie else builder.channels(draft, numbers),
                 step=draft.step,
                 tie=f"tie.{draft.tie}" if draft.tie else "",
+                least=draft.least,
+                owned=owned,
                 cached=bool(draft.flags & LabelFlag.CACHED),
             )
         )
     return tuple(groups)
+
+
+def weight_size(value: ir.Value) -> int:
+    """How many entries a constant has."""
+    assert value.const_value is not None
+    return int(value.const_value.size)
 
 
 def to_pin(pin: LabelPin) -> Pin:
@@ -90,10 +102,11 @@ def to_pin(pin: LabelPin) -> Pin:
 
 def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     """How the units of a group may be transformed before they are cut, and why not more freely."""
-    if is_approximate(draft):
-        return "select", APPROXIMATE_REASON if draft.role == "residual" else NORMALIZED_INSIDE_REASON
-    if draft.role == "head":
-        return "select", "whole heads"
+    if draft.approximate:
+        reasons = {"residual": APPROXIMATE_REASON, "qk": NORMALIZED_HEADS_REASON}
+        return "select", reasons.get(draft.role, NORMALIZED_INSIDE_REASON)
+    if draft.role in ("head", "experts"):
+        return "select", "whole heads" if draft.role == "head" else "whole experts"
     if draft.role not in ("qk", "vo") and (draft.role != "ffn" or draft.flags & CHANGES_BASIS):
         return "select", "a nonlinear operator between producer and consumer"
     if draft.flags & LabelFlag.NONLINEAR:
@@ -245,6 +258,8 @@ class GroupBuilder:
         """The probes of a group: activations in which its units are observed."""
         probes: dict[tuple[str, str], Probe] = {}
         consumed: ProbeKind = "context" if draft.role in ("vo", "head") else "hidden"
+        if draft.role == "experts":
+            return expert_probes(self.trace, self.units, numbers)
         for contraction, side, letters, index in self.contractions(numbers):
             if side.constant and not side.projected:
                 continue

@@ -19,6 +19,8 @@ Files
                        block.
   rotary_embedding     Label propagation through RotaryEmbedding: both channels of a pair and their table column are
                        unified.
+  routing              Label propagation where tokens are routed to experts: a choice along an axis, and what its
+                       indices then name.
   state                State of label propagation: the labels on each value, the node being visited, and everything
                        recorded so far.
   statistics           Consumers of normalization statistics: where a mean over units is used, in one node or in
@@ -28,7 +30,7 @@ Files
 from __future__ import annotations
 
 from snpc.passes.propagation.attention import unify_keys_and_values
-from snpc.passes.propagation.kv_cache import resize_interface
+from snpc.passes.propagation.kv_cache import mark_shared_caches, resize_interface
 from snpc.passes.propagation.labels import Cover, LabeledAxis, LabelFlag, LabelPin, LabelTable, varying_axes
 from snpc.passes.propagation.propagate import propagate_labels
 from snpc.passes.propagation.removal import (
@@ -40,7 +42,14 @@ from snpc.passes.propagation.removal import (
     slice_shape,
     to_cut,
 )
-from snpc.passes.propagation.state import Contraction, LabeledValue, NormalizationStatistic, Trace, WidthTie
+from snpc.passes.propagation.state import (
+    Contraction,
+    LabeledValue,
+    NormalizationStatistic,
+    RoutingComparison,
+    Trace,
+    WidthTie,
+)
 from snpc.passes.propagation.statistics import moves_from_own_axis, statistic_paths
 
 __all__ = [
@@ -54,10 +63,12 @@ __all__ = [
     "NormalizationStatistic",
     "NotRectangular",
     "RemovedUnits",
+    "RoutingComparison",
     "SlicedShape",
     "Trace",
     "WidthTie",
     "affected_statistics",
+    "mark_shared_caches",
     "moves_from_own_axis",
     "propagate_labels",
     "removed_along",

@@ -21,7 +21,9 @@ def concat_labels(context: NodeContext, parts: Sequence[LabeledValue], axis: int
     for pattern in patterns:
         factors_by_part = [[f for f in c.factors if varying_axes(f) - {axis} == pattern] for c in parts]
         if any(axis in varying_axes(f) for part_factors in factors_by_part for f in part_factors) or not pattern:
-            along += [concat_factor(context, parts, factors_by_part, axis, pattern)]
+            # a coarser factor (of heads, beside heads x width) covers the finer one already
+            finest = [[f for f in c if axis in varying_axes(f)] or c for c in factors_by_part]
+            along += [concat_factor(context, parts, finest, axis, pattern)]
             continue
         for operand, part_factors in zip(parts, factors_by_part, strict=True):
             if not part_factors and all(operand.shape[k] > 1 for k in pattern):

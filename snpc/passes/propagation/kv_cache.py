@@ -4,6 +4,9 @@ Caches are found by structure, not by name. An input is a cache if it is concate
 after movement, or if it is the past of a fused attention node. The concatenated axis is its length. With
 ``--prune-kv-cache`` the other axes get labels, as those of a weight do, so that the past, the keys and values of the
 step and the present output are narrowed together.
+
+Of two decoders that make one, the first has only present outputs, which become past inputs of the second: caches of the
+cross attention are made once, and the second returns none. ``mark_shared_caches`` marks both ends by their names.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, connected_components, is_float, opset_version
+from snpc.graph import ShapeFacts, connected_components, find_presents, is_float, opset_version
 from snpc.ops import ATTENTION_FORMS, Blocked, Labels, concat_axis, lookup
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.state import LabeledValue, Trace
@@ -21,7 +24,20 @@ from snpc.types import IntArray
 
 KV_CACHE_ADVICE = "a KV cache: --prune-kv-cache narrows past inputs and present outputs together"
 MAX_CACHE_LENGTH = 1 << 20  # a longer axis is not the length of a cache
+SHARED_CACHE_KEY = "snpc.shared_cache"  # mark of values that one decoder hands to another
 NO_PRESENT_OUTPUT = "no output returns this cache, so its width is fixed by the caller"
+
+
+def mark_shared_caches(first: ir.Model, second: ir.Model) -> None:
+    """Mark the outputs of ``first`` that are caches of ``second``, and these inputs."""
+    outputs = {str(value.name): value for value in first.graph.outputs}
+    inputs = {str(value.name): value for value in second.graph.inputs}
+    for past, present in find_presents(list(inputs), list(outputs)).items():
+        outputs[present].meta[SHARED_CACHE_KEY] = inputs[past].meta[SHARED_CACHE_KEY] = True
+
+
+def is_shared_cache(value: ir.Value) -> bool:
+    return bool(value.meta.get(SHARED_CACHE_KEY, False))
 
 
 def find_kv_caches(model: ir.Model, facts: ShapeFacts) -> dict[ir.Value, int]:
@@ -35,9 +51,14 @@ def find_kv_caches(model: ir.Model, facts: ShapeFacts) -> dict[ir.Value, int]:
             view = [1] * len(shape)
             view[axis] = shape[axis]
             positions = np.arange(shape[axis], dtype=np.int32).reshape(view)
-            if is_concatenated_along(model, facts, value, positions):
+            if is_concatenated_along(model, facts, value, positions) or is_length_of_shared(value, axis):
                 length_axes[value] = axis
     return length_axes
+
+
+def is_length_of_shared(value: ir.Value, axis: int) -> bool:
+    """Whether ``axis`` is the dynamic one of a cache that another decoder makes, as that of a cross attention."""
+    return is_shared_cache(value) and value.shape is not None and not isinstance(value.shape[axis], int)
 
 
 def is_concatenated_along(model: ir.Model, facts: ShapeFacts, value: ir.Value, positions: Labels) -> bool:
@@ -77,21 +98,28 @@ def label_kv_cache(trace: Trace, value: ir.Value, facts: ShapeFacts, length: int
     is_labeled = [isinstance(d, int) and k != length and (k > 0 or len(shape) > 4) for k, d in enumerate(value.shape)]
     view = [n if labeled else 1 for n, labeled in zip(shape, is_labeled, strict=True)]
     labels = trace.table.allocate(int(np.prod(view))).reshape(view)
-    trace.table.flag(labels, LabelFlag.CACHED)
+    made = LabelFlag.PRODUCED if is_shared_cache(value) else LabelFlag(0)  # by a weight of the other decoder
+    trace.table.flag(labels, LabelFlag.CACHED | made)
     trace.caches[value] = labels
     return LabeledValue(str(value.name), shape, (labels,) if labels.size > 1 else ())
 
 
 def present_outputs(trace: Trace, outputs: list[ir.Value]) -> Iterator[ir.Value]:
-    """Outputs with the labels of a cache at every position. A cache without such an output is pinned."""
+    """Outputs with the labels of a cache at every position, and those that are caches of another decoder. A cache that
+    nobody makes is pinned."""
     unit = connected_components(trace.table.count, trace.table.pairs)
     for value, labels in trace.caches.items():
         presents = [out for out in outputs if has_cache_labels(trace.values.get(out), labels, unit)]
-        if not presents:
+        if not presents and not is_shared_cache(value):
             axes = sorted(varying_axes(labels)) or [0]
             size = labels.shape[axes[0]]
             trace.table.pin(labels, str(value.name), axes[0], size, NO_PRESENT_OUTPUT, f"input {value.name}")
         yield from presents
+    for value in outputs:
+        if is_shared_cache(value) and value in trace.values:
+            for labels in trace.values[value].factors:
+                trace.table.flag(labels, LabelFlag.CACHED)
+            yield value
 
 
 def has_cache_labels(labeled_value: LabeledValue | None, labels: Labels, unit: IntArray) -> bool:

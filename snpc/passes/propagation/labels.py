@@ -37,6 +37,7 @@ class LabelFlag(IntFlag):
     DEPTHWISE = 16384  # channel of a convolution of its own
     BATCHED = 4096  # batch axis of a product of two activations: one product per position
     CACHED = 2048  # stored in a KV cache
+    ROUTED = 32768  # an expert: data choose some of them for each token
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class LabelTable:
     covers: list[Cover] = field(default_factory=list)
     products: list[IntArray] = field(default_factory=list)
     """Per product of two activations, labels of one operand that all of its matrices share."""
+    selections: list[IntArray] = field(default_factory=list)
+    """Labels of the columns that are selected of a rotary table, per selection."""
     pins: list[LabelPin] = field(default_factory=list)
     flags: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(1024, np.int32))
 
@@ -101,6 +104,12 @@ class LabelTable:
         """[size]: new labels for one axis of a constant."""
         labels = self.allocate(size)
         self.axes.append(LabeledAxis(constant, axis, int(labels[0]), size))
+        return labels
+
+    def label_selection(self, size: int) -> Labels:
+        """[size]: new labels for the columns that are selected of a rotary table. They lie on no axis of a weight."""
+        labels = self.allocate(size)
+        self.selections.append(labels.astype(np.int64))
         return labels
 
     def unify(self, left: Labels, right: Labels) -> None:

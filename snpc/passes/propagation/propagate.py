@@ -12,17 +12,43 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, has_subgraphs, is_float, opset_version, shape_source, unknown_shape_reason
+from snpc.graph import (
+    ShapeFacts,
+    has_subgraphs,
+    is_float,
+    opset_version,
+    selects_columns,
+    shape_source,
+    unknown_shape_reason,
+)
 from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup, rotary_tables
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
 from snpc.passes.propagation.grouped_convolution import propagate_grouped_convolution
-from snpc.passes.propagation.kv_cache import KV_CACHE_ADVICE, find_kv_caches, label_kv_cache, present_outputs
+from snpc.passes.propagation.kv_cache import (
+    KV_CACHE_ADVICE,
+    find_kv_caches,
+    is_shared_cache,
+    label_kv_cache,
+    present_outputs,
+)
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import have_labels_in_common, unify_factors
-from snpc.passes.propagation.rotary_embedding import propagate_rotary
+from snpc.passes.propagation.rotary_embedding import propagate_column_selection, propagate_rotary
+from snpc.passes.propagation.routing import (
+    compare_positions,
+    propagate_choice,
+    propagate_expert_reading,
+    propagate_one_hot,
+    reads_experts,
+    record_expert_output,
+    repeats_rows,
+    routing_of,
+    selects_expert,
+)
 from snpc.passes.propagation.state import (
+    NOT_ROUTED,
     Contraction,
     Factors,
     LabeledValue,
@@ -60,7 +86,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
             statistic.context.pin(
                 statistic.data, statistic.labels, f"its mean is used outside the normalization, by {reader}"
             )
-    presents = set(present_outputs(trace, list(model.graph.outputs)))
+    presents = set(present_outputs(trace, list(model.graph.outputs))) if kv_cache else set()
     for value in model.graph.outputs:
         operand = trace.values.get(value)
         if operand is None or value in presents:
@@ -72,7 +98,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
                 str(value.name),
                 axis,
                 operand.shape[axis],
-                "it is a graph output",
+                KV_CACHE_ADVICE if is_shared_cache(value) else "it is a graph output",
                 f"output {value.name}",
             )
     return trace
@@ -91,6 +117,11 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
     shape = facts.shape.get(value)
     if shape is None:
         return
+    if selects_columns(value):
+        trace.values[value] = LabeledValue(
+            str(value.name), shape, (trace.table.label_selection(shape[0]),), constant=True
+        )
+        return
     factors: list[Labels] = []
     is_table = bool(value.uses()) and all(k in rotary_tables(n.domain, n.op_type) for n, k in value.uses())
     if is_float(facts.dtype.get(value)) and not value.is_graph_output():
@@ -105,7 +136,9 @@ def label_constant(trace: Trace, value: ir.Value, facts: ShapeFacts) -> None:
 def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.Node) -> None:
     """Factors of the outputs of one node, by the rule of its kind. Unknown shapes and subgraphs pin the inputs."""
     version = opset_version(model, node.domain)
-    context = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace)
+    first = node.inputs[0] if node.inputs else None
+    dtype = (facts.dtype.get(first) if first is not None else None) or ir.DataType.FLOAT
+    context = NodeContext(node, facts.call(node, version), lookup(node.domain, node.op_type), trace, dtype)
     inputs = [None if v is None else trace.values.get(v) for v in node.inputs]
     missing = [v for v, operand in zip(node.inputs, inputs, strict=True) if v is not None and operand is None]
     shape_is_known = all(facts.shape.get(v) is not None for v in node.outputs[:1])
@@ -130,6 +163,8 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         v is None or v in facts.value or (operand is not None and operand.constant)
         for v, operand in zip(node.inputs, inputs, strict=True)
     )
+    if not missing and reads_experts(context, inputs):  # the weights of an expert, although data choose which
+        constant = inputs[0] is not None and inputs[0].constant
     products, is_sum = products_of(context, inputs)
     projected = constant and (
         context.spec.kind in ("contraction", "attention")
@@ -142,8 +177,9 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         factors = outputs[index] if index < len(outputs) else ()
         usable = drop_determined_factors(tuple(f for f in factors if describes(context, value, f, shape)))
         reason = why_unlabeled(context, inputs, usable)
+        routing = NOT_ROUTED if missing else routing_of(context, inputs, index)
         trace.values[value] = LabeledValue(
-            str(value.name), shape, usable, constant, reason, projected, products, is_sum
+            str(value.name), shape, usable, constant, reason, projected, products, is_sum, routing
         )
 
 
@@ -207,6 +243,10 @@ def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | Non
     """Run the operator on the label arrays: it only moves positions."""
     data = inputs[0]
     assert data is not None and context.spec.move is not None
+    if reads_experts(context, inputs):
+        return propagate_expert_reading(context, inputs)
+    if len(inputs) > 1 and inputs[1] is not None and inputs[1].factors:
+        return [propagate_column_selection(context, data, inputs[1])]
     outputs: list[list[Labels]] = [[] for _ in context.call.out_shapes]
     for labels in data.factors:
         try:
@@ -217,7 +257,7 @@ def propagate_movement(context: NodeContext, inputs: Sequence[LabeledValue | Non
         for out, moved_labels, value in zip(outputs, moved, context.node.outputs, strict=False):
             if varying_axes(moved_labels) or not varying_axes(labels):
                 out.append(moved_labels)
-            elif not is_only_shape_read(value):
+            elif not is_only_shape_read(value) and not selects_expert(context, data):
                 context.pin(data, moved_labels, "a single index of it is selected", min(varying_axes(labels)))
     if data.constant and any(
         c is not None and v is None for c, v in zip(inputs[1:], context.call.values[1:], strict=True)
@@ -317,9 +357,12 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
         for labels in factors:
             context.trace.table.flag(labels, LabelFlag.ADDED)
     axes = set(spec.axes(context.call)) if spec.axes else set()
+    normalized = [f for c in operands[: sum(c is not None for c in data)] for f in c.factors]
     for labels in factors:
         crossed = varying_axes(labels) & axes
-        if crossed and not unify_statistic_parts(context, labels, axes):
+        if spec.makes_shares and len(crossed) == len(varying_axes(labels)) == 1:
+            compare_positions(context, first, labels)
+        elif crossed and not (is_shared_parameter(labels, normalized) or unify_statistic_parts(context, labels, axes)):
             reason = spec.reason or "its statistics are taken over this axis"
             folded = len(np.unique(labels)) < labels.size
             lost = folded and moves_from_own_axis(context.node.inputs[0], labels, context.trace) is None
@@ -327,6 +370,14 @@ def propagate_normalization(context: NodeContext, inputs: Sequence[LabeledValue 
         context.trace.table.flag(labels, LabelFlag.NONLINEAR)
     kept = tuple(f for labels in factors for f in labels_of_kept_axes(context, labels))
     return [kept if not k or k in spec.sum_outputs else () for k in range(len(context.call.out_shapes))]
+
+
+def is_shared_parameter(labels: Labels, normalized: Sequence[Labels]) -> bool:
+    """Are these the labels of a gain or bias that the parts of finer labels share, of which the statistics are taken
+    (one vector for all heads)?"""
+    return all(labels is not finer for finer in normalized) and any(
+        varying_axes(labels) < varying_axes(finer) for finer in normalized
+    )
 
 
 def labels_of_kept_axes(context: NodeContext, labels: Labels) -> Factors:
@@ -446,7 +497,8 @@ def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None
     data, updates = (inputs[k] for k in context.spec.data or (0, 2))
     assert data is not None and updates is not None and context.spec.axes is not None
     rank = len(data.shape)
-    addressed = set(context.spec.axes(context.call))
+    addressed = addressed_axes(context, inputs)
+    record_expert_output(context, inputs[1])
     behind = max(addressed, default=-1) + 1
     parts = []
     for operand in (data, updates):
@@ -460,6 +512,17 @@ def propagate_scatter(context: NodeContext, inputs: Sequence[LabeledValue | None
         shape = (1,) * behind + operand.shape[front:]
         parts.append(LabeledValue(operand.name, shape, tuple(kept), operand.constant))
     return [unify_factors(context, parts)]
+
+
+def addressed_axes(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> set[int]:
+    """Axes that stay at a scatter. Where its indices repeat one column, it is the axis that they name alone."""
+    call = context.call
+    assert context.spec.axes is not None
+    if context.spec.index_axis is not None:
+        axis = context.spec.index_axis(call)
+        if axis == 0 and repeats_rows(context.node.inputs[1], axis, context.trace.values):
+            return {axis}
+    return set(context.spec.axes(call))
 
 
 def propagate_sampling(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
@@ -495,6 +558,8 @@ PROPAGATION_RULES = {
     "rotary": propagate_rotary,
     "sample": propagate_sampling,
     "scatter": propagate_scatter,
+    "choose": propagate_choice,
+    "one_hot": propagate_one_hot,
     "shape": propagate_shape_only,
     "opaque": propagate_opaque,
 }

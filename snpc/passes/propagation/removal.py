@@ -168,9 +168,15 @@ def removed_along(
     labeled_value: LabeledValue | None, axes: Sequence[int], removed: RemovedUnits
 ) -> Iterator[tuple[int, BoolArray]]:
     """(axis counted from the right, mask of the positions that stay) for each of ``axes`` along which a value is
-    sliced."""
+    sliced, at the same positions everywhere (in every head of which something stays)."""
+    stays: dict[int, BoolArray] = {}
     for labels in labeled_value.factors if labeled_value is not None else ():
-        varying = {k - labels.ndim for k in varying_axes(labels)}
-        if varying <= set(axes) and removed.affects(labels):
-            (axis,) = varying
-            yield axis, removed.kept_mask(labels).reshape(-1)
+        inner = {k - labels.ndim for k in varying_axes(labels)} & set(axes)
+        if len(inner) != 1 or not removed.affects(labels):
+            continue
+        (axis,) = inner
+        rows = np.moveaxis(removed.kept_mask(labels), axis, -1).reshape(-1, labels.shape[axis])
+        rows = rows[rows.any(1)]
+        if len(rows) and not rows[0].all() and (rows == rows[0]).all():
+            stays[axis] = stays[axis] & rows[0] if axis in stays else rows[0]
+    yield from stays.items()

@@ -1,4 +1,5 @@
-"""Label propagation through RotaryEmbedding: both channels of a pair and their table column are unified."""
+"""Label propagation through RotaryEmbedding, where both channels of a pair and their table column are unified, and
+through selections of columns of a table."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from snpc.ops import SHAPE_MISMATCH, Blocked, RotaryForm, rotary_form, rotated_p
 from snpc.passes.propagation.head_layout import merge_head_labels, split_head_labels
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import unify_factors
-from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext
+from snpc.passes.propagation.state import Factors, LabeledValue, NodeContext, prepend_axes
 
 
 def propagate_rotary(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
@@ -68,3 +69,16 @@ def table_column_labels(
         else:
             context.pin(table, labels, "the rows that are read depend on the position ids")
     return tuple(factors)
+
+
+def propagate_column_selection(context: NodeContext, table: LabeledValue, columns: LabeledValue) -> Factors:
+    """Factors of the columns that are selected of a table: on the last axis those of the selection. The table keeps all
+    of its columns, as other selections read others."""
+    factors = []
+    for labels in table.factors:
+        if labels.ndim - 1 in varying_axes(labels):
+            context.pin(table, labels, "each layer selects columns of the table", labels.ndim - 1)
+        else:
+            factors.append(labels)
+    rank = len(context.call.out_shapes[0])
+    return (*factors, *(prepend_axes(labels, rank) for labels in columns.factors))

@@ -16,6 +16,23 @@ Factors = tuple[Labels, ...]
 
 
 @dataclass(frozen=True)
+class Routing:
+    """What a value says of the experts that tokens are sent to.
+
+    ``chosen``: [experts] labels of the positions that its integer entries name, as the indices of TopK do; None for
+    other values. ``one_hot``: it has rows over the experts with one entry. ``expert``: label of the one expert whose
+    tokens it marks or names; -1 for none.
+    """
+
+    chosen: Labels | None = None
+    one_hot: bool = False
+    expert: int = -1
+
+
+NOT_ROUTED = Routing()
+
+
+@dataclass(frozen=True)
 class LabeledValue:
     """Labels of one value of the graph.
 
@@ -35,6 +52,7 @@ class LabeledValue:
     """The products whose results it is made of, element by element."""
     is_sum: bool = False
     """Made of sums of results of different products, as a residual stream is."""
+    routing: Routing = NOT_ROUTED
 
 
 def labels_fit(value: LabeledValue) -> bool:
@@ -77,6 +95,11 @@ class Trace:
     statistics: list[NormalizationStatistic] = field(default_factory=list)
     width_ties: list[WidthTie] = field(default_factory=list)
     caches: dict[ir.Value, Labels] = field(default_factory=dict)
+    comparisons: list[RoutingComparison] = field(default_factory=list)
+    expert_reads: dict[ir.Node, Labels] = field(default_factory=dict)
+    """Nodes that read the weights of one expert for each token, with the [experts] labels of the router."""
+    expert_outputs: dict[ir.Node, int] = field(default_factory=dict)
+    """Nodes that add to some tokens what one expert makes of them, with the label of the expert."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,18 @@ class NormalizationStatistic:
 
 
 @dataclass(frozen=True)
+class RoutingComparison:
+    """Positions with ``labels`` of the first input of a node, of type ``dtype``, that are compared along ``axis``
+    (negative: counted from the right). ``most``: how many of them are chosen, 0 where they get shares of a whole."""
+
+    node: ir.Node
+    labels: Labels
+    axis: int
+    dtype: ir.DataType
+    most: int = 0
+
+
+@dataclass(frozen=True)
 class NodeContext:
     """The node that is being visited, with its operator's entry, and the trace that its pins are written to."""
 
@@ -97,6 +132,8 @@ class NodeContext:
     call: OpCall
     spec: OpSpec
     trace: Trace
+    dtype: ir.DataType = ir.DataType.FLOAT
+    """Type of the first input."""
 
     @property
     def operator(self) -> str:
@@ -122,8 +159,8 @@ class NodeContext:
         if kind == "norm" and operand.constant:
             kind = "hard"
         elif kind == "norm" and len(varying_axes(labels)) > 1:
-            kind = "sum"  # one of several statistics, each over its own part of the positions
-        if kind == "norm":
+            kind = "head_norm"  # one of several statistics, each over its own part of the positions
+        if kind in ("norm", "head_norm"):
             statistic = NormalizationStatistic(self, operand, labels, tuple(k - labels.ndim for k in sorted(axes)))
             self.trace.statistics.append(statistic)
         rest = [k for k in range(labels.ndim) if k not in axes]

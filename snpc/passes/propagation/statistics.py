@@ -56,7 +56,7 @@ def statistic_paths(statistic: NormalizationStatistic, trace: Trace) -> Statisti
 
 
 def moves_from_own_axis(value: ir.Value | None, labels: Labels, trace: Trace) -> tuple[Labels, list[ir.Node]] | None:
-    """Where each of the units of ``labels``, which ``value`` has, has one position on an axis.
+    """Where each of the units of ``labels``, which ``value`` has, has one position, on one axis or on several.
 
     Returns their labels there, and the movement nodes from there to ``value``, the last first. None where other
     operators lie between.
@@ -65,7 +65,7 @@ def moves_from_own_axis(value: ir.Value | None, labels: Labels, trace: Trace) ->
     units = np.unique(labels)
     while value is not None and value in trace.values:
         for own in trace.values[value].factors:
-            if own.size == len(units) and len(varying_axes(own)) == 1 and np.array_equal(np.unique(own), units):
+            if own.size == len(units) and np.array_equal(np.unique(own), units):
                 return own, moves
         node = value.producer()
         if node is None or lookup(node.domain, node.op_type).kind != "movement":

@@ -7,7 +7,8 @@ with the quantized values that it reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -39,7 +40,10 @@ from snpc.ops import (
 )
 from snpc.passes.quantization.float_values import FloatValues, NoFloatForm, Scaling, same_contents, stored
 from snpc.passes.quantization.moved_constants import fold_moved_constants
+from snpc.passes.quantization.record import ConstantRecord, Place
 from snpc.types import AnyArray
+
+ROW_GROUPS = 4  # inputs of MatMulNBits in front of the group of each row
 
 
 class Dequantize(ir.passes.InPlacePass):
@@ -47,15 +51,43 @@ class Dequantize(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         fold_moved_constants(model)
-        values, modified = FloatValues(model.graph), False
-        for node in list(model.graph):
-            try:
-                modified = rewrite_node(values, node) or modified
-            except NoFloatForm:
-                continue
-        if modified:
-            run_library_pass(common.RemoveUnusedNodesPass(), model)
-        return ir.passes.PassResult(model, modified)
+        values = FloatValues(model.graph)
+        return ir.passes.PassResult(model, make_float(model, values, has_float_form))
+
+
+def make_float(model: ir.Model, values: FloatValues, wanted: Callable[[ir.Node], bool]) -> bool:
+    """Make the nodes that are ``wanted`` float, in place; whether any was. ``values``: of its graph."""
+    modified = False
+    for node in list(model.graph):
+        if not wanted(node):
+            continue
+        try:
+            modified = rewrite_node(values, node) or modified
+        except NoFloatForm:
+            continue
+    if modified:
+        run_library_pass(common.RemoveUnusedNodesPass(), model)
+    return modified
+
+
+def has_float_form(node: ir.Node) -> bool:
+    """Whether a rule knows the float node that a node on quantized values stands for."""
+    if (node.domain, node.op_type) in DYNAMIC_QUANTIZERS:
+        return True
+    form = float_form(node.domain, node.op_type)
+    return form is not None and (form.condition is None or form.condition(attribute_values(node)))
+
+
+def is_written_back(node: ir.Node) -> bool:
+    """Whether a node that became float can be written quantized again when its constants were cut: not where one weight
+    of queries, keys and values makes their widths equal, where rows have groups of their own, or codes are floats."""
+    form = float_form(node.domain, node.op_type)
+    if not has_float_form(node) or (form is not None and not form.written_back):
+        return False
+    tensors = [stored(value) for value in node.inputs]
+    is_packed = form is not None and any(isinstance(operand, Packed) for operand in form.operands)
+    has_groups = is_packed and len(tensors) > ROW_GROUPS and tensors[ROW_GROUPS] is not None
+    return not has_groups and not any(t is not None and t.dtype.name.startswith("FLOAT8") for t in tensors)
 
 
 DEQUANTIZATION_PASSES = (
@@ -76,16 +108,14 @@ def quantized_operators(model: ir.Model) -> Mapping[str, int]:
 
 
 def rewrite_node(values: FloatValues, node: ir.Node) -> bool:
-    """Give the graph the float form of ``node``; whether there is one. Raises NoFloatForm where its operands have
-    none."""
+    """Give the graph the float form of ``node``, which has one; whether anything stands for it. Raises NoFloatForm
+    where its operands have none."""
     if (node.domain, node.op_type) in DYNAMIC_QUANTIZERS:
         quantized, scale, zero_point = node.outputs
         values.quantize(quantized, required_input(node, 0), Scaling(scale, zero_point), node)
         return True
     form = float_form(node.domain, node.op_type)
-    attributes = attribute_values(node)
-    if form is None or (form.condition is not None and not form.condition(attributes)):
-        return False
+    assert form is not None
     if form.sums:
         return rewrite_sum(values, node, form)
     operands = [operand_value(values, node, operand) for operand in form.operands_of(len(node.inputs))]
@@ -119,6 +149,7 @@ def add_float_node(
     names = [values.name(out.name) for out in node.outputs]
     made = make_node(form.op, operands, attributes, name=values.node_name(node), outputs=names, domain=form.domain)
     values.graph.insert_before(node, made)
+    values.record.stand_ins[node] = made
     if bias is None or not form.adds_bias:
         return list(made.outputs)
     name = values.name(f"{node.name}_bias")
@@ -129,7 +160,9 @@ def add_float_node(
 
 def take_place(values: FloatValues, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
     """``new`` is read where ``old`` was. An output of the graph stays one, under its name."""
+    values.record.note_reader(new, node)
     if not old.is_graph_output():
+        values.record.note_value(old, new)
         new.type, new.shape = new.type or old.type, new.shape or old.shape
         old.replace_all_uses_with(new)
         return
@@ -137,6 +170,7 @@ def take_place(values: FloatValues, node: ir.Node, old: ir.Value, new: ir.Value)
         same = make_node(IDENTITY, [new], name=values.name(f"{node.name}_out"), outputs=[values.name(old.name)])
         values.graph.insert_before(node, same)
         new = same.outputs[0]
+    values.record.note_value(old, new)
     replace_value(old, new)
     old.name = values.name(f"{new.name}_old")
 
@@ -161,8 +195,9 @@ def operand_value(values: FloatValues, node: ir.Node, operand: Operand) -> ir.Va
             attributes = attribute_values(node)
             block = int(attributes.get(operand.block, 0))
             zero = given_input(node, zero_point)
-            scaling = Scaling(required_input(node, scale or 0), zero, operand.axis_of(attributes), block)
-            return values.float_of(required_input(node, data), scaling, node)
+            places: tuple[Place, ...] = (("scale", node, scale or 0), ("zero", node, zero_point))
+            scaling = Scaling(required_input(node, scale or 0), zero, operand.axis_of(attributes), block, places)
+            return values.float_of(required_input(node, data), scaling, node, (node, data))
         case QuantizedBias(data, scales):
             return None if given_input(node, data) is None else dequantized_bias(values, node, data, scales)
         case Packed():
@@ -179,7 +214,12 @@ def dequantized_bias(values: FloatValues, node: ir.Node, data: int, scales: tupl
     alpha = float(attribute_values(node).get("alpha", 1))
     scale = (left.astype(np.float32) * right.astype(np.float32) * np.float32(alpha)).reshape(-1)
     contents: AnyArray = (bias.astype(np.float32) * scale).astype(left.dtype)
-    return add_constant(values.graph, contents, values.name(required_input(node, data).name))
+    made = add_constant(values.graph, contents, values.name(required_input(node, data).name))
+    names = zip(("codes", "input_scale", "scale"), (data, *scales), strict=True)
+    parts = {part: required_input(node, index) for part, index in names}
+    record = ConstantRecord("bias", parts, attribute_values(node))
+    values.record.note_constant(made, record, [("codes", node, data)])
+    return made
 
 
 def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir.Value:
@@ -198,7 +238,11 @@ def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir
 
     shape = ir.Shape(operand.shape(attributes, static_shape(packed), packed.dtype.bitwidth))
     key = (node.op_type, str(attributes), *tensors)
-    return values.constant(key, contents, weight, ir.TensorType(scales.dtype), shape)
+    made = values.constant(key, contents, weight, ir.TensorType(scales.dtype), shape)
+    places = list(zip(("codes", "scale", "zero"), [node] * 3, operand.inputs[:3], strict=True))
+    parts = {part: value for (part, _, _), value in zip(places, inputs, strict=False) if value is not None}
+    values.record.note_constant(made, ConstantRecord(operand.layout, parts, attributes), places)
+    return made
 
 
 # -- integer sums ----------------------------------------------------------------------------------------------------
@@ -215,11 +259,12 @@ def rewrite_sum(values: FloatValues, node: ir.Node, form: FloatForm) -> bool:
         source = values.sources.get(required_input(node, left.data))
         if source is None or source.scaling.scale is None:
             raise NoFloatForm(f"the activation of {node.name} was not quantized in this graph")
-        rest = other_factor(scale, source.scaling.scale)
+        factor = other_factor(scale, source.scaling.scale)
         operands: list[ir.Value | None] = []
-        for operand, own in ((left, source.scaling.scale), (right, rest)):
-            scaling = Scaling(own, given_input(node, operand.zero_point), operand.axis_of({}))
-            operands.append(values.float_of(required_input(node, operand.data), scaling, node))
+        for operand, own, place in ((left, source.scaling.scale, ()), (right, factor.value, (factor.place,))):
+            places: tuple[Place, ...] = (("zero", node, operand.zero_point), *place)
+            scaling = Scaling(own, given_input(node, operand.zero_point), operand.axis_of({}), places=places)
+            operands.append(values.float_of(required_input(node, operand.data), scaling, node, (node, operand.data)))
         (out,) = add_float_node(values, node, form, operands, None)
         take_place(values, product, product.outputs[0], out)
     return True
@@ -238,11 +283,20 @@ def scaled_readers(total: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
             yield product, factors[0]
 
 
-def other_factor(scale: ir.Value, known: ir.Value) -> ir.Value:
+@dataclass(frozen=True)
+class ScaleFactor:
+    """One of two scales whose product is read, and where that product reads it."""
+
+    value: ir.Value
+    place: Place
+
+
+def other_factor(scale: ir.Value, known: ir.Value) -> ScaleFactor:
     """The second factor of a product of two scales, of which one is known. Raises NoFloatForm."""
     node = scale.producer()
     if node is not None and node.op_type == MUL and len(node.inputs) == 2:
-        for one, other in (node.inputs, reversed(node.inputs)):
+        for index in (1, 0):
+            one, other = node.inputs[1 - index], node.inputs[index]
             if one is not None and other is not None and same_contents(one, known):
-                return other
+                return ScaleFactor(other, ("scale", node, index))
     raise NoFloatForm(f"{scale.name} is not the product of two scales")

@@ -7,7 +7,7 @@ starts at zero: quantizers drop a Relu or a Clip in front of such a range, which
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from snpc.graph import add_constant, copy_node, make_node, static_shape, unused_name
 from snpc.ops import CLIP, COMMUTING, FILLING, dequantize_array, lookup
 from snpc.passes.quantization.not_negative import is_never_negative
+from snpc.passes.quantization.record import ConstantRecord, FloatGraphRecord, Place
 from snpc.types import AnyArray
 
 SUFFIXES = re.compile(r"(_quantized|_quant|_matmul_Q\d+|_Q\d+|_q\d+)$")  # of names that quantizers write
@@ -29,12 +30,14 @@ class NoFloatForm(Exception):
 @dataclass(frozen=True)
 class Scaling:
     """The scale and the zero point of a quantized value (None: left out, or another node's), the axis that vectors of
-    them belong to, and the length of blocks along it that share an entry (0: none do)."""
+    them belong to, and the length of blocks along it that share an entry (0: none do). ``places``: where they are
+    read."""
 
     scale: ir.Value | None
     zero_point: ir.Value | None
     axis: int = -1
     block: int = 0
+    places: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class FloatValues:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.record = FloatGraphRecord(graph)
         self.sources: dict[ir.Value, FloatSource] = {}
         self.constants: dict[tuple[object, ...], ir.Value] = {}
         self.names = {str(v.name) for node in graph for v in node.outputs} | set(graph.initializers)
@@ -75,19 +79,21 @@ class FloatValues:
         self.node_names.add(name)
         return name
 
-    def float_of(self, value: ir.Value, scaling: Scaling, before: ir.Node) -> ir.Value:
-        """The float value behind ``value``. Raises NoFloatForm."""
+    def float_of(
+        self, value: ir.Value, scaling: Scaling, before: ir.Node, reader: tuple[ir.Node, int] | None = None
+    ) -> ir.Value:
+        """The float value behind ``value``, which is input ``reader``. Raises NoFloatForm."""
         source = self.sources.get(value)
         if source is not None:
             if not same_scaling(source.scaling, scaling):
                 raise NoFloatForm(f"{value.name} is read with another scale than it is written with")
             return source.value
         if stored(value) is not None:
-            return self.dequantized(value, scaling)
+            return self.dequantized(value, scaling, [] if reader is None else [("codes", *reader)])
         return self.moved(value, scaling, before)
 
-    def dequantized(self, value: ir.Value, scaling: Scaling) -> ir.Value:
-        """The constant that a quantized one stands for."""
+    def dequantized(self, value: ir.Value, scaling: Scaling, places: Sequence[Place]) -> ir.Value:
+        """The constant that a quantized one stands for, read at ``places``."""
         quantized, scale, zero_point = stored(value), stored(scaling.scale), stored(scaling.zero_point)
         if quantized is None or scale is None or (scaling.zero_point is not None and zero_point is None):
             raise NoFloatForm(f"the scale of {value.name} is not stored in the file")
@@ -97,8 +103,13 @@ class FloatValues:
             zero = None if zero_point is None else zero_point.numpy()
             return dequantize_array(quantized.numpy(), scale.numpy(), zero, axis, block)
 
-        key = (quantized, scale, zero_point, axis, block)
-        return self.constant(key, contents, value, ir.TensorType(scale.dtype), ir.Shape(static_shape(quantized)))
+        key = (value, scale, zero_point, axis, block)
+        made = self.constant(key, contents, value, ir.TensorType(scale.dtype), ir.Shape(static_shape(quantized)))
+        parts = {"codes": value, "scale": scaling.scale, "zero": scaling.zero_point}
+        stored_parts = {part: v for part, v in parts.items() if v is not None}
+        record = ConstantRecord("tensor", stored_parts, {}, axis, block)
+        self.record.note_constant(made, record, [*places, *scaling.places])
+        return made
 
     def constant(
         self,
@@ -133,17 +144,21 @@ class FloatValues:
         for index in moving:
             read = inputs[index]
             if read is not None:
-                inputs[index] = self.float_of(read, scaling, before)
+                inputs[index] = self.float_of(read, scaling, before, (node, index))
         names = [self.name(out.name) for out in node.outputs]
         copy = copy_node(node, inputs, name=self.node_name(node), outputs=names)
         self.graph.insert_before(before, copy)
         for out, new in zip(node.outputs, copy.outputs, strict=True):
             self.sources[out] = FloatSource(new, scaling)
+            self.record.note_value(out, new, quantized=True)
+        self.record.stand_ins[node] = copy
         return self.sources[value].value
 
     def quantize(self, quantized: ir.Value, value: ir.Value, scaling: Scaling, before: ir.Node) -> None:
         """Note that ``quantized`` is ``value``, rounded."""
-        self.sources[quantized] = FloatSource(self.limited(value, scaling, before), scaling)
+        source = FloatSource(self.limited(value, scaling, before), scaling)
+        self.sources[quantized] = source
+        self.record.note_value(quantized, source.value, quantized=True)
 
     def limited(self, value: ir.Value, scaling: Scaling, before: ir.Node) -> ir.Value:
         """``value`` within the range of its quantized form, where that starts at zero and the value may not."""

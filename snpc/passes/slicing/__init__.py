@@ -6,8 +6,11 @@ Files
   mask               The masked model, which every sliced model is checked against: full size, with the removed units at
                      zero.
   masked_statistics  Statistics over the units that stay, in a graph that still has all of them.
+  restriction        A model that says less: logits of some entries of the vocabulary, or of the last position only.
   rewrite            The rewrite: split packed projections where widths would differ, slice, keep attention scales,
                      check the result.
+  rewrite_as_stored  Rewriting for a file: that of a quantized one has the nodes and codes of the file in place of the
+                     float ones.
   shape_parameters   Writes recomputed parameters into the graph: a constant, or the smallest change of the nodes that
                      compute one.
   slice              Slicing: removes units from every constant and recomputes every parameter that spells a size.
@@ -19,7 +22,9 @@ from __future__ import annotations
 
 from snpc.passes.slicing.mask import mask_constants, mask_model, zeroed_positions
 from snpc.passes.slicing.masked_statistics import mask_statistic
+from snpc.passes.slicing.restriction import find_logits, keep_last_row, vocabulary_cuts
 from snpc.passes.slicing.rewrite import REWRITE_PASSES, RewrittenModel, rewrite_model
+from snpc.passes.slicing.rewrite_as_stored import rewrite_as_stored
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.slicing.slice import Cuts, find_removed_units
 from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statistics, weights_name
@@ -29,12 +34,16 @@ __all__ = [
     "Cuts",
     "RewrittenModel",
     "ShapeParameterEditor",
+    "find_logits",
     "find_removed_units",
+    "keep_last_row",
     "mask_constants",
     "mask_model",
     "mask_statistic",
+    "rewrite_as_stored",
     "rewrite_model",
     "unit_weights",
+    "vocabulary_cuts",
     "weigh_statistics",
     "weights_name",
     "zeroed_positions",

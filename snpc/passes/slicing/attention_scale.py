@@ -8,7 +8,7 @@ into the constants that make Q. Any other scale keeps its value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,8 +46,13 @@ class ScalePlan:
     insert: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
-def plan_scales(model: ir.Model, facts: ShapeFacts, trace: Trace, removed: RemovedUnits) -> ScalePlan:
-    """The changes for every product of Q and K whose width is cut."""
+def plan_scales(
+    model: ir.Model, facts: ShapeFacts, trace: Trace, removed: RemovedUnits, keep_scales: bool = False
+) -> ScalePlan:
+    """The changes for every product of Q and K whose width is cut.
+
+    ``keep_scales``: every scale keeps its value, as no constant may be multiplied by a factor.
+    """
     plan = ScalePlan()
     paths: list[LinearPath] = []
     for contraction in trace.contractions:
@@ -55,6 +60,9 @@ def plan_scales(model: ir.Model, facts: ShapeFacts, trace: Trace, removed: Remov
         if widths is None or widths[0] == widths[1]:
             continue
         old, new = widths
+        if keep_scales:
+            keep_score_scale(plan, model, facts, contraction, old)
+            continue
         factor = plan_score_scale(plan, model, facts, contraction, old, new)
         if factor != 1.0:
             path = LinearPath(contraction.node, query_input(contraction), factor)
@@ -115,8 +123,7 @@ def plan_score_scale(
     alpha = attribute_values(node).get("alpha", 1.0)
     scale = math.prod((s.factor for s in scalars), start=float(alpha))
     if not is_standard_scale(scale, old):
-        for scalar in scalars:
-            plan.scalars[str(scalar.node.name), scalar.index] = scalar.stored_number(scalar.factor)
+        keep_scalars(plan, scalars)
         return 1.0
     after = 1.0
     if alpha != 1.0:
@@ -128,6 +135,20 @@ def plan_score_scale(
         plan.scalars[str(scalar.node.name), scalar.index] = scalar.stored_number(new ** (-0.5 * share))
         after *= new ** (-0.5 * share)
     return scale / after
+
+
+def keep_score_scale(plan: ScalePlan, model: ir.Model, facts: ShapeFacts, contraction: Contraction, old: int) -> None:
+    """Write the scale of width ``old`` into ``plan``, where the graph or the node would compute another."""
+    node = contraction.node
+    if lookup(node.domain, node.op_type).kind == "attention":
+        plan.attributes[str(node.name), "scale"] = float(attribute_values(node).get("scale") or 1.0 / math.sqrt(old))
+    else:
+        keep_scalars(plan, scalar_factors_around(node, facts))
+
+
+def keep_scalars(plan: ScalePlan, scalars: Iterable[ScalarFactor]) -> None:
+    for scalar in scalars:
+        plan.scalars[str(scalar.node.name), scalar.index] = scalar.stored_number(scalar.factor)
 
 
 def makes_query_inside(shape: AttentionForm, node: ir.Node) -> bool:

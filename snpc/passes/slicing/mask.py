@@ -1,7 +1,7 @@
 """The masked model, which every sliced model is checked against: full size, with the removed units at zero.
 
 Columns and rows of weights, biases, gains and tables that produce or consume a removed unit are zero. Normalizations
-take their statistics over the kept units only.
+take their statistics over the kept units only. A removed expert loses every comparison, so that no token is sent to it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Container, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import static_shape
-from snpc.ops import lookup
-from snpc.passes.propagation import LabeledAxis, LabelFlag, RemovedUnits, Trace, affected_statistics
+from snpc.graph import add_constant, make_node, static_shape, unused_name
+from snpc.ops import CAST, WHERE, lookup
+from snpc.passes.propagation import LabeledAxis, LabelFlag, RemovedUnits, RoutingComparison, Trace, affected_statistics
 from snpc.passes.slicing.masked_statistics import mask_statistic
 from snpc.types import AnyArray, BoolArray
 
@@ -85,13 +85,21 @@ def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
     return True
 
 
-def mask_model(model: ir.Model, trace: Trace, removed: RemovedUnits) -> ir.Model:
+def mask_model(
+    model: ir.Model, trace: Trace, removed: RemovedUnits, contents: Mapping[str, AnyArray] | None = None
+) -> ir.Model:
     """A copy of ``model`` with the removed units masked; shapes stay. Masked weights are made when they are read, since
-    all of them may not fit into memory."""
+    all of them may not fit into memory. ``contents``: of constants, in place of their own."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
     for statistic in affected_statistics(trace, removed):
         mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
+    for comparison in trace.comparisons:
+        if removed.affects(comparison.labels):
+            lose_comparison(copy.graph, nodes[comparison.node.name], comparison, removed)
+    for name, array in (contents or {}).items():
+        value = copy.graph.initializers[name]
+        value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
     for name, positions in zeroed_by_constant(trace, removed).items():
         tensor = copy.graph.initializers[name].const_value
         assert tensor is not None
@@ -108,3 +116,15 @@ def lazy_mask(
         return ir.Tensor(zero_positions(tensor.numpy(), positions), dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=name)
+
+
+def lose_comparison(graph: ir.Graph, node: ir.Node, comparison: RoutingComparison, removed: RemovedUnits) -> None:
+    """Give ``node`` minus infinity in the place of removed positions, where it compares its first input."""
+    goes = ~removed.kept_mask(comparison.labels).reshape(-1, *[1] * (-1 - comparison.axis))
+    name = unused_name(f"{node.name}__loses", graph.initializers)
+    mask = add_constant(graph, goes, name)
+    least = add_constant(graph, np.asarray(-np.inf, np.float32), unused_name(f"{name}_least", graph.initializers))
+    cast = make_node(CAST, [least], {"to": int(comparison.dtype)}, name=f"{name}_cast")
+    chosen = make_node(WHERE, [mask, cast.outputs[0], node.inputs[0]], name=f"{name}_where")
+    node.prepend([cast, chosen])
+    node.replace_input_with(0, chosen.outputs[0])

@@ -15,7 +15,7 @@ from snpc.errors import CheckFailed
 from snpc.graph import add_constant, make_node, redirect_uses, unused_name
 from snpc.ops import CONCAT, GATHER, SUB
 from snpc.passes.propagation import NormalizationStatistic, RemovedUnits, Trace, removed_along
-from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statistic, weights_name
+from snpc.passes.slicing.weighted_statistics import labels_by_part, unit_weights, weigh_statistic, weights_name
 from snpc.types import BoolArray, IntArray
 
 
@@ -24,7 +24,8 @@ def mask_statistic(
 ) -> None:
     """Let ``node``, which stands in ``graph`` for the statistic's own, see the kept positions only."""
     old, spec = statistic.context.node, statistic.context.spec
-    if any(index < 0 for index in spec.per_axis):  # per channel: units may be folded into one axis with positions
+    folded = any(index < 0 for index in spec.per_axis)  # per channel: units may share one axis with positions
+    if folded or differs_between_parts(statistic, dead):
         mask_by_weights(graph, node, statistic, trace, dead)
         return
     writer = KeptPositionsWriter(graph, node)
@@ -37,6 +38,13 @@ def mask_statistic(
             if index < len(old.outputs):
                 for axis, stays in removed_along(trace.values.get(old.outputs[index]), statistic.axes, dead):
                     writer.scatter_output(node.outputs[index], stays, axis)
+
+
+def differs_between_parts(statistic: NormalizationStatistic, dead: RemovedUnits) -> bool:
+    """Do parts (heads) of which a statistic of their own is taken keep other positions? Those that go do not count."""
+    rows = dead.kept_mask(labels_by_part(statistic))
+    rows = rows[rows.any(1)]
+    return not bool((rows == rows[:1]).all())
 
 
 def mask_by_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +12,9 @@ from snpc.errors import CheckFailed
 from snpc.graph import GraphPass, PassObserver, ShapeFacts
 from snpc.ops import MUL
 from snpc.passes.grouping import TracedGraph, trace_graph
-from snpc.passes.propagation import RemovedUnits, SlicedShape
+from snpc.passes.propagation import RemovedUnits, SlicedShape, slice_shape
 from snpc.passes.slicing.attention_scale import ScalePlan, plan_scales
+from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
 from snpc.passes.slicing.slice import (
     Cuts,
@@ -25,17 +27,35 @@ from snpc.passes.slicing.slice import (
     sliced_shapes,
 )
 from snpc.passes.slicing.split_packed import non_rectangular_values, split_packed
+from snpc.types import AnyArray, IntArray
 
 MAX_SPLITS = 4  # splitting one packed value can leave another that is packed
 
 
 @dataclass(frozen=True)
 class RewrittenModel:
-    """The sliced model. ``source``: the graph that was sliced, packed projections split where need be."""
+    """The sliced model. ``source``: the graph that was sliced, packed projections split where need be.
+
+    ``rounded``: of a model that is written quantized, what its constants stand for, at their full size, where that
+    differs from those of ``source``; None of any other. ``as_stored``: how many other quantized constants it has.
+    """
 
     model: ir.Model
     source: TracedGraph
     removed: RemovedUnits
+    rounded: Mapping[str, AnyArray] | None = None
+    as_stored: int = 0
+
+    def masked(self) -> ir.Model:
+        """The masked model that the sliced one must equal."""
+        return mask_model(self.source.model, self.source.trace, self.removed, self.rounded)
+
+    def kept_positions(self) -> dict[str, Mapping[int, IntArray]]:
+        """Axis -> positions that stay, of the constants of ``model`` that were cut."""
+        trace = self.source.trace
+        constants = {name: trace.values.get(v) for name, v in self.source.model.graph.initializers.items()}
+        sliced = {n: slice_shape(v.shape, v.factors, self.removed) for n, v in constants.items() if v is not None}
+        return {name: shape.keep for name, shape in sliced.items() if shape.keep}
 
     def sliced_interface(self) -> dict[str, SlicedShape]:
         """How the inputs and outputs that became narrower shrink, by name."""
@@ -50,6 +70,7 @@ class RewriteState:
     source: TracedGraph
     cuts: Cuts
     removed: RemovedUnits
+    keep_scales: bool = False
     scales: ScalePlan | None = None
     sliced: SlicedModel | None = None
 
@@ -58,9 +79,12 @@ class RewriteState:
         return self.source.model if self.sliced is None else self.sliced.model
 
 
-def rewrite_model(source: TracedGraph, cuts: Cuts, observer: PassObserver | None = None) -> RewrittenModel:
-    """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them."""
-    state = RewriteState(source, cuts, find_removed_units(source.trace, source.units, cuts))
+def rewrite_model(
+    source: TracedGraph, cuts: Cuts, observer: PassObserver | None = None, *, keep_scales: bool = False
+) -> RewrittenModel:
+    """Remove the positions that ``cuts`` names by (constant, axis), and all that goes with them. ``keep_scales``: the
+    scale of attention stays that of the full width, where a constant would have to be multiplied for another one."""
+    state = RewriteState(source, cuts, find_removed_units(source.trace, source.units, cuts), keep_scales)
     for step in REWRITE_PASSES:
         state = step.run(state)
         if observer is not None:
@@ -84,7 +108,7 @@ def split_packed_projections(state: RewriteState) -> RewriteState:
 def slice_units(state: RewriteState) -> RewriteState:
     """Slice every constant; where a size that changes is divided, the quotient of before the cut may be needed."""
     source, removed = state.source, state.removed
-    scales = plan_scales(source.model, source.facts, source.trace, removed)
+    scales = plan_scales(source.model, source.facts, source.trace, removed, state.keep_scales)
     for freeze_dividends in (False, True):
         sliced = slice_model(
             source.model, source.facts, source.trace, removed, source.dim_sizes, scales.multiply, freeze_dividends

@@ -23,11 +23,13 @@ from snpc.graph import (
     attribute_values,
     infer_graph,
     infer_node,
+    infer_nodes,
     initial_facts,
     is_float,
     opset_version,
 )
 from snpc.ops import Blocked, Labels, collapse_constant_axes, lookup
+from snpc.passes.canonicalization import EliminateDeadNodes
 from snpc.passes.grouping import Units
 from snpc.passes.propagation import (
     LabeledValue,
@@ -98,6 +100,7 @@ def slice_model(
     possible, and NotRectangular where blocks that share a tensor keep different numbers of units.
     """
     copy = model.clone()
+    drop_removed_experts(copy, trace, removed)
     names = {str(v.name): v for v in trace.values if v.name}
     for value in copy.graph.initializers.values():
         factors = {axis: vector for (name, axis), vector in (multipliers or {}).items() if name == value.name}
@@ -144,6 +147,19 @@ def slice_model(
     return SlicedModel(copy, after, removed)
 
 
+def drop_removed_experts(model: ir.Model, trace: Trace, removed: RemovedUnits) -> None:
+    """Remove the nodes that compute what a removed expert adds, from a copy of the model that was traced."""
+    nodes = {node.name: node for node in model.graph}
+    dropped = [n.name for n, label in trace.expert_outputs.items() if removed.removed[removed.unit_of_label[label]]]
+    for name in dropped:
+        node = nodes[name]
+        data = node.inputs[0]
+        assert data is not None
+        node.outputs[0].replace_all_uses_with(data)
+    if dropped:
+        EliminateDeadNodes()(model)
+
+
 def holds_at_other_sizes(
     model: ir.Model, result: SlicedModel, before: ShapeFacts, trace: Trace, dim_sizes: Mapping[str, int]
 ) -> bool:
@@ -157,6 +173,13 @@ def holds_at_other_sizes(
         return True
     other = alternative_dim_sizes(dim_sizes)
     old_facts, new_facts = infer_graph(model, other), infer_graph(result.model, other)
+    if trace.expert_outputs:  # as many tokens for an expert as in the original
+        new_facts = initial_facts(result.model, other)
+        for old, node in pairs:
+            for value, twin in zip(old.outputs, node.outputs, strict=True):
+                if value in old_facts.measured:
+                    new_facts.measured[twin] = old_facts.measured[value]
+        new_facts = infer_nodes(result.model, new_facts, other)
     for old, node in pairs:
         for value, twin in zip(old.outputs, node.outputs, strict=True):
             sliced = expected_shape(trace, value, result.removed)

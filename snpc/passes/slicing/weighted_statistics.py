@@ -8,6 +8,7 @@ into one axis with others, at sizes that only the run knows (all channels and po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ from snpc.ops import (
     SHAPE,
     SQRT,
     SUB,
+    Labels,
 )
 from snpc.passes.propagation import (
     NormalizationStatistic,
@@ -53,13 +55,24 @@ def weights_name(statistic: NormalizationStatistic) -> str:
 
 
 def unit_weights(trace: Trace, removed: RemovedUnits) -> dict[str, AnyArray]:
-    """Name of the weights -> 1 for units that stay and 0 for the others, of every statistic that a cut affects."""
+    """Name of the weights -> 1 for units that stay and 0 for the others, of every statistic that a cut affects.
+
+    Also 1 for those of parts (heads) of which nothing stays: the mean of no unit is no number."""
     weights = {}
     for statistic in affected_statistics(trace, removed):
         own = moves_from_own_axis(statistic.context.node.inputs[0], statistic.labels, trace)
         if own is not None:
-            weights[weights_name(statistic)] = removed.kept_mask(own[0]).astype(np.float32)
+            parts = labels_by_part(statistic)
+            gone = parts[~removed.kept_mask(parts).any(1)]
+            weights[weights_name(statistic)] = (removed.kept_mask(own[0]) | np.isin(own[0], gone)).astype(np.float32)
     return weights
+
+
+def labels_by_part(statistic: NormalizationStatistic) -> Labels:
+    """[parts, positions]: the labels of each part of which a statistic of its own is taken, as of each head."""
+    labels, inner = statistic.labels, {axis + statistic.labels.ndim for axis in statistic.axes}
+    order = sorted(range(labels.ndim), key=lambda axis: axis in inner)
+    return labels.transpose(order).reshape(-1, math.prod(labels.shape[axis] for axis in inner))
 
 
 def weigh_statistics(graph: ir.Graph, trace: Trace, statistics: Iterable[NormalizationStatistic]) -> None:

@@ -399,6 +399,8 @@ TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {
     "rotary": token_by_position,
     "sample": token_opaque,
     "scatter": token_by_position,
+    "choose": token_opaque,
+    "one_hot": token_opaque,
     "shape": token_shape_only,
     "opaque": token_opaque,
 }

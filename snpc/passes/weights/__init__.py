@@ -18,7 +18,7 @@ from __future__ import annotations
 from snpc.passes.weights.attention_operands import ScoreAxes, score_axes
 from snpc.passes.weights.closed_form_kinds import GroupWeights, LazyGroupWeights, closed_form_kinds, refusal_reasons
 from snpc.passes.weights.consumers import ConsumerWeight
-from snpc.passes.weights.edits import WeightEdits, WeightSlice, apply_edits, existing_bias
+from snpc.passes.weights.edits import UnsupportedWeightForm, WeightEdits, WeightSlice, apply_edits, existing_bias
 from snpc.passes.weights.linear_path import LinearPath, NotLinear, label_set, trace_linear_path
 from snpc.passes.weights.normalizations import (
     HiddenNormalization,
@@ -37,6 +37,7 @@ __all__ = [
     "Normalization",
     "NotLinear",
     "ScoreAxes",
+    "UnsupportedWeightForm",
     "WeightEdits",
     "WeightSlice",
     "affected_normalizations",

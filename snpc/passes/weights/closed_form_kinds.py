@@ -52,7 +52,7 @@ class GroupWeights:
     uses: tuple[tuple[ConsumerUse, ...], ...] = field(default=(), repr=False)
     """[consumer][node]: the nodes that use each consumer ("low_rank_vo" and "refit" only)."""
     products: tuple[Contraction, ...] = field(default=(), repr=False)
-    """The products in which query and key meet ("low_rank_qk" and "score_selection" only)."""
+    """The products in which query and key meet ("low_rank_qk", "score_selection" and "score_refit" only)."""
     operands: tuple[tuple[WeightSlice, ...], tuple[WeightSlice, ...]] = field(default=((), ()), repr=False)
     """The weights that produce the queries, and those that produce the keys ("low_rank_qk" only). Where the same
     weights produce both, they stand first and the second are none."""
@@ -60,7 +60,7 @@ class GroupWeights:
     """The weights that produce the values, or the units of a linear layer that another reads ("low_rank_vo" only)."""
 
     normalizations: tuple[HiddenNormalization, ...] = field(default=(), repr=False)
-    """Of a hidden layer that is normalized inside: what is fitted to the statistics over fewer units."""
+    """Inside a hidden layer, or on queries and keys: what is fitted to statistics over fewer units."""
 
     @property
     def projects_both_alike(self) -> bool:
@@ -94,10 +94,21 @@ def group_weights(traced_graph: TracedGraph, group: Group) -> GroupWeights:
         return GroupWeights(None, consumers=supported_consumers(traced_graph, group))
     try:
         weights = closed_form_weights(traced_graph, group)
-        inside = hidden_normalizations(traced_graph, group) if group.approximate and weights.kind == "refit" else ()
-        return replace(weights, normalizations=inside)
+        return with_normalizations(traced_graph, group, weights) if group.approximate else weights
     except UnsupportedWeightForm as error:
         return GroupWeights(None, str(error), supported_consumers(traced_graph, group))
+
+
+def with_normalizations(traced_graph: TracedGraph, group: Group, weights: GroupWeights) -> GroupWeights:
+    """The same with the normalizations whose gain is fitted: in a hidden layer, or of queries and keys where each of
+    their products has one."""
+    inside = hidden_normalizations(traced_graph, group, weights.products)
+    if weights.kind == "refit":
+        return replace(weights, normalizations=inside)
+    products = {number for norm in inside for number in norm.products}
+    if weights.kind != "score_selection" or len(products) < len(weights.products):
+        return weights
+    return replace(weights, kind="score_refit", normalizations=inside)
 
 
 def supported_consumers(traced_graph: TracedGraph, group: Group) -> tuple[ConsumerWeight, ...]:

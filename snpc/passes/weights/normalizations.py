@@ -15,6 +15,7 @@ from snpc.graph import is_stored_constant, static_shape
 from snpc.ops import lookup
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.propagation import (
+    Contraction,
     NormalizationStatistic,
     RemovedUnits,
     affected_statistics,
@@ -24,7 +25,7 @@ from snpc.passes.propagation import (
 )
 from snpc.passes.weights.consumers import ConsumerWeight, single_consumer_weight
 from snpc.passes.weights.edits import UnsupportedWeightForm, WeightSlice
-from snpc.types import Group, Probe
+from snpc.types import Group, IntArray, Probe
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ def with_own_parameters(traced_graph: TracedGraph, normalization: Normalization)
 
 @dataclass(frozen=True)
 class HiddenNormalization:
-    """Gain and bias behind the normalizations of a hidden layer, with a probe of the output of each of these.
+    """Gain and bias behind the normalizations of a hidden layer, or of queries or keys, with a probe of the output of
+    each of these.
 
     ``bias`` is None where nothing is added. ``centered``: a mean is subtracted. ``positions``: over how many positions
-    of each unit a statistic is taken (all of a picture's, or one token's).
+    of each channel a statistic is taken (all of a picture's, or one token's). A unit may have several channels, two of
+    a rotary pair. ``products``: numbers of the products of query and key whose scores this gain is fitted to.
     """
 
     gain: str
@@ -86,11 +89,19 @@ class HiddenNormalization:
     centered: bool
     probes: tuple[Probe, ...]
     positions: int = 1
+    products: tuple[int, ...] = ()
+
+    @property
+    def channels(self) -> IntArray:
+        """[channels]: the position of each in gain and bias, unit by unit."""
+        return np.argsort(self.probes[0].units.reshape(-1), kind="stable")
 
 
-def hidden_normalizations(traced_graph: TracedGraph, group: Group) -> tuple[HiddenNormalization, ...]:
-    """The normalizations inside a hidden layer whose gain can be fitted: it applies to all units of ``group`` and to
-    nothing else."""
+def hidden_normalizations(
+    traced_graph: TracedGraph, group: Group, products: Sequence[Contraction] = ()
+) -> tuple[HiddenNormalization, ...]:
+    """The normalizations inside a hidden layer, or of queries and keys that meet in ``products``, whose gain can be
+    fitted: it applies to all units of ``group``, equally often to each, and to nothing else."""
     removed = np.zeros(traced_graph.trace.table.count, bool)
     first = next(site for site in group.sites if (site.units == 0).any())
     unit = units_of_constant(traced_graph, first.tensor, first.axis)
@@ -99,20 +110,56 @@ def hidden_normalizations(traced_graph: TracedGraph, group: Group) -> tuple[Hidd
     cut = RemovedUnits(traced_graph.units.unit_of_label, traced_graph.units.block_of_unit, removed)
     found: dict[tuple[str, str | None, bool], list[Normalization]] = defaultdict(list)
     for norm in affected_normalizations(traced_graph, cut):
-        members = normalized_units(traced_graph, norm).tolist()
-        if norm.gain is not None and len(members) == group.size and set(members) == set(numbers):
+        members, counts = np.unique(normalized_units(traced_graph, norm), return_counts=True)
+        if norm.gain is not None and set(members.tolist()) == set(numbers) and (counts == counts[0]).all():
             found[norm.gain, norm.bias, norm.centered].append(norm)
+    fitted = {
+        key: norms
+        for key, norms in found.items()
+        if all(has_no_other_user(traced_graph, name, norms) for name in key[:2] if name is not None)
+    }
+    fitted_products = products_by_gain({gain: norms for (gain, *_), norms in fitted.items()}, products)
     return tuple(
         HiddenNormalization(
             gain,
             bias,
             centered,
             tuple(normalized_probe(traced_graph, norm, numbers) for norm in norms),
-            max(1, statistic_size(norms[0].statistics[0]) // group.size),
+            max(1, statistic_size(norms[0].statistics[0]) // len(norms[0].stays)),
+            fitted_products[gain],
         )
-        for (gain, bias, centered), norms in found.items()
-        if all(has_no_other_user(traced_graph, name, norms) for name in (gain, bias) if name is not None)
+        for (gain, bias, centered), norms in fitted.items()
     )
+
+
+def products_by_gain(
+    normalizations: Mapping[str, Sequence[Normalization]], products: Sequence[Contraction]
+) -> dict[str, tuple[int, ...]]:
+    """Gain -> the numbers of the products whose scores it is fitted to: those whose queries it makes, or whose keys
+    where no gain makes the queries."""
+    made: dict[int, list[tuple[bool, str]]] = defaultdict(list)
+    for gain, norms in normalizations.items():
+        for number, is_key in {pair for norm in norms for pair in products_behind(norm.output, products)}:
+            made[number].append((is_key, gain))
+    chosen = {number: min(gains)[1] for number, gains in made.items()}
+    return {
+        gain: tuple(sorted(n for n, chosen_gain in chosen.items() if chosen_gain == gain)) for gain in normalizations
+    }
+
+
+def products_behind(value: ir.Value, products: Sequence[Contraction]) -> set[tuple[int, bool]]:
+    """(number, is it the key?) of each product that reads ``value`` with no product in between."""
+    found: set[tuple[int, bool]] = set()
+    todo, seen = [value], {value}
+    while todo:
+        for node, index in todo.pop().uses():
+            spec = lookup(node.domain, node.op_type)
+            query = 0 if spec.kind == "attention" else spec.operands[0] if spec.operands else 0
+            found |= {(number, index != query) for number, p in enumerate(products) if p.node is node}
+            outputs = [] if spec.kind in ("contraction", "attention") else [v for v in node.outputs if v not in seen]
+            seen.update(outputs)
+            todo += outputs
+    return found
 
 
 def statistic_size(statistic: NormalizationStatistic) -> int:

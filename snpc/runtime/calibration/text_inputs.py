@@ -5,7 +5,8 @@
 | ``attention_mask``, ``input_mask``, ``mask`` | integer or bool [batch, tokens] | ones |
 | ``position_ids`` | integer [batch, tokens] | 0, 1, 2, ... over the tokens that the mask shows |
 | ``token_type_ids``, ``segment_ids`` | integer [batch, tokens] | zeros |
-| names with ``past`` | float, four axes, one of them dynamic beside the batch | nothing: length 0 |
+| ``encoder_attention_mask`` | integer or bool [batch, frames] | ones, as many as ``encoder_hidden_states`` has frames |
+| caches, but those of a cross attention | float, four axes, one of them dynamic beside the batch | nothing: length 0 |
 | ``use_cache_branch`` | bool [1] | false |
 
 Data that has such an input is fed as it is. Any other input must be given.
@@ -13,12 +14,12 @@ Data that has such an input is fed as it is. Any other input must be given.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from snpc.graph import DecoderInput, decoder_input
 from snpc.runtime.calibration.sources import (
     ArraysInMemory,
     CalibrationPart,
@@ -31,12 +32,12 @@ from snpc.runtime.calibration.validation import find_sample_axes
 from snpc.runtime.io import ArrayHeader
 from snpc.types import AnyArray, Shape, TensorSpec
 
-FILLED_BY_NAME: Mapping[re.Pattern[str], FilledKind] = {
-    re.compile(r"(?<!global_)attention_mask|input_mask|^mask$"): "ones",
-    re.compile(r"position_ids"): "counted",
-    re.compile(r"token_type_ids|segment_ids"): "zeros",
+FILLED_BY_KIND: Mapping[DecoderInput, FilledKind] = {
+    "mask": "ones",
+    "encoder_mask": "ones",
+    "positions": "counted",
+    "types": "zeros",
 }
-IDS_NAME = re.compile(r"(?<![a-z_])input_ids")
 
 
 def find_ids(inputs: Sequence[TensorSpec]) -> TensorSpec | None:
@@ -45,36 +46,48 @@ def find_ids(inputs: Sequence[TensorSpec]) -> TensorSpec | None:
     integers = [
         spec for spec in inputs if len(spec.shape) == 2 and spec.dtype.kind in "iu" and filled_kind(spec) is None
     ]
-    named = [spec for spec in integers if IDS_NAME.search(spec.name.lower())]
+    named = [spec for spec in integers if decoder_input(spec.name) == "ids"]
     found = named or integers
     return found[0] if len(found) == 1 else None
 
 
 def find_mask(inputs: Sequence[TensorSpec]) -> TensorSpec | None:
     """The input [batch, tokens] that is 0 at padding; None where the model takes none."""
-    return next((spec for spec in inputs if filled_kind(spec) == "ones"), None)
+    masks = (spec for spec in inputs if decoder_input(spec.name) == "mask")
+    return next((spec for spec in masks if filled_kind(spec) == "ones"), None)
+
+
+def find_states(inputs: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The input [batch, frames, width] that takes the states of an encoder; None where the model takes none."""
+    return next((s for s in inputs if decoder_input(s.name) == "encoder_states" and len(s.shape) == 3), None)
 
 
 def filled_kind(spec: TensorSpec) -> FilledKind | None:
     """What an input is filled with, by its name, type and shape; None for one that must be given."""
-    name, rank = spec.name.lower(), len(spec.shape)
-    if "past" in name and rank == 4 and (spec.dtype.kind == "f" or spec.dtype.name == "bfloat16"):
+    role, rank = decoder_input(spec.name), len(spec.shape)
+    if role == "cache" and rank == 4 and (spec.dtype.kind == "f" or spec.dtype.name == "bfloat16"):
         dynamic = [dim for dim in spec.shape[1:] if isinstance(dim, str)]
         return "empty" if len(dynamic) == 1 else None
-    if name == "use_cache_branch" and rank == 1 and spec.dtype.kind == "b":
+    if role == "branch" and rank == 1 and spec.dtype.kind == "b":
         return "false"
     if rank != 2 or spec.dtype.kind not in "iub":
         return None
-    kind = next((kind for pattern, kind in FILLED_BY_NAME.items() if pattern.search(name)), None)
+    kind = FILLED_BY_KIND.get(role) if role is not None else None
     return kind if kind == "ones" or spec.dtype.kind != "b" else None
 
 
 def fillable_inputs(inputs: Sequence[TensorSpec], present: Collection[str]) -> dict[str, FilledKind]:
-    """Inputs that data with these arrays lacks and that can be filled in: none without ids."""
-    ids = find_ids(inputs)
+    """Inputs that data with these arrays lacks and that can be filled in: none without ids, and no mask of encoder
+    states without these."""
+    ids, states = find_ids(inputs), find_states(inputs)
     if ids is None or ids.name not in present:
         return {}
-    kinds = {spec.name: filled_kind(spec) for spec in inputs if spec.name not in present}
+    no_states = states is None or states.name not in present
+    kinds = {
+        spec.name: filled_kind(spec)
+        for spec in inputs
+        if spec.name not in present and not (no_states and decoder_input(spec.name) == "encoder_mask")
+    }
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
@@ -113,9 +126,12 @@ def filled_part(part: CalibrationPart, inputs: Sequence[TensorSpec]) -> Calibrat
         return part
     shape = part.headers[ids.name].shape
     samples, tokens = (shape[0] if len(shape) > 1 else 1), (shape[-1] if shape else 1)
+    states = find_states(inputs)
+    frames = part.headers[states.name].shape[-2] if states is not None and states.name in part.headers else tokens
     sampled = find_sample_axes(inputs).inputs
     specs = [spec for spec in inputs if spec.name in kinds]
-    shapes = {spec.name: filled_shape(spec, kinds[spec.name], samples, tokens, sampled) for spec in specs}
+    lengths = {spec.name: frames if decoder_input(spec.name) == "encoder_mask" else tokens for spec in specs}
+    shapes = {s.name: filled_shape(s, kinds[s.name], samples, lengths[s.name], sampled) for s in specs}
     mask = find_mask(inputs)
     given_mask = mask.name if mask is not None and mask.name in part.headers else None
     arrays = {spec.name: FilledArray(kinds[spec.name], shapes[spec.name], spec.dtype.name) for spec in specs}
@@ -128,7 +144,7 @@ def filled_part(part: CalibrationPart, inputs: Sequence[TensorSpec]) -> Calibrat
 
 
 def filled_shape(spec: TensorSpec, kind: FilledKind, samples: int, tokens: int, sampled: Collection[str]) -> Shape:
-    """The shape that an input has beside ids [samples, tokens]."""
+    """The shape that an input has beside ids [samples, tokens], or beside as many frames."""
     lead = samples if spec.name in sampled else spec.shape[0]
     assert isinstance(lead, int)  # a dynamic leading axis is that of the samples
     if kind in ("empty", "false"):

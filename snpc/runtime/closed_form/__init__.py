@@ -1,23 +1,25 @@
 """Closed-form compression: rotations and least-squares refits, and the weights they give.
 
 Files
-  algebra               Linear algebra of the closed forms: low-rank bases and refitted weights from second moments of
-                        activations.
-  dense_algebra         The dense algebra that closed forms are solved with: numpy's, or another implementation that
-                        registers itself.
-  elimination           The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
-                        selection by score loss.
-  factorization         One factorization of a least-squares system in the order of its units: the loss of every width,
-                        and every refit.
-  fit                   Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as little
-                        as possible.
-  layerwise             Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers
-                        before it.
-  masked_weights        Trial weights: edits applied and removed units zeroed; shapes unchanged.
-  refit_normalizations  Refits normalizations whose channels are partly removed, and the weights that consume them.
-  ridge                 The ridge of a regression, chosen by two halves of the calibration samples.
-  stages                The stages of layer-wise fitting: residual sums whose error a weight in front can compensate,
-                        and the segments between them.
+  algebra                Linear algebra of the closed forms: low-rank bases and refitted weights from second moments of
+                         activations.
+  dense_algebra          The dense algebra that closed forms are solved with: numpy's, or another implementation that
+                         registers itself.
+  elimination            The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
+                         selection by score loss.
+  factorization          One factorization of a least-squares system in the order of its units: the loss of every width,
+                         and every refit.
+  fit                    Closed forms of a model: weights rotated or refitted for a plan, so that slicing loses as
+                         little as possible.
+  layerwise              Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers
+                         before it.
+  masked_weights         Trial weights: edits applied and removed units zeroed; shapes unchanged.
+  normalizations_inside  Closed forms of normalizations inside a group: in a hidden layer, or on the heads of queries
+                         and keys.
+  refit_normalizations   Refits normalizations whose channels are partly removed, and the weights that consume them.
+  ridge                  The ridge of a regression, chosen by two halves of the calibration samples.
+  stages                 The stages of layer-wise fitting: residual sums whose error a weight in front can compensate,
+                         and the segments between them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.passes import Analysis
@@ -14,7 +13,6 @@ from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.weights import (
     ConsumerWeight,
     GroupWeights,
-    HiddenNormalization,
     WeightEdits,
     WeightSlice,
     apply_edits,
@@ -25,8 +23,6 @@ from snpc.planning import SlicePlan
 from snpc.runtime.batches import unpacked_size
 from snpc.runtime.closed_form.algebra import (
     LowRankBasis,
-    NormalizedMoments,
-    affine_for_fewer_units,
     refit_decoder,
     refit_rows,
     relative_ridge,
@@ -44,8 +40,17 @@ from snpc.runtime.closed_form.elimination import (
     eliminate,
     eliminate_by_score_loss,
 )
+from snpc.runtime.closed_form.normalizations_inside import before_gain, fit_normalizations_inside, score_systems
 from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
-from snpc.runtime.execution import SILENT, Progress, SpillableStore, track
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    SILENT,
+    Execution,
+    Progress,
+    SpillableStore,
+    memory_budget,
+    track,
+)
 from snpc.runtime.statistics import (
     ConsumerMoments,
     GroupMoments,
@@ -57,6 +62,8 @@ from snpc.runtime.statistics import (
     required_statistics,
 )
 from snpc.types import AnyArray, ClosedFormKind, FloatArray, Group, IntArray
+
+WEIGHT_BYTES = 256 << 20  # of fitted weights that stay in memory
 
 ROTATED: tuple[ClosedFormKind, ...] = ("low_rank_qk", "low_rank_vo")
 """The kinds that change the basis of a group, so that it keeps its first units."""
@@ -161,13 +168,16 @@ def solve_closed_forms(
         kind = moment_set.kinds.get(group.id)
         if kind is None:
             continue
-        moments = moment_set.moments[group.id]
-        with solving(group.id):
+        with solving(group.id):  # nothing of one group is held while the next is solved
             if kind in ROTATED:
-                bases[group.id] = low_rank_bases(analysis.traced_graph, analysis.weights[group.id], moments)
+                weights = analysis.weights[group.id]
+                bases[group.id] = low_rank_bases(analysis.traced_graph, weights, moment_set.moments[group.id])
             else:
-                solved = elimination_orders(analysis, group, moments)
-                orders[group.id] = tuple(store_factors(order, store) for order in solved)
+                orders[group.id] = tuple(
+                    store_factors(order, store)
+                    for order in elimination_orders(analysis, group, moment_set.moments[group.id])
+                )
+    release_moments(moment_set.moments)
     return ClosedForms(
         analysis,
         moment_set.kinds,
@@ -182,8 +192,13 @@ def solve_closed_forms(
 
 def elimination_orders(analysis: Analysis, group: Group, moments: GroupMoments) -> tuple[EliminationOrder, ...]:
     """One per block."""
-    if moments.score_loss is not None:
-        return tuple(eliminate_by_score_loss(losses) for losses in moments.score_loss)
+    if analysis.weights[group.id].kind == "score_selection":
+        (losses,) = moments.score_losses
+        return tuple(eliminate_by_score_loss(of_block) for of_block in losses)
+    if analysis.weights[group.id].kind == "score_refit":
+        return tuple(
+            eliminate(score_systems(analysis, group, moments, block), group.size) for block in range(group.blocks)
+        )
     return (eliminate(least_squares_systems(analysis, group, moments), group.size),)
 
 
@@ -208,25 +223,6 @@ def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoment
         variances = statistic_variances(before_gain(analysis, norm, outputs), norm.positions)
         systems.append(LeastSquaresSystem(np.diag(variances), np.full((group.size, 1), np.sqrt(energy))))
     return systems
-
-
-def before_gain(analysis: Analysis, norm: HiddenNormalization, outputs: ConsumerMoments) -> NormalizedMoments:
-    """The moments of a normalization's output before gain and bias, unit by unit."""
-    gain, bias = gain_and_bias(analysis, norm)
-    mean, covariance = np.mean(outputs.means, axis=0), outputs.moment / max(outputs.count, 1.0)
-    return NormalizedMoments.before_affine(mean, covariance, gain, bias)
-
-
-def gain_and_bias(analysis: Analysis, norm: HiddenNormalization) -> tuple[FloatArray, FloatArray]:
-    """Gain and bias (nil where there is none) of each unit."""
-    constants, positions = analysis.traced_graph.model.graph.initializers, unit_positions_of(norm)
-    gain = constant_vector(constants[norm.gain])[positions]
-    return gain, np.zeros(len(gain)) if norm.bias is None else constant_vector(constants[norm.bias])[positions]
-
-
-def unit_positions_of(norm: HiddenNormalization) -> IntArray:
-    """[units]: the position of each in gain and bias."""
-    return np.argsort(norm.probes[0].units.reshape(-1))
 
 
 def low_rank_bases(
@@ -268,24 +264,35 @@ def in_rotated_order(closed_forms: ClosedForms, plan: SlicePlan) -> SlicePlan:
     return replace(plan, keep=keep)
 
 
-def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
-    """The model at full size, every weight fitted for the plan on the activations of the dense model."""
-    source = closed_forms.analysis.traced_graph
-    return trace_graph(
-        apply_edits(source, closed_form_edits(closed_forms, plan)), source.dim_sizes, kv_cache=source.kv_cache
-    )
+def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan, execution: Execution = DEFAULT_EXECUTION) -> TracedGraph:
+    """The model at full size, every weight fitted for the plan on the activations of the dense model. Fitted weights
+    beyond ``execution.memory_limit`` lie in temporary files."""
+    source, store = closed_forms.analysis.traced_graph, weight_store(execution)
+    edits = closed_form_edits(closed_forms, plan, store=store)
+    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
+
+
+def weight_store(execution: Execution) -> SpillableStore:
+    """Where fitted weights lie: they are read once or twice."""
+    return SpillableStore(min(memory_budget(execution.memory_limit) // 4, WEIGHT_BYTES))
 
 
 def closed_form_edits(
-    closed_forms: ClosedForms, plan: SlicePlan, earlier: Mapping[str, AnyArray] | None = None
+    closed_forms: ClosedForms,
+    plan: SlicePlan,
+    earlier: Mapping[str, AnyArray] | None = None,
+    store: SpillableStore | None = None,
 ) -> WeightEdits:
-    """Every edit of the plan; ``earlier``: contents of the constants that were changed before.
+    """Every edit of the plan; ``earlier``: contents of the constants that were changed before. ``store``: where weights
+    lie; None: in memory.
 
     Units of linear layers are rotated first, the last layer first: what is refitted in front of them, and added to a
     bias there, is in their new basis. Consumers of whole heads come next: the basis of the values is solved for what is
     left of them.
     """
     edits = WeightEdits({name: [start_from(array)] for name, array in (earlier or {}).items()})
+    if store is not None:
+        edits.keep = store.keep
     analysis = closed_forms.analysis
     position = {node: index for index, node in enumerate(analysis.traced_graph.model.graph)}
 
@@ -300,10 +307,19 @@ def closed_form_edits(
         with solving(group.id):
             if kind == "refit":
                 refit_consumers(edits, closed_forms, group, np.array(rows[0], np.int64))
-                fit_inner_normalizations(edits, closed_forms, group, np.array(rows[0], np.int64))
+            if kind in ("refit", "score_refit"):
+                fit_normalizations_inside(edits, analysis, group, closed_forms.moments[group.id], rows)
             elif kind in ROTATED:
                 apply_basis(edits, closed_forms, group, len(rows[0]))
+    if store is not None:
+        release_moments(closed_forms.moments)
     return edits
+
+
+def release_moments(moments: Mapping[str, GroupMoments]) -> None:
+    """Forget those that were computed when they were read."""
+    if isinstance(moments, LazyMoments):
+        moments.release()
 
 
 def start_from(contents: AnyArray) -> Callable[[FloatArray], FloatArray]:
@@ -341,45 +357,6 @@ def refit_kept_rows(moments: ConsumerMoments, weight: FloatArray, columns: IntAr
     choice = choose_refit_ridge(moments.moment, odd, weight, columns)
     del odd
     return weight[columns] + refit_regression(moments.moment, weight, columns).solve(choice.ridge)
-
-
-def fit_inner_normalizations(edits: WeightEdits, closed_forms: ClosedForms, group: Group, keep: IntArray) -> None:
-    """Fit gain and bias of the normalizations inside a hidden layer to statistics over the units ``keep``."""
-    inside = closed_forms.analysis.weights[group.id].normalizations
-    for norm, moments in zip(inside, closed_forms.moments[group.id].normalized, strict=True):
-        scale, shift = affine_for_fewer_units(before_gain(closed_forms.analysis, norm, moments), keep, norm.centered)
-        where = unit_positions_of(norm)[keep]
-        edits.changes.setdefault(norm.gain, []).append(scaled_at(where, scale))
-        if norm.bias is not None:
-            gain, _ = gain_and_bias(closed_forms.analysis, norm)
-            edits.changes.setdefault(norm.bias, []).append(shifted_at(where, gain[keep] * shift))
-
-
-def constant_vector(value: ir.Value) -> FloatArray:
-    assert value.const_value is not None
-    return value.const_value.numpy().astype(np.float64).reshape(-1)
-
-
-def scaled_at(positions: IntArray, factors: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    """The change that multiplies a vector of any shape at these positions."""
-
-    def change(array: FloatArray) -> FloatArray:
-        flat = array.reshape(-1)
-        flat[positions] *= factors
-        return flat.reshape(array.shape)
-
-    return change
-
-
-def shifted_at(positions: IntArray, terms: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    """The change that adds to a vector of any shape at these positions."""
-
-    def change(array: FloatArray) -> FloatArray:
-        flat = array.reshape(-1)
-        flat[positions] += terms
-        return flat.reshape(array.shape)
-
-    return change
 
 
 def compensate_means(

@@ -16,7 +16,8 @@ Files
   metrics           Which metric suits each output of a model: by what the graph does at its end, by values, or as the
                     user says.
   perplexity        Perplexity of a language model: how well its logits predict the next token of held-out text.
-  removed_layers   The oracle of removed layers: the whole graph, in which their outputs are replaced in place.
+  removed_layers    The oracle of removed layers: the whole graph, in which their outputs are replaced in place.
+  requantization    What quantizing refitted weights anew costs, apart from what pruning costs.
   uncertainty       How certain a measured difference is: a standard error over samples, and an interval for shares of
                     them.
 """
@@ -25,7 +26,13 @@ from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
-from snpc.runtime.evaluation.cached_decoding import cache_bytes_per_token, cache_interface, cached_decoding_error
+from snpc.runtime.evaluation.cached_decoding import (
+    RunningDecoder,
+    cache_bytes_per_token,
+    cache_interface,
+    cached_decoding_error,
+    decoder_interface,
+)
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
     VERIFICATION_BATCHES,
@@ -53,6 +60,7 @@ from snpc.runtime.evaluation.metric_choice import MetricRequest, metrics_identit
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 from snpc.runtime.evaluation.perplexity import LanguageHead, LanguageJudge, find_language_head, sum_surprise
 from snpc.runtime.evaluation.removed_layers import check_removed_layers
+from snpc.runtime.evaluation.requantization import measure_requantization
 
 __all__ = [
     "RELATIVE_METRICS",
@@ -65,6 +73,7 @@ __all__ = [
     "MetricRequest",
     "OutputMetric",
     "OutputMetrics",
+    "RunningDecoder",
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
@@ -77,6 +86,7 @@ __all__ = [
     "check_structure",
     "compare_models",
     "compare_on_equal_selections",
+    "decoder_interface",
     "evaluate",
     "find_language_head",
     "find_selectors",
@@ -85,6 +95,7 @@ __all__ = [
     "max_drift",
     "max_relative",
     "measure_differences",
+    "measure_requantization",
     "median_interval",
     "metrics_identity",
     "name_selectors",

@@ -1,42 +1,68 @@
 """Decoding through caches: token by token it must give what all tokens at once give.
 
-Sliced against masked says that one run is right. A cache leaves the model and comes back in the next run; whether that
-still fits together is seen by doing it.
+Sliced against masked says that one run is right. A cache leaves the model and comes back in the next run, or in that of
+a second decoder, which goes on from the caches of the first; whether that still fits together is seen by doing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.graph import DecoderInput, decoder_input, find_presents, is_cache_name
 from snpc.runtime.execution import RunFunction
 from snpc.types import AnyArray, Model, TensorSpec
 
 PROMPT, STEPS = 6, 2  # tokens that are read at once, and tokens behind them that are read one by one
 ID_LIMIT = 16  # ids are drawn below it
+ENCODER_LENGTH = 7  # of encoder states, where it is free
 
 
 @dataclass(frozen=True)
-class CacheInterface:
-    """Inputs and outputs of a decoder. ``ids`` [batch, tokens]; ``positions`` the same; ``masks`` [batch, past +
-    tokens]. ``presents``: past input [batch, heads, past, width] -> the output that continues it."""
+class DecoderInterface:
+    """Inputs and outputs of a decoder. ``ids`` [batch, tokens]; ``positions`` the same, or [tokens]; ``masks`` [batch,
+    past + tokens]. ``states`` [batch, frames, width] of an encoder, and their ``state_masks`` [batch, frames].
+    ``pasts`` [batch, heads, past, width]. ``outputs``: the ``logits`` and all others."""
 
     ids: TensorSpec
     positions: tuple[TensorSpec, ...]
     masks: tuple[TensorSpec, ...]
+    states: tuple[TensorSpec, ...]
+    state_masks: tuple[TensorSpec, ...]
     pasts: tuple[TensorSpec, ...]
-    presents: Mapping[str, str]
+    outputs: tuple[str, ...]
     logits: str
+
+    @property
+    def presents(self) -> dict[str, str]:
+        """Past input -> the output that continues it."""
+        return find_presents([spec.name for spec in self.pasts], self.outputs)
+
+    def continues(self, first: DecoderInterface) -> bool:
+        """Does it take caches, and are all of them outputs of ``first``?"""
+        pasts = [spec.name for spec in self.pasts]
+        return bool(pasts) and len(find_presents(pasts, first.outputs)) == len(pasts)
 
     def feeds(self, ids: AnyArray, start: int, caches: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """The inputs for ``ids`` [1, tokens] behind ``start`` tokens in ``caches``."""
         count = ids.shape[1]
-        positions = {spec.name: np.arange(start, start + count, dtype=spec.dtype)[None] for spec in self.positions}
+        counted = np.arange(start, start + count)
+        positions = {s.name: (counted if len(s.shape) == 1 else counted[None]).astype(s.dtype) for s in self.positions}
         masks = {spec.name: np.ones((1, start + count), spec.dtype) for spec in self.masks}
-        return {self.ids.name: ids, **positions, **masks, **caches}
+        return {self.ids.name: ids.astype(self.ids.dtype), **positions, **masks, **self.encoder_feeds(), **caches}
+
+    def encoder_feeds(self) -> dict[str, AnyArray]:
+        """Random states of an encoder, the same at every call, with a mask that shows them all."""
+        rng = np.random.default_rng(1)
+        states = {
+            spec.name: rng.standard_normal([1, *map(encoder_size, spec.shape[1:])]).astype(spec.dtype)
+            for spec in self.states
+        }
+        masks = {s.name: np.ones([1, *map(encoder_size, s.shape[1:])], s.dtype) for s in self.state_masks}
+        return {**states, **masks}
 
     def empty_caches(self) -> dict[str, AnyArray]:
         return {
@@ -45,27 +71,51 @@ class CacheInterface:
         }
 
 
-def cache_interface(model: Model) -> CacheInterface | None:
-    """By names and shapes; None where an input is of no known kind, or a cache has no output."""
+@dataclass(frozen=True)
+class RunningDecoder:
+    """A decoder that runs."""
+
+    interface: DecoderInterface
+    run: RunFunction
+
+
+def encoder_size(dim: int | str) -> int:
+    return dim if isinstance(dim, int) else ENCODER_LENGTH
+
+
+def decoder_interface(model: Model) -> DecoderInterface | None:
+    """By names and shapes; None where an input is of no known kind, or there is no one output beside the caches."""
     pasts = tuple(spec for spec in model.inputs if is_past(spec))
-    rest = [spec for spec in model.inputs if not is_past(spec)]
-    masks = tuple(spec for spec in rest if "mask" in spec.name.lower() and len(spec.shape) == 2)
-    positions = tuple(spec for spec in rest if "position" in spec.name.lower() and len(spec.shape) == 2)
-    ids = [spec for spec in rest if spec not in masks and spec not in positions]
-    outputs = {spec.name for spec in model.outputs}
-    presents = {spec.name: name for spec in pasts for name in present_names(spec.name) if name in outputs}
-    logits = [spec.name for spec in model.outputs if spec.name not in presents.values()]
+    states = of_kind(model, "encoder_states", (3,))
+    state_masks = of_kind(model, "encoder_mask", (2,))
+    masks = of_kind(model, "mask", (2,))
+    positions = of_kind(model, "positions", (1, 2))
+    known_inputs = (*pasts, *states, *state_masks, *masks, *positions)
+    ids = [spec for spec in model.inputs if spec not in known_inputs]
+    outputs = tuple(spec.name for spec in model.outputs)
+    logits = [name for name in outputs if "present" not in name.lower()]
     known = len(ids) == 1 and np.issubdtype(ids[0].dtype, np.integer) and len(ids[0].shape) == 2
-    if not pasts or not known or len(presents) != len(pasts) or len(logits) != 1:
+    if not known or len(logits) != 1:
         return None
-    return CacheInterface(ids[0], positions, masks, pasts, presents, logits[0])
+    return DecoderInterface(ids[0], positions, masks, states, state_masks, pasts, outputs, logits[0])
+
+
+def of_kind(model: Model, kind: DecoderInput, ranks: Collection[int]) -> tuple[TensorSpec, ...]:
+    """Inputs that are of this kind by their names, and have as many axes."""
+    return tuple(spec for spec in model.inputs if decoder_input(spec.name) == kind and len(spec.shape) in ranks)
+
+
+def cache_interface(model: Model) -> DecoderInterface | None:
+    """Of a decoder that continues every cache that it takes; None for any other model."""
+    found = decoder_interface(model)
+    return found if found is not None and found.continues(found) else None
 
 
 def is_past(spec: TensorSpec) -> bool:
     """Is it a cache of a known width and a free length?"""
     shape = spec.shape
     return (
-        "past" in spec.name.lower()
+        is_cache_name(spec.name)
         and len(shape) == 4
         and isinstance(shape[1], int)
         and isinstance(shape[2], str)
@@ -73,29 +123,33 @@ def is_past(spec: TensorSpec) -> bool:
     )
 
 
+def grows(spec: TensorSpec) -> bool:
+    """Is it a cache that gets longer with each token?"""
+    return is_past(spec) and decoder_input(spec.name) == "cache"
+
+
 def cache_bytes_per_token(inputs: Sequence[TensorSpec]) -> int:
     """Bytes that the caches of one sequence grow by with each token; 0 of a model without caches."""
-    sizes = [(spec.shape[1], spec.shape[3], spec.dtype.itemsize) for spec in inputs if is_past(spec)]
+    sizes = [(spec.shape[1], spec.shape[3], spec.dtype.itemsize) for spec in inputs if grows(spec)]
     return sum(int(heads) * int(width) * size for heads, width, size in sizes)
 
 
-def present_names(past: str) -> Sequence[str]:
-    """Names that exporters give to the output that continues a cache."""
-    return tuple(past.replace(word, "present") for word in ("past_key_values", "past_key_value", "past"))
-
-
-def cached_decoding_error(interface: CacheInterface, run: RunFunction) -> float | None:
-    """The largest difference of the logits of the last tokens, read one by one through the caches or all at once,
-    relative to their root mean square. None where the model does not run so."""
-    ids = np.random.default_rng(0).integers(0, ID_LIMIT, (1, PROMPT + STEPS)).astype(interface.ids.dtype)
+def cached_decoding_error(first: RunningDecoder, second: RunningDecoder) -> float | None:
+    """The largest difference of the logits of the last tokens, read one by one by ``second`` through the caches of
+    ``first``, which may be the same, or all at once by ``first``, relative to their root mean square. None where the
+    models do not run so."""
+    ids = np.random.default_rng(0).integers(0, ID_LIMIT, (1, PROMPT + STEPS))
+    start, step = first.interface, second.interface
+    handed = find_presents([spec.name for spec in step.pasts], start.outputs)
     try:
-        whole = run(interface.feeds(ids, 0, interface.empty_caches()))[interface.logits]
-        outputs = run(interface.feeds(ids[:, :PROMPT], 0, interface.empty_caches()))
+        whole = first.run(start.feeds(ids, 0, start.empty_caches()))[start.logits]
+        outputs = first.run(start.feeds(ids[:, :PROMPT], 0, start.empty_caches()))
+        caches = {past: outputs[present] for past, present in handed.items()}
         found = []
         for at in range(PROMPT, PROMPT + STEPS):
-            caches = {past: outputs[present] for past, present in interface.presents.items()}
-            outputs = run(interface.feeds(ids[:, at : at + 1], at, caches))
-            found.append(outputs[interface.logits][:, -1])
+            outputs = second.run(step.feeds(ids[:, at : at + 1], at, caches))
+            caches |= {past: outputs[present] for past, present in step.presents.items()}
+            found.append(outputs[step.logits][:, -1])
     except UserError:  # fixed lengths, or ids out of the vocabulary
         return None
     if whole.ndim != 3 or whole.shape[1] != PROMPT + STEPS:

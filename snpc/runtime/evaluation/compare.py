@@ -12,8 +12,10 @@ import onnx
 from onnx import shape_inference
 
 from snpc.errors import CheckFailed, UserError
+from snpc.graph import infer_graph
 from snpc.passes.propagation import SlicedShape
-from snpc.passes.slicing import RewrittenModel, mask_model
+from snpc.passes.quantization import with_float_graph
+from snpc.passes.slicing import RewrittenModel
 from snpc.runtime.batches import open_file, open_graph, run_each
 from snpc.runtime.evaluation.distances import OutputMetric, as_float, same_finiteness, sample_pairs
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics
@@ -23,7 +25,7 @@ from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
     Execution,
 )
-from snpc.runtime.io import read_without_weights
+from snpc.runtime.io import load, read_without_weights
 from snpc.types import AnyArray, Difference, Feeds, FloatArray, Model, Perplexity, TensorSpec, Verdict
 
 TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-6}
@@ -266,6 +268,13 @@ def run_batches(
         return list(run_each(run, batches, execution, stage))
 
 
+def run_dequantized(path: Path, batches: Sequence[Feeds], execution: Execution) -> list[dict[str, AnyArray]]:
+    """Outputs per batch of the float model that a quantized file stands for."""
+    graph = with_float_graph(load(path)).graph
+    with open_graph(graph, infer_graph(graph, {}, measure=False), execution) as run:
+        return list(run_each(run, batches, execution))
+
+
 def take_until(results: Iterable[dict[str, AnyArray]], max_bytes: float) -> list[dict[str, AnyArray]]:
     """The first results, outputs per batch. No further one is made once they are larger than ``max_bytes``, apart from
     the first ``VERIFICATION_BATCHES``."""
@@ -293,7 +302,9 @@ def compare_models(
     that are compared.
 
     Sliced against masked: the written model against the original at its full size with the removed units set to zero,
-    and with refitted weights if there are any; empty where ``rewritten`` is None. ``masked_feeds``: feeds of the masked
+    and with refitted weights if there are any; empty where ``rewritten`` is None. Of a file that is written quantized,
+    the float models that both stand for: rounded activations turn a difference in the last bit into one of a step, in
+    everything behind. ``masked_feeds``: feeds of the masked
     original for the first batches, to which that is limited (with token decisions it has more inputs). ``metrics``: of
     pruned against original. ``probes``: so many of the first batches are there for sliced against masked only.
     """
@@ -311,13 +322,15 @@ def compare_models(
         drift = tuple(replace(d, perplexity=found) if d.output == judge.head.logits else d for d in drift)
     if rewritten is None:
         return (), drift
-    source = rewritten.source
-    with open_graph(mask_model(source.model, source.trace, rewritten.removed), source.facts, execution) as run:
+    with open_graph(rewritten.masked(), rewritten.source.facts, execution) as run:
         masked = list(run_each(run, masked_feeds or batches, execution, "verification, masked"))
     compared = [{name: array for name, array in outputs.items() if name in dense[0]} for outputs in masked]
     same = [narrow_caches(outputs, cut) for outputs in compared]
-    equals_mask = batch_differences(same[probes:], narrow[probes : len(same)])
-    worst = {d.output: d for d in batch_differences(same[:probes], narrow[:probes])}
+    sliced = narrow[: len(same)]
+    if rewritten.rounded is not None:
+        sliced = run_dequantized(pruned, [narrow_caches(feeds, cut) for feeds in batches[: len(same)]], execution)
+    equals_mask = batch_differences(same[probes:], sliced[probes:])
+    worst = {d.output: d for d in batch_differences(same[:probes], sliced[:probes])}
     return tuple(max(d, worst.get(d.output, d), key=lambda found: found.relative) for d in equals_mask), drift
 
 

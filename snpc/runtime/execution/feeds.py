@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from snpc.errors import UserError
+from snpc.graph import is_cache_name
 from snpc.types import AnyArray, Feeds, Shape, TensorSpec, shape_text
 
 DEFAULT_DIM_SIZE = 16  # of a dynamic axis without a given size
@@ -167,8 +168,8 @@ def _bind_dims(
                 raise UserError(f"input {spec.name!r}: axis {dim!r} is {size} here and {bound[dim]} elsewhere")
     for name in _batch_names(inputs):
         bound.setdefault(name, batch)
-    current = {dim for spec in inputs if not _is_past(spec) for dim in spec.shape}
-    past = {dim for spec in inputs if _is_past(spec) for dim in spec.shape} - current
+    current = {dim for spec in inputs if not is_cache_name(spec.name) for dim in spec.shape}
+    past = {dim for spec in inputs if is_cache_name(spec.name) for dim in spec.shape} - current
     for spec in inputs:
         for name in (term for dim in spec.shape for term in _term_names(dim)):
             bound.setdefault(name, 0 if name in past else DEFAULT_DIM_SIZE)
@@ -203,7 +204,7 @@ def _axis_size(spec: TensorSpec, axis: int, bound: Mapping[str, int], batch: int
         )
     if axis == 0:
         return batch
-    return 0 if _is_past(spec) else DEFAULT_DIM_SIZE
+    return 0 if is_cache_name(spec.name) else DEFAULT_DIM_SIZE
 
 
 def _sum_terms(dim: str) -> list[str]:
@@ -213,10 +214,6 @@ def _sum_terms(dim: str) -> list[str]:
 def _term_names(dim: int | str) -> list[str]:
     """The names in an axis: "past + 1" -> ["past"]; exporters name the axis of a mask by such a sum."""
     return [term for term in _sum_terms(dim) if term and not term.isdecimal()] if isinstance(dim, str) else []
-
-
-def _is_past(spec: TensorSpec) -> bool:
-    return "past" in spec.name.lower()
 
 
 def _random_array(spec: TensorSpec, shape: Shape, rng: np.random.Generator, limit: int) -> AnyArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError
 from snpc.errors import UserError
 from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
 from snpc.passes.canonicalization import canonicalize
+from snpc.passes.propagation import mark_shared_caches
 from snpc.remote import copy_beside, is_url, local_copy
 from snpc.runtime.io.duplicate_constants import merge_equal_constants
 from snpc.runtime.io.graph_checks import check_contractions, check_graph, check_producers
@@ -41,14 +43,19 @@ if TYPE_CHECKING:
 logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # what it warns of is refused below, in one line
 
 
-def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
+def load(model: ModelSource, observer: PassObserver | None = None, *, companions: Sequence[Path | str] = ()) -> Model:
     """Read an ONNX model and bring it into the canonical form (``passes.canonicalization``).
 
     ``model``: a path, a URL (through fsspec), an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of
     onnx-graphsurgeon. A model in memory is not changed; a copy of it lies in a temporary file for as long as the
     returned value lives. Weights of a file stay there and are read when they are needed. ``observer`` is called after
-    each graph pass. Raises UserError for anything that is not a readable ONNX model.
+    each graph pass.
+
+    ``companions``: paths of models with the same weights, which are cut alike and may go on from this one's caches, as
+    ``decoder_with_past_model.onnx`` does. Raises UserError for anything that is not a readable ONNX model.
     """
+    if companions:
+        return with_companions(load(model, observer), [load(Path(path)) for path in companions])
     if isinstance(model, str) and is_url(model):
         return load_file(local_model(model), observer)
     if isinstance(model, (str, os.PathLike)):
@@ -57,6 +64,13 @@ def load(model: ModelSource, observer: PassObserver | None = None) -> Model:
     path = folder.path / "model.onnx"
     write_in_memory(model, path)
     return replace(load_file(path, observer), kind=kind, folder=folder)
+
+
+def with_companions(model: Model, companions: Sequence[Model]) -> Model:
+    """The model with others that are cut alike; outputs of it that are their caches are marked as such."""
+    for companion in companions:
+        mark_shared_caches(model.graph, companion.graph)
+    return replace(model, companions=tuple(companions))
 
 
 def local_model(url: str) -> Path:

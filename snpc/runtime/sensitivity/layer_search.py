@@ -154,6 +154,9 @@ def check_layer_budget(analysis: Analysis, budget: Budget, calibration: Calibrat
             "the role layer takes whole layers by what the outputs change without them, which has to be measured: give "
             "--calib"
         )
+    if analysis.companions or analysis.model.quantized is not None:
+        what = "models that are cut alike" if analysis.companions else "a quantized file that stays quantized"
+        raise UserError(f"the role layer is not supported for {what}: leave it out")
     if analysis.reduction is not None:
         raise UserError("the role layer and --tokens do not go together: leave out one of them")
     if budget.limits_quality or budget.is_latency:

@@ -16,7 +16,7 @@ from snpc.types import ClosedFormKind, FloatArray, Group
 # the rest would seem free. Chosen on ViT-Tiny, see docs/how-it-works.md.
 REFERENCE_SHARE = 1 / 64
 SCORE_REFERENCE_SHARE = 1 / 4
-SCORED_FORMS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection"})
+SCORED_FORMS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection", "score_refit"})
 NO_LOSS = 1e-9  # of the whole group's: a loss that is smaller says nothing
 
 

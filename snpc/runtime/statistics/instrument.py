@@ -254,6 +254,7 @@ class Instrument:
             "gram_centered": self.gram_centered,
             "row_sums": self.row_sums,
             "gram_per_repeat": self.gram_per_repeat,
+            "routed": self.routed,
         }
         self.add_output(kinds[kind](probe, blocks, size), output)
 
@@ -261,6 +262,24 @@ class Instrument:
         """[samples, blocks, size]: the sum over rows of squares."""
         rows = self.block_rows(probe, blocks, size)
         return self.reduce(op.REDUCE_SUM, self.node(op.MUL, [rows, rows]), [1])
+
+    def routed(self, probe: Probe, blocks: int, size: int) -> ir.Value:
+        """[1, 2, experts]: the sum of the norms of what each expert adds to its tokens, and the number of these."""
+        value = self.cast_float32(self.activation(probe.tensor))
+        squares = self.reduce(op.REDUCE_SUM, self.node(op.MUL, [value, value]), [-1])
+        norms = self.node(op.SQRT, [self.node(op.RESHAPE, [squares, self.ints([-1, 1])])])
+        if probe.chosen:
+            numbers = self.node(
+                op.GATHER, [self.ints(probe.units.tolist()), self.reshape(self.values[probe.chosen], -1)]
+            )
+        else:
+            count = self.shape_slice(norms, 0, 1)
+            numbers = self.node(op.EXPAND, [self.ints(probe.units.reshape(-1).tolist()), count])
+        is_own = self.node(op.EQUAL, [self.reshape(numbers, -1, 1), self.ints(range(blocks * size))])
+        shares = self.cast_float32(is_own)
+        sums = self.reduce(op.REDUCE_SUM, self.node(op.MUL, [norms, shares]), [0], keep=True)
+        both = self.node(op.CONCAT, [sums, self.reduce(op.REDUCE_SUM, shares, [0], keep=True)], axis=0)
+        return self.reshape(both, 1, 2, blocks * size)
 
     def gram(self, probe: Probe, blocks: int, size: int) -> ir.Value:
         """[samples, blocks, size, size]: X'X over the rows of a sample."""

@@ -9,11 +9,11 @@ from snpc.errors import UserError
 from snpc.types import ProbeKind
 
 StatisticKind = Literal[
-    "energy", "gram", "moment", "gram_centered", "row_sums", "gram_per_repeat", "gram_joint", "score_loss"
+    "energy", "gram", "moment", "gram_centered", "row_sums", "gram_per_repeat", "gram_joint", "score_loss", "routed"
 ]
-"""Each but the last is a method of ``Instrument``; "score_loss" is in ``score_loss.py``."""
+"""Each but "score_loss" is a method of ``Instrument``; that is in ``score_loss.py``."""
 
-CLOSED_FORM_STATISTICS = frozenset(get_args(StatisticKind)) - {"energy", "gram"}
+CLOSED_FORM_STATISTICS = frozenset(get_args(StatisticKind)) - {"energy", "gram", "routed"}
 """The kinds that closed forms take; criteria take the others."""
 
 
@@ -43,7 +43,7 @@ class StatisticKey:
             raise UserError(
                 f"{text!r} is no statistic that can be measured: a criterion may ask for energy:K and gram:K with K "
                 f"one of {', '.join(get_args(ProbeKind))}, and with torch for gate:loss, gate:weights, gate:relevance, "
-                "gate:macs and gate:memory"
+                "gate:sensitivity, gate:macs and gate:memory"
             )
         consumer, _, use = where.partition(".")
         indices = (int(consumer), int(use)) if where else (None, None)

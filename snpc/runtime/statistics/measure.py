@@ -53,7 +53,8 @@ class StatisticRequest:
     def add_to(self, instrument: Instrument) -> None:
         """Add the statistic to the instrumented model, as a new output."""
         if self.key.kind == "gram_joint":
-            gram = instrument.gram_joint(self.probe, self.group.size, self.window, self.stride)
+            units = self.group.blocks * self.group.size
+            gram = instrument.gram_joint(self.probe, units, self.window, self.stride)
             instrument.add_output(gram, self.output)
         elif self.product is not None:
             instrument.add_output(score_loss_matrix(instrument, self.product, self.group), self.output)
@@ -79,10 +80,12 @@ def statistic_requests(analysis: Analysis, keys: Mapping[str, Sequence[Statistic
 def requests_of_key(analysis: Analysis, group: Group, key: StatisticKey) -> list[StatisticRequest]:
     """The requests of one statistic, outputs without a name yet."""
     if key.kind == "score_loss":
-        return [score_loss_request(group, key, product) for product in analysis.weights[group.id].products]
+        products = analysis.weights[group.id].products
+        chosen = products if key.use is None else products[key.use : key.use + 1]
+        return [score_loss_request(group, key, product) for product in chosen]
     if key.probe == "normalized" and key.consumer is not None and key.use is not None:
-        normalization = analysis.weights[group.id].normalizations[key.consumer]
-        return [StatisticRequest(group, normalization.probes[key.use], key, "")]
+        probe = analysis.weights[group.id].normalizations[key.consumer].probes[key.use]
+        return [StatisticRequest(group, probe, key, "", columns=probe.units.size // (group.blocks * group.size))]
     if key.consumer is not None and key.use is not None:
         use = analysis.weights[group.id].uses[key.consumer][key.use]
         window = use.node if use.consumer.taps > 1 else None
@@ -156,19 +159,30 @@ def measuring_model(
     analysis: Analysis, requests: Sequence[StatisticRequest], kept: Sequence[str] = ()
 ) -> tuple[ir.Model, PaddingMasks]:
     """(the model with an output for each statistic and for each value named ``kept``, the masks that it takes)."""
-    source = analysis.traced_graph
+    source, padding = analysis.traced_graph, padding_of(analysis, requests)
+    instrument = Instrument(source.model, padding.row_masks)
+    return add_requests(instrument, requests, kept, source.facts.types_by_name), padding
+
+
+def padding_of(analysis: Analysis, requests: Sequence[StatisticRequest]) -> PaddingMasks:
+    """The masks of the activations that these requests measure."""
     probes = [
         (probe, request.group.blocks * request.group.size)
         for request in requests
         for probe in (request.probe, request.partner)
         if probe is not None
     ]
-    padding = find_padding(source, probe_row_counters(probes))
-    instrument = Instrument(source.model, padding.row_masks)
+    return find_padding(analysis.traced_graph, probe_row_counters(probes))
+
+
+def add_requests(
+    instrument: Instrument, requests: Sequence[StatisticRequest], kept: Sequence[str], types: Mapping[str, ir.DataType]
+) -> ir.Model:
+    """The instrumented model, with an output for each statistic and for each value named ``kept``."""
     for request in requests:
         request.add_to(instrument)
-    instrument.add_values(kept, source.facts.types_by_name)
-    return instrument.model, padding
+    instrument.add_values(kept, types)
+    return instrument.model
 
 
 def measure_batches(

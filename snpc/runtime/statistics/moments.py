@@ -52,13 +52,14 @@ class ScoreMoments:
 class GroupMoments:
     """Second moments of a group's activations. Its closed form fills one of the fields.
 
-    ``scores``: "low_rank_qk". ``score_loss`` [blocks, size, size]: "score_selection", see ``score_loss.py``.
-    ``consumers``: [blocks][repeats] of "low_rank_vo", [1][consumers] of "refit". ``normalized``: of the outputs of each
-    normalization inside a hidden layer, beside "refit".
+    ``scores``: "low_rank_qk". ``score_losses``: [blocks, size, size] each, see ``score_loss.py``: one of all products
+    of "score_selection", one per product of "score_refit". ``consumers``: [blocks][repeats] of "low_rank_vo",
+    [1][consumers] of "refit". ``normalized``: of the outputs of each normalization of a hidden layer or of queries and
+    keys, beside "refit" and "score_refit".
     """
 
     scores: ScoreMoments | None = None
-    score_loss: FloatArray | None = None
+    score_losses: tuple[FloatArray, ...] = ()
     consumers: tuple[tuple[ConsumerMoments, ...], ...] = ()
     normalized: tuple[ConsumerMoments, ...] = ()
 
@@ -95,14 +96,21 @@ def required_statistics(weights: GroupWeights) -> tuple[StatisticKey, ...]:
                 for consumer, uses in enumerate(weights.uses)
                 for k, use in enumerate(uses)
             ]
-            inside = [
-                StatisticKey("gram_joint", "normalized", number, k)
-                for number, normalization in enumerate(weights.normalizations)
-                for k in range(len(normalization.probes))
-            ]
-            return (*read, *inside)
+            return (*read, *normalized_keys(weights))
+        case "score_refit":
+            products = [StatisticKey("score_loss", "query", 0, k) for k in range(len(weights.products))]
+            return (*products, *normalized_keys(weights))
         case None:
             return ()
+
+
+def normalized_keys(weights: GroupWeights) -> list[StatisticKey]:
+    """One per normalization and probe of its outputs."""
+    return [
+        StatisticKey("gram_joint", "normalized", number, k)
+        for number, normalization in enumerate(weights.normalizations)
+        for k in range(len(normalization.probes))
+    ]
 
 
 def group_moments(
@@ -114,14 +122,14 @@ def group_moments(
         query, key = sums[StatisticKey("moment", "query")], sums[StatisticKey("gram_centered", "key")]
         return GroupMoments(scores=ScoreMoments(query, key, *counts))
     if kind == "score_selection":
-        return GroupMoments(score_loss=sums[StatisticKey("score_loss", "query")])
+        return GroupMoments(score_losses=(sums[StatisticKey("score_loss", "query")],))
     uses = sums_by_use({key: array for key, array in sums.items() if key.probe != "normalized"})
+    inside = sums_by_use({key: array for key, array in sums.items() if key.probe == "normalized"})
+    normalized = unpacked_moments(inside)
+    if kind == "score_refit":
+        return GroupMoments(score_losses=tuple(uses[0]), normalized=normalized)
     if kind == "refit":
-        inside = sums_by_use({key: array for key, array in sums.items() if key.probe == "normalized"})
-        read, normalized = (
-            tuple(consumer_moments([unpack_symmetric(packed) for packed in arrays]) for arrays in parts)
-            for parts in (uses, inside)
-        )
+        read = unpacked_moments(uses)
         halves = sums_by_use({key: array for key, array in (odd or {}).items() if key.probe != "normalized"})
         read = tuple(replace(m, odd=tuple(half)) for m, half in zip(read, halves, strict=True)) if halves else read
         return GroupMoments(consumers=(read,), normalized=normalized)
@@ -131,6 +139,11 @@ def group_moments(
             tuple(consumer_moments([a[r, b].copy() for a in uses[0]]) for r in range(repeats)) for b in range(blocks)
         )
     )
+
+
+def unpacked_moments(sums: Sequence[Sequence[FloatArray]]) -> tuple[ConsumerMoments, ...]:
+    """From packed sums [consumers][uses]."""
+    return tuple(consumer_moments([unpack_symmetric(packed) for packed in arrays]) for arrays in sums)
 
 
 def sums_by_use(sums: Mapping[StatisticKey, FloatArray]) -> list[list[FloatArray]]:
@@ -189,12 +202,17 @@ class LazyMoments(Mapping[str, GroupMoments]):
 
     def __getitem__(self, group_id: str) -> GroupMoments:
         if self.last is None or self.last[0] != group_id:
+            self.last = None  # before the next are made
             sums, odd = (
                 {StatisticKey.parse(name): array for name, array in part.get(group_id, {}).items()}
                 for part in (self.sums, self.odd)
             )
             self.last = (group_id, group_moments(self.kinds[group_id], sums, odd))
         return self.last[1]
+
+    def release(self) -> None:
+        """Forget what was read last, which may be a gigabyte."""
+        self.last = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)

@@ -106,6 +106,8 @@ def fused_operand_inputs(traced_graph: TracedGraph) -> dict[str, str]:
 def probe_row_counters(probes: Iterable[tuple[Probe, int]]) -> Iterator[tuple[str, RowCounter]]:
     """Probes of so many units, as ``find_padding`` takes them."""
     for probe, units in probes:
+        if probe.kind == "expert":  # the rows are chosen by data: which tokens they belong to is not known
+            continue
         layout = infer_probe_layout(probe, units)
         yield probe.tensor, lambda shape, layout=layout: samples_and_rows(layout, shape)  # type: ignore[misc]
 

@@ -359,5 +359,7 @@ RELEVANCE_RULES: Mapping[str, Callable[[RelevancePropagation, ir.Node, OpSpec, O
     "contraction": relevance_contraction,
     "attention": relevance_attention,
     "shape": relevance_shape,
+    "choose": relevance_opaque,
+    "one_hot": relevance_shape,
     "opaque": relevance_opaque,
 }

@@ -21,7 +21,21 @@ def criterion_inputs(analysis: Analysis, group: Group, sums: Mapping[str, FloatA
     produce, consume = head_rows(analysis, group) if group.role == "head" else ({}, {})
     if not produce and not consume:  # heads with an axis of their own are units like others
         produce, consume = group_weight_rows(analysis, group)
+    if group.owned:
+        consume = {**consume, "owned": owned_norms(analysis, group)}
     return CriterionInputs(group.role, group.blocks, group.size, produce, consume, sums, samples)
+
+
+def owned_norms(analysis: Analysis, group: Group) -> FloatArray:
+    """[units, 1]: the norm of all constants that a unit has for itself."""
+    initializers = analysis.traced_graph.model.graph.initializers
+    norms = np.zeros((len(group.owned), 1))
+    for unit, names in enumerate(group.owned):
+        for name in names:
+            tensor = initializers[name].const_value
+            assert tensor is not None
+            norms[unit] = np.hypot(norms[unit], np.linalg.norm(tensor.numpy().astype(np.float64)))
+    return norms
 
 
 def unit_weight_energies(analysis: Analysis, groups: Sequence[Group]) -> dict[str, FloatArray]:

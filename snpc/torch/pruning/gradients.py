@@ -18,12 +18,12 @@ from snpc.criteria import Criterion
 from snpc.passes import Analysis
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.statistics import GATE_PREFIX, GateObserver
+from snpc.runtime.statistics import GATE_PREFIX, GateObserver, infer_probe_layout
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import Tensor, relevance_rules, to_tensor
 from snpc.torch.pruning.gates import Gate, apply_gates, canonical_module, make_gate
 from snpc.torch.training import cross_entropy, load_labels, one_sample_batches, sample_ids
-from snpc.types import FloatArray, Group
+from snpc.types import FloatArray, Group, Probe
 
 GateArrays = dict[str, dict[str, FloatArray]]
 """Group id -> probe -> array."""
@@ -41,14 +41,18 @@ def compute_gate_gradients(
 
     "gate:loss" [1, blocks, size] is the derivative of the sample's loss with respect to the unit's gate.
     "gate:weights" [1, blocks, size] is the sum of (w dL/dw)^2 over the unit's weights. "gate:relevance" [1, blocks,
-    size] is what layer-wise relevance propagation leaves at the unit. "gate:macs" and "gate:memory" [1] are the costs
-    of a unit. Raises UserError for operators that have no torch implementation.
+    size] is what layer-wise relevance propagation leaves at the unit. "gate:sensitivity" [1, blocks, size] is the mean
+    of |dy/dp| over outputs y, summed over the values p that the unit has in the activations that show it.
+    "gate:macs" and "gate:memory" [1] are the costs of a unit. Raises UserError for operators that have no torch
+    implementation.
     """
     probes = {g.id: [n for n in criterion.probes(g.role) if n.startswith(GATE_PREFIX)] for g in groups}
     kinds = {name for names in probes.values() for name in names}
     label_file = str(getattr(criterion, "labels", ""))
     labels = load_labels(Path(label_file), calibration) if label_file else None
-    model = GatedModel(analysis, canonical_module(analysis), tuple(make_gate(analysis, g) for g in groups))
+    shown = dict.fromkeys(p.tensor for g in groups for p in sensitive_probes(g)) if "gate:sensitivity" in kinds else ()
+    module = canonical_module(analysis, watch=tuple(shown))
+    model = GatedModel(analysis, module, tuple(make_gate(analysis, g) for g in groups))
     costs = {g.id: gate_costs(analysis, g) for g in groups}
     data = one_sample_batches(calibration)
     batches = execution.track("gradients", data.batches(), len(data.batch_plan))
@@ -60,6 +64,8 @@ def compute_gate_gradients(
             model.add_loss_gradients(measured, tensors, int(ids[0]), sample_labels, "gate:weights" in kinds)
         if "gate:relevance" in kinds:
             model.add_relevance(measured, tensors)
+        if "gate:sensitivity" in kinds:
+            model.add_sensitivities(measured, tensors, count=int(getattr(criterion, "outputs", 0)))
         for group in groups:
             observe(group.id, {name: measured[group.id][name] for name in probes[group.id]})
 
@@ -101,6 +107,39 @@ class GatedModel:
         gradients = torch.autograd.grad(torch.stack(starts).sum(), list(factors.values()), allow_unused=True)
         for gate, gradient in zip(self.gates, gradients, strict=True):
             measured[gate.group.id]["gate:relevance"] = per_unit_array(gradient, gate)
+
+    def add_sensitivities(self, measured: GateArrays, feeds: Mapping[str, Tensor], count: int) -> None:
+        """Add "gate:sensitivity" of one sample: a backward pass for each of ``count`` outputs, or one for their sum."""
+        values = self.module(feeds)
+        groups = [gate.group for gate in self.gates]
+        shown = {p.tensor: values[p.tensor] for group in groups for p in sensitive_probes(group)}
+        shown = {name: value for name, value in shown.items() if value.requires_grad}
+        outputs = [y for name in loss_outputs(self.analysis) for y in single_outputs(name, values[name].float(), count)]
+        totals = {name: torch.zeros_like(value) for name, value in shown.items()}
+        for output in outputs:
+            gradients = torch.autograd.grad(output, [*shown.values()], retain_graph=True, allow_unused=True)
+            for total, gradient in zip(totals.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.abs() / len(outputs)
+        for group in groups:
+            parts = [sum_over_rows(totals[p.tensor], p, group) for p in sensitive_probes(group) if p.tensor in totals]
+            measured[group.id]["gate:sensitivity"] = sum(parts, np.zeros((1, group.blocks, group.size)))
+
+
+def sensitive_probes(group: Group) -> list[Probe]:
+    """The activations in which a unit speaks: of values, behind the attention weights."""
+    return [p for p in group.probes if p.kind != "value"] or list(group.probes)
+
+
+def sum_over_rows(values: Tensor, probe: Probe, group: Group) -> FloatArray:
+    """[1, blocks, size]: ``values`` of a probed tensor, summed over all that belongs to a unit."""
+    layout = infer_probe_layout(probe, group.blocks * group.size)
+    if layout.period:
+        values = values.reshape(-1, layout.period, *values.shape[1:])
+    rows = values.permute(0, *layout.row_axes, *layout.unit_axes).reshape(-1, layout.width)
+    by_column = np.append(rows.double().sum(0).numpy(), 0.0)  # the last stands for units that are not seen
+    by_unit = by_column[layout.columns].reshape(layout.repeats, -1).sum(axis=0)
+    return np.asarray(by_unit.reshape(1, group.blocks, group.size))
 
 
 def initial_factors(gates: Sequence[Gate]) -> dict[str, Tensor]:
@@ -165,6 +204,16 @@ def output_relevance(name: str, value: Tensor) -> Tensor:
     if is_logits(name):
         return value.max(-1).values.sum()
     return (value * value.detach()).sum()
+
+
+def single_outputs(name: str, value: Tensor, count: int) -> Tensor:
+    """[count]: the likeliest class, the second, and so on, summed over positions; of other outputs the largest values.
+    With ``count`` 0 their mean: [1]."""
+    if count == 0 or value.ndim == 0:
+        return value.sum().reshape(1) / (value.shape[-1] if value.ndim else 1)
+    order = value.detach() if is_logits(name) else value.detach().abs()
+    largest = order.topk(min(count, value.shape[-1]), dim=-1).indices
+    return value.gather(-1, largest).reshape(-1, largest.shape[-1]).sum(0)
 
 
 def gate_costs(analysis: Analysis, group: Group) -> dict[str, FloatArray]:

@@ -27,8 +27,8 @@ def expected(name: str) -> Kinds:
     sdpa = "sdpa" in variant
     if model.startswith("vit_timm"):  # 48 wide, 3 heads, MLP ratio 4
         kinds = attention(3, 16, 2) + ffn(4 * 48, 2)
-        # One gain for all heads behind a norm over the head's width: it must stay, and ties the heads to each other.
-        return without(kinds, "qk", "head") if model.endswith("qknorm") else kinds
+        # One gain for all heads behind a norm over the head's width ties the heads to each other.
+        return without(kinds, "qk", "head") + Counter({("qk", 1, 16): 2}) if model.endswith("qknorm") else kinds
     if model == "swin_timm":
         kinds = attention(2, 12, 2) + ffn(4 * 24, 2) + attention(4, 12, 2) + ffn(4 * 48, 2)
         # Bias and mask are summed before they are added to the scores, with windows and heads on axes of their own. The
@@ -49,12 +49,10 @@ def expected(name: str) -> Kinds:
     if model == "gpt2":
         return attention(4, 12, 2) + ffn(4 * 48, 2)
     if model == "llama":
-        # All query heads share one rotary table, so what is cut are its 12 / 2 pairs, the same in every head; one
-        # table serves all layers, unless each layer has a RotaryEmbedding node with a table of its own.
-        tables = 2 if variant.startswith("dyn23") else 1
-        return Counter({("qk", 1, 6): tables, ("vo", 2, 12): 2}) + ffn(96, 2)
-    if model == "qwen3":  # the norm on the heads of query and key pins their width
-        return Counter({("vo", 2, 12): 2}) + ffn(96, 2)
+        # All query heads share one rotary table, of which each key head selects 12 / 2 pairs with its query heads.
+        return Counter({("qk", 2, 6): 2, ("vo", 2, 12): 2, ("head", 1, 2): 2}) + ffn(96, 2)
+    if model == "qwen3":  # all heads share the gain of a norm, and so their pairs
+        return Counter({("qk", 1, 6): 2, ("vo", 2, 12): 2}) + ffn(96, 2)
     blocks = 2
     if model.startswith("t5"):
         # Self attention shares one bias table per stack, so its heads go in all layers at once; the bias of cross

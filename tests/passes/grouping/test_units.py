@@ -31,7 +31,7 @@ def test_rotary_angles_may_be_a_product(name: str, tmp_path: Path) -> None:
     require(name)
     analysis = analysis_at(tmp_path / "model.onnx", with_product_of_positions_and_frequencies(export(name)))
     groups = prunable(analysis.groups, "qk", "vo", "ffn")
-    assert {g.role for g in groups} == ({"vo", "ffn"} if name.startswith("qwen3") else {"qk", "vo", "ffn"})
+    assert {g.role for g in groups} == {"qk", "vo", "ffn"}
     assert all(any(site.kind == "produce" and "rotary" not in site.tensor for site in g.sites) for g in groups)
     pair = cut(analysis, random_cuts(groups, 0))
     assert pair.error(feeds_of(name)) < TOLERANCE

@@ -155,9 +155,33 @@ CASES = {
     "opaque": Case(
         "opaque",
         """g (float[2,3] x) => (float[2,5] y) {
+            k = MatMul(x, w)  c = CenterCropPad <axes = [1]> (k, count)  y = MatMul(c, v) }""",
+        {"w": (3, 4), "v": (2, 5)},
+        {"count": [2]},
+    ),
+    "choose": Case(
+        "choose",
+        """g (float[2,3] x) => (float[2,5] y) {
             k = MatMul(x, w)  best, at = TopK <axis = 1> (k, count)  y = MatMul(best, v) }""",
         {"w": (3, 4), "v": (2, 5)},
         {"count": [2]},
+    ),
+    "experts": Case(
+        "choose",
+        """g (float[2,3] x) => (float[2,3] y) {
+            k = MatMul(x, router)  best, at = TopK <axis = 1> (k, count)  number = Reshape(at, flat)
+            up = Gather(stack, number)  column = Unsqueeze(x, last)  h = MatMul(up, column)  r = Relu(h)
+            down = Gather(back, number)  m = MatMul(down, r)  o = Squeeze(m, last)  y = Mul(o, best) }""",
+        {"router": (3, 4), "stack": (4, 6, 3), "back": (4, 3, 6)},
+        {"count": [1], "flat": [-1], "last": [-1]},
+    ),
+    "one_hot": Case(
+        "one_hot",
+        """g (float[2,3] x) => (float[2,4] y) {
+            k = MatMul(x, router)  best, at = TopK <axis = 1> (k, count)  o = OneHot(at, depth, zero_and_one)
+            s = ReduceSum <keepdims = 0> (o, count)  y = MatMul(s, v) }""",
+        {"router": (3, 4), "v": (4, 4), "zero_and_one": (2,)},
+        {"count": [1], "depth": [4]},
     ),
 }
 

@@ -6,7 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper
 
 import snpc
 from snpc.passes.quantization.summary import describe_quantization
@@ -36,7 +38,7 @@ def test_forms_are_named(form: str, said: str, tmp_path: Path) -> None:
     assert f"snpc dequantize '{path}' -o float.onnx" in text
     shown = invoke("inspect", path).stdout
     assert text in shown
-    assert "axis" not in shown  # no table of pins, which tell of other things
+    assert "and are cut as they are stored; `--dequantize`" in text
     report = json.loads(invoke("inspect", path, "--json", "-").stdout)
     assert sum(entry["params"] for entry in report["quantized"]) > 0.9 * report["params"]
 
@@ -47,8 +49,18 @@ def test_nothing_is_said_of_a_float_model() -> None:
     assert analysis.cost.quantized == ()
 
 
-def test_prune_says_what_to_do(tmp_path: Path) -> None:
+def test_what_stays_is_said(tmp_path: Path) -> None:
+    """A node whose weight lies as no rule knows, and then all of them."""
     path = tmp_path / "q.onnx"
     FORMS["int4_blocks"](export("llama__dyn20"), path, {})
+    model = onnx.load(path)
+    first, *rest = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    first.attribute.append(helper.make_attribute("weight_prepacked", 1))
+    onnx.save(model, path)
+    assert "cut as they are stored, but for 1 MatMulNBits, which stay" in invoke("inspect", path).stdout
+    for node in rest:
+        node.attribute.append(helper.make_attribute("weight_prepacked", 1))
+    onnx.save(model, path)
     said = invoke("prune", path, "--ratio", 0.3, code=2).stderr
     assert re.search(r"nothing to prune .*MatMulNBits int4.*--dequantize", said)
+    assert "axis" not in invoke("inspect", path).stdout  # no table of pins, which tell of other things

@@ -32,7 +32,7 @@ def test_a_group_has_a_closed_form_or_a_reason_and_never_both(name: str) -> None
     weights, groups = analysis_of(name).weights, groups_of(name)
     kinds, reasons = closed_form_kinds(weights, groups), refusal_reasons(weights, groups)
     assert not kinds.keys() & reasons.keys()
-    assert kinds.keys() | reasons.keys() == {group.id for group in groups if not group.approximate}
+    assert kinds.keys() | reasons.keys() == {group.id for group in groups if group.role != "residual"}
     assert kinds
 
 
@@ -47,7 +47,7 @@ def test_weights_cover_the_sites_that_they_stand_for(name: str) -> None:
             assert tensors == {site.tensor for site in group.sites}
             assert weights.products
             assert not weights.uses
-        elif weights.kind == "score_selection":
+        elif weights.kind in ("score_selection", "score_refit"):
             assert weights.products
             assert not weights.consumers
         elif weights.kind is not None:

@@ -149,7 +149,7 @@ def test_gain_and_bias_make_up_for_the_statistics(monkeypatch: pytest.MonkeyPatc
     moved = []
     for fitted in (True, False):
         if not fitted:
-            monkeypatch.setattr("snpc.runtime.closed_form.fit.fit_inner_normalizations", lambda *arguments: None)
+            monkeypatch.setattr("snpc.runtime.closed_form.fit.fit_normalizations_inside", lambda *arguments: None)
         moved.append(relative_change(run(export(name), feeds), run(pruned_bytes(plan), feeds)))
     assert moved[0] < 0.95 * moved[1]
 
@@ -200,5 +200,5 @@ def test_without_data_they_are_cut_too_and_named_everywhere(tmp_path: Path) -> N
     assert "refit" not in {g["form"] for g in named}
     assert "normalized inside" in (tmp_path / "report.html").read_text()
     said = invoke("prune", path, "--ratio", 0.5, "-o", tmp_path / "again.onnx").stdout
-    assert "normalized inside: " in said
+    assert "approximate: normalized inside, not refitted: " in said
     assert "and 2 more, whose statistics are now over fewer units" in said

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 import snpc
 from snpc.errors import CheckFailed
-from snpc.runtime.evaluation.cached_decoding import cache_interface, cached_decoding_error
+from snpc.runtime.evaluation.cached_decoding import RunningDecoder, cache_interface, cached_decoding_error
 from snpc.runtime.execution import file_session
 from tests.command_line import invoke
 from tests.oracle import analysis_of
@@ -25,7 +25,8 @@ def test_an_export_decodes_step_by_step_as_at_once(name: str) -> None:
     interface = cache_interface(model)
     assert interface is not None and len(interface.presents) == 4
     with file_session(model.path) as run:
-        error = cached_decoding_error(interface, run)
+        decoder = RunningDecoder(interface, run)
+        error = cached_decoding_error(decoder, decoder)
     assert error is not None and error < 1e-5
 
 
@@ -44,7 +45,8 @@ def test_a_cache_that_comes_back_wrong_is_found(tmp_path: Path) -> None:
     interface = cache_interface(snpc.load(path))
     assert interface is not None
     with file_session(path) as run:
-        error = cached_decoding_error(interface, run)
+        decoder = RunningDecoder(interface, run)
+        error = cached_decoding_error(decoder, decoder)
     assert error is not None and error > 1e-3
     with pytest.raises(CheckFailed, match="decoding step by step through the caches differs from decoding at once"):
         snpc.verify(analysis_of(DECODERS[0]).model.path, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 import snpc
 from snpc.errors import UserError
+from snpc.passes import Companion
+from snpc.passes.companions import GraphAlignment
 from snpc.planning import Budget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.sensitivity import layer_trials
@@ -100,3 +103,10 @@ def test_an_unreachable_target(tmp_path: Path) -> None:
     names = {s.branch: s.name for s in analysis.sublayers}
     with pytest.raises(UserError, match=r"with all layers gone that can go, macs=0\.500 is left"):
         remove_layers(analysis, Budget(target="macs=0.3", roles=("layer",), include=names["b1"]), data)
+
+
+def test_models_that_are_cut_alike_keep_their_layers(tmp_path: Path) -> None:
+    analysis, data = with_data(tmp_path, [1.0, 0.1])
+    paired = replace(analysis, companions=(Companion(analysis, GraphAlignment({}, {}, frozenset()), {}),))
+    with pytest.raises(UserError, match="not supported for models that are cut alike"):
+        remove_layers(paired, Budget(ratio=0.5, roles=("layer",)), data)

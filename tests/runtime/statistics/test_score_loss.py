@@ -71,6 +71,6 @@ def test_scores_inside_a_node_are_those_of_turned_heads(name: str, tmp_path: Pat
     found = snpc.solve_closed_forms(analysis, snpc.measure_statistics(analysis, data, groups), groups)
     for group, operands in zip(groups, operands_of(form, path, feeds), strict=True):
         assert found.kinds[group.id] == "score_selection"
-        (measured,) = np.asarray(found.moments[group.id].score_loss)
+        ((measured,),) = np.asarray(found.moments[group.id].score_losses)
         expected = defined_loss(form, *operands)
         np.testing.assert_allclose(measured, expected, rtol=1e-3, atol=1e-4 * expected.max())

@@ -239,10 +239,8 @@ def refused(path: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [(name, method) for name in NAMES for method in METHODS if (name, method) != ("llama__ts17", "select")],
-)  # llama's select measures one group only, since all layers share the rotary tables
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_several_passes_measure_what_one_does(name: str, method: PruningMethod) -> None:
     analysis, feeds = analysis_of(name), random_feeds(name, 4)
     passes, found = [], []

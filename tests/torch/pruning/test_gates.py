@@ -26,7 +26,7 @@ from snpc.types import FloatArray, Group  # noqa: E402
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB, EVAL = DATA / "digits_vit.onnx", DATA / "calib.npz", DATA / "eval.npz"
 MODELS = ["vit_timm__ts17", "llama__ts17", "t5_gated__ts17", "bert__dyn20", "vit_timm__dyn23_sdpa"]
-CRITERIA = ("taylor", "lm", "qm", "fisher", "group_fisher", "lrp", "movement")
+CRITERIA = ("taylor", "lm", "qm", "fisher", "group_fisher", "lrp", "movement", "serene")
 
 
 def keeping(plan: snpc.SlicePlan, group: Group) -> torch.Tensor:

@@ -1,0 +1,122 @@
+"""Quantized arrays that can be cut, and quantized anew: codes with their scales and zero points, and their range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from snpc.ops.quantization.arrays import dequantize_array, spread
+from snpc.types import AnyArray, IntArray
+
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Of the range of a block that scales are tried for: cutting off an extreme rounds all others more finely."""
+FEW_CODES = 64  # with more of them the whole range is best: its extremes cost more than they round
+
+
+@dataclass(frozen=True)
+class QuantizedArray:
+    """``(codes - zero) * scale``. ``scale`` and ``zero`` are scalars, vectors along ``axis``, or have an entry per
+    ``block`` entries along it. ``low`` and ``high``: what a code can be; ``symmetric``: zero stays where it is."""
+
+    codes: AnyArray
+    scale: AnyArray
+    zero: AnyArray
+    axis: int
+    block: int
+    low: int
+    high: int
+    symmetric: bool
+
+    def dequantize(self) -> AnyArray:
+        """The floats, as runtimes make them."""
+        return dequantize_array(self.codes, self.scale, self.zero, self.axis, self.block)
+
+    def take(self, keep: Mapping[int, IntArray]) -> QuantizedArray | None:
+        """The positions ``keep[axis]`` of each axis, codes as they are; None where blocks would fall apart."""
+        codes, scale, zero = self.codes, self.scale, self.zero
+        own = self.axis % codes.ndim
+        for axis, kept in keep.items():
+            codes = codes.take(kept, axis)
+            entries = kept
+            if self.block and axis == own:
+                whole = whole_blocks(kept, self.block, self.codes.shape[axis])
+                if whole is None:
+                    return None
+                entries = whole
+            scale, zero = (take_entries(p, self.codes.ndim, axis, own, entries) for p in (scale, zero))
+        return replace(self, codes=codes, scale=scale, zero=zero)
+
+    def quantize(self, array: AnyArray, scale: AnyArray | None = None) -> QuantizedArray:
+        """``array`` in the same scheme: range, axis, blocks, symmetric or not. ``scale``: where it is given; else those
+        of ``SHARES`` of the range with the least squared error, each where it is."""
+        values = array.astype(np.float32)
+        if scale is not None:
+            return self.rounded(values, scale, self.zero)
+        best = self.rounded(values, *self.fitted(values, SHARES[0]))
+        error = best.error(values)
+        for share in SHARES[1:] if self.high - self.low < FEW_CODES else ():
+            other = self.rounded(values, *self.fitted(values, share))
+            found = other.error(values)
+            better = found < error
+            scale, zero = (np.where(better, a, b).astype(b.dtype) for a, b in
+                           ((other.scale, best.scale), (other.zero, best.zero)))  # fmt: skip
+            best, error = self.rounded(values, scale, zero), np.minimum(found, error)
+        return best
+
+    def rounded(self, values: AnyArray, scale: AnyArray, zero: AnyArray) -> QuantizedArray:
+        """``values`` as codes of this scale and zero point."""
+        zero = zero.astype(np.float32)
+        divisor = spread(np.where(scale == 0, 1, scale).astype(np.float32), values.shape, self.axis, self.block)
+        codes = np.rint(values / divisor) + spread(zero, values.shape, self.axis, self.block)
+        return replace(self, codes=np.clip(codes, self.low, self.high).astype(np.int64), scale=scale, zero=zero)
+
+    def error(self, values: AnyArray) -> AnyArray:
+        """Squared error of all values that share a scale; of the shape of the scale."""
+        return self.reduce(np.square(self.dequantize().astype(np.float32) - values), np.add)
+
+    def fitted(self, values: AnyArray, share: float) -> tuple[AnyArray, AnyArray]:
+        """(scale, zero point) that take in so large a ``share`` of the range of all values that share them."""
+        least, most = (np.asarray(share * self.reduce(values, f)) for f in (np.minimum, np.maximum))
+        least, most = np.minimum(least, 0), np.maximum(most, 0)
+        kind = self.scale.dtype
+        if self.symmetric:
+            middle = float(self.zero.reshape(-1)[0]) if self.zero.size else 0.0
+            if (self.scale.astype(np.float32) < 0).any():
+                scale = np.where(-least > most, least, most) / (self.low - middle)
+            else:
+                scale = np.maximum(-least, most) / (self.high - middle)
+            return scale.astype(kind), np.full(scale.shape, middle, np.float32)
+        scale = ((most - least) / (self.high - self.low)).astype(kind)
+        zero = np.rint(self.low - least / np.where(scale == 0, 1, scale).astype(np.float32))
+        return scale, np.clip(zero, self.low, self.high)
+
+    def reduce(self, values: AnyArray, operation: np.ufunc) -> AnyArray:
+        """``values`` reduced over all that share a scale; of the shape of the scale."""
+        if self.block:
+            starts = np.arange(0, values.shape[self.axis], self.block)
+            return np.asarray(operation.reduceat(values, starts, axis=self.axis))
+        if self.scale.size == 1:
+            return np.reshape(operation.reduce(values, axis=None), self.scale.shape)
+        others = tuple(k for k in range(values.ndim) if k != self.axis % values.ndim)
+        return np.asarray(operation.reduce(values, axis=others))
+
+
+def whole_blocks(kept: IntArray, block: int, size: int) -> IntArray | None:
+    """The blocks that positions ``kept`` are, of an axis of ``size`` entries; None where one is kept in part, or moves
+    behind a shorter one."""
+    blocks = list(dict.fromkeys((kept // block).tolist()))
+    ends = [(b * block, min((b + 1) * block, size)) for b in blocks]
+    wanted = np.concatenate([np.arange(*end) for end in ends]) if ends else np.zeros(0, np.int64)
+    is_whole = np.array_equal(wanted, kept) and all(end - start == block for start, end in ends[:-1])
+    return np.asarray(blocks, np.int64) if is_whole else None
+
+
+def take_entries(parameter: AnyArray, rank: int, axis: int, own: int, entries: IntArray) -> AnyArray:
+    """What a cut of ``axis`` leaves of a scale or zero point, which has entries along ``own``, or along all axes."""
+    if parameter.size == 1:
+        return parameter
+    if parameter.ndim == rank and rank > 1:
+        return parameter.take(entries, axis)
+    return parameter.take(entries, parameter.ndim - 1) if axis == own else parameter

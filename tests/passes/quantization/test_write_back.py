@@ -1,0 +1,180 @@
+"""Quantized files in, quantized files out. The oracle: the stored file with the codes of dropped units at their zero
+points, everything else as it is, says what the written file says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import snpc
+from snpc.ops import Layout, QuantizedArray, write_stored
+from snpc.passes.analyze import Analysis
+from snpc.planning import cuts_of
+from tests.models.exports import export, load_feeds
+from tests.models.quantized import FORMS
+from tests.oracle import run
+from tests.patching import patch
+from tests.quantized_oracle import relative, silenced
+
+Array = npt.NDArray[Any]
+MODEL = "llama__dyn20"
+BLOCK = 32
+BY_BLOCKS = sorted(name for name in FORMS if "blocks" in name)
+BY_TENSOR = sorted(set(FORMS) - set(BY_BLOCKS))
+SELECT: dict[str, Any] = {"method": "select", "criterion": "random"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """The forms of one model, written when they are asked for."""
+    folder = tmp_path_factory.mktemp("quantized")
+
+    class Files(dict[str, Path]):
+        def __missing__(self, form: str) -> Path:
+            self[form] = folder / f"{form}.onnx"
+            FORMS[form](export(MODEL), self[form], load_feeds(MODEL))
+            return self[form]
+
+    return Files()
+
+
+# -- the oracle ------------------------------------------------------------------------------------------------------
+
+
+def whole_blocks_plan(analysis: Analysis) -> snpc.PruningPlan:
+    """A plan that takes whole blocks of hidden layers, and any pairs of queries and keys."""
+    plan = snpc.plan(analysis, snpc.Budget(ratio=0.3, roles=("qk", "ffn")), **SELECT)
+    ffn = {g.id: (tuple(k for k in range(g.size) if k // BLOCK != 1),) for g in analysis.groups if g.role == "ffn"}
+    return replace(plan, slices=replace(plan.slices, keep={**plan.slices.keep, **ffn}))
+
+
+def apply_and_silence(path: Path, plan: snpc.PruningPlan, folder: Path) -> tuple[snpc.PrunedModel, float]:
+    """The result, and how far its outputs are from those of the silenced file."""
+    result = snpc.apply(plan, folder / "pruned.onnx")
+    masked = silenced(path, plan.analysis, plan.slices, folder / "masked.onnx")
+    feeds = load_feeds(MODEL)
+    pruned, expected, dense = (run(file, feeds)[0] for file in (result.path, masked, path))
+    assert relative(pruned, dense) > 1e-2
+    return result, relative(pruned, expected)
+
+
+@pytest.mark.parametrize("form", BY_TENSOR)
+def test_any_units_are_cut_bit_for_bit(form: str, files: Mapping[str, Path], tmp_path: Path) -> None:
+    plan = snpc.plan(snpc.analyze(snpc.load(files[form])), snpc.Budget(ratio=0.3), **SELECT)
+    result, error = apply_and_silence(files[form], plan, tmp_path)
+    assert result.verification.requantization is not None
+    assert result.verification.requantization.requantized == 0
+    assert error < 1e-6
+    assert result.after.bytes < result.before.bytes
+    assert result.after.quantized_params / result.after.params > 0.85
+
+
+@pytest.mark.parametrize("form", BY_BLOCKS)
+def test_whole_blocks_are_cut_bit_for_bit(form: str, files: Mapping[str, Path], tmp_path: Path) -> None:
+    plan = whole_blocks_plan(snpc.analyze(snpc.load(files[form])))
+    result, error = apply_and_silence(files[form], plan, tmp_path)
+    assert result.verification.requantization is not None
+    assert result.verification.requantization.requantized == 0
+    assert error < 1e-6
+    assert result.after.bytes < result.before.bytes
+
+
+# -- refitted weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "calib.npz"
+    np.savez(path, **load_feeds(MODEL))
+    return path
+
+
+REFITTED = ["dynamic", "operators", "qdq_per_channel", "qdq_optimized", "uint4_blocks", "int4_blocks_pairs"]
+
+
+@pytest.mark.parametrize("form", REFITTED)
+def test_refitted_weights_are_quantized_in_the_same_scheme(
+    form: str, files: Mapping[str, Path], data: Path, tmp_path: Path
+) -> None:
+    result = snpc.prune(files[form], tmp_path / "out.onnx", calibration=data, ratio=0.3)
+    selected = snpc.prune(files[form], tmp_path / "selected.onnx", calibration=data, ratio=0.3, **SELECT)
+    assert result.quality.drift < 0.5 * selected.quality.drift
+    record = result.verification.requantization
+    assert record is not None
+    assert record.sliced > 0 < record.requantized
+    assert 0 < record.relative < 0.2
+    before, after = (onnx.load(path) for path in (files[form], result.path))
+    assert stored_types(after) == stored_types(before)
+    counts = [Counter(n.op_type for n in model.graph.node if "Mat" in n.op_type) for model in (before, after)]
+    assert counts[0] == counts[1]
+    blocks = [
+        {(a.name, a.i) for n in m.graph.node for a in n.attribute if a.name == "block_size"} for m in (before, after)
+    ]
+    assert blocks[0] == blocks[1]
+
+
+def stored_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Type of each weight, by name."""
+    return {t.name: t.data_type for t in model.graph.initializer if len(t.dims) > 1}
+
+
+def test_weights_that_are_only_sliced_keep_their_codes(files: Mapping[str, Path], data: Path, tmp_path: Path) -> None:
+    """Of a refitted feed-forward layer these are the ones in front."""
+    result = snpc.prune(files["dynamic"], tmp_path / "out.onnx", calibration=data, ratio=0.3, roles=("ffn",))
+    form = result.plan.analysis.model.quantized
+    assert form is not None
+    before, after = ({t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+                     for path in (files["dynamic"], result.path))  # fmt: skip
+    produced = [s for g in result.plan.analysis.groups for s in g.sites if g.role == "ffn" and s.kind == "produce"]
+    cuts = cuts_of(result.plan)
+    assert len(produced) >= 4
+    for site in produced:
+        codes = form.constants[site.tensor].parts["codes"]
+        kept = before[codes].compress(~cuts[site.tensor, site.axis], site.axis)
+        np.testing.assert_array_equal(after[codes], kept)
+
+
+# -- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+def test_wrong_codes_are_found_out(files: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rolled_codes(layout: Layout, array: QuantizedArray, *rest: Any) -> dict[str, Array]:
+        return write_stored(layout, replace(array, codes=np.roll(array.codes, 1, -1)), *rest)
+
+    patch(monkeypatch, "snpc.passes.quantization.cut_constants.write_stored", rolled_codes)
+    with pytest.raises(snpc.CheckFailed, match="differs from its masked original"):
+        snpc.prune(files["dynamic"], tmp_path / "out.onnx", ratio=0.3, **SELECT)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+# -- other models ----------------------------------------------------------------------------------------------------
+
+OTHERS = ("bert__ts17_sdpa", "vit_timm__ts17", "gpt2__ts17", "bart__ts17")  # packed projections, Gemm, two outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dynamic", "qdq_per_channel", "qdq_optimized", "operators", "uint4_blocks"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(name: str, form: str, tmp_path: Path) -> None:
+    FORMS[form](export(name), tmp_path / "q.onnx", load_feeds(name))
+    analysis = snpc.analyze(snpc.load(tmp_path / "q.onnx"))
+    plan = snpc.plan(analysis, snpc.Budget(ratio=0.3), **SELECT)
+    result = snpc.apply(plan, tmp_path / "pruned.onnx")  # sliced equals masked is checked by itself
+    dense = snpc.analyze(snpc.load(export(name)))
+    assert [(g.role, g.blocks, g.size) for g in analysis.groups] == [(g.role, g.blocks, g.size) for g in dense.groups]
+    record = result.verification.requantization
+    assert record is not None
+    assert form == "uint4_blocks" or record.requantized == 0
+    if not record.requantized:
+        masked = silenced(tmp_path / "q.onnx", analysis, plan.slices, tmp_path / "masked.onnx")
+        feeds = load_feeds(name)
+        assert max(map(relative, run(result.path, feeds), run(masked, feeds))) < 1e-6
