@@ -28,7 +28,6 @@ from snpc.passes.grouping import (
     TracedGraph,
     build_groups,
     draft_groups,
-    is_approximate,
     pins_that_hold,
     to_pin,
     trace_graph,
@@ -252,7 +251,7 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
     """Pins of the groups, and of all other labels that weights produce; one per tensor, axis and reason."""
     free = np.zeros(traced_graph.trace.table.count, bool)
     for draft in drafts:
-        if is_approximate(draft):
+        if draft.approximate:
             free[draft.units] = True
     produced = np.zeros(traced_graph.trace.table.count, bool)
     flags = traced_graph.trace.table.flags[: traced_graph.trace.table.count]
