@@ -45,6 +45,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
+QUANTIZED_TOKENS_REASON = "nodes of a quantized file stay as they are: `--dequantize` takes the float model"
 NORMALIZED_INSIDE_REASON = "normalized inside: statistics over it change, so it is cut approximately"
 NORMALIZED_HEADS_REASON = "queries and keys are normalized: statistics over it change, so it is cut approximately"
 
