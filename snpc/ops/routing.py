@@ -75,7 +75,7 @@ def experts_geometry(call: OpCall) -> ExpertsGeometry:
     return ExpertsGeometry(tokens, first[0], int(call.attrs.get("k", 1)), first[2], last[2], fused, fusion == 1)
 
 
-def _first_shape(call: OpCall) -> list[Shape]:
+def _data_shape(call: OpCall) -> list[Shape]:
     return [call.shape(0)]
 
 
@@ -95,6 +95,6 @@ def routing_entries() -> list[OpSpec]:
         ),
         OpSpec(
             "MoE", "experts", "experts have the router's labels, hidden units those of their weights", domain=MICROSOFT,
-            out_shapes=_first_shape, reason="its experts do not fit its router or each other",
+            out_shapes=_data_shape, reason="its experts do not fit its router or each other",
         ),
     ]  # fmt: skip
