@@ -22,7 +22,7 @@ from snpc.types import AnyArray, Feeds, FloatArray, Shape, Sublayer
 LAYER_SAMPLES = 32  # of a trial; a removed layer changes outputs so much that few show it
 ENOUGH_ROWS = 2048  # of an output, as tokens of texts: then fewer samples will do, but for LEAST_SAMPLES
 LEAST_SAMPLES = 8
-BATCH_SAMPLES = 4  # of them that are run together
+RUN_TOGETHER = 4  # of them that are run together
 
 
 @dataclass
@@ -91,7 +91,7 @@ def layer_trial_batches(
         token_mask_runner(source, padding, execution) as masks,
         temporary_session(source.model.clone(), execution=execution) as run,
     ):
-        for feeds in small_batches(calibration, LAYER_SAMPLES, BATCH_SAMPLES):
+        for feeds in small_batches(calibration, LAYER_SAMPLES, RUN_TOGETHER):
             outputs = run(feeds)
             metrics = metrics.for_values(outputs)
             batches.append(LayerTrialBatch(feeds, outputs, output_token_masks(masks(feeds), padding), metrics))
