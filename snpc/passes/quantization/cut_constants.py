@@ -84,11 +84,10 @@ def cut_array(whole: CutConstant, wanted: AnyArray, keep: Keep, weight: CutConst
     taken = whole.array.take(keep)
     bias = whole.before["codes"].dtype == np.int32
     moved = bias and weight is not None and not weight.sliced
-    if taken is not None and not moved and np.array_equal(taken.dequantize().astype(wanted.dtype), wanted):
+    if not moved and np.array_equal(taken.dequantize().astype(wanted.dtype), wanted):
         return replace(whole, array=taken)
-    scheme = taken or whole.array
-    scale = bias_scale(scheme.scale, weight, keep) if bias else None
-    return replace(whole, array=scheme.quantize(wanted, scale), sliced=False)
+    scale = bias_scale(taken.scale, weight, keep) if bias else None
+    return replace(whole, array=taken.quantize(wanted, scale), sliced=False)
 
 
 def bias_scale(own: AnyArray, weight: CutConstant | None, keep: Keep) -> AnyArray:
