@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -103,9 +102,9 @@ class Writer:
     def part(self, name: str, part: str) -> ir.Value:
         """The initializer with a part of a constant."""
         cut = self.constants[name]
-        array, label = cut.parts[part], cut.constant.parts[part]
-        before = self.form.graph.graph.initializers[label]
-        if np.array_equal(array, cut.before[part]):
+        label = cut.constant.parts[part]
+        before, array = self.form.graph.graph.initializers[label], cut.parts.get(part)
+        if array is None:
             return self.initializer(before)
         key = (label, array.tobytes() if array.size < 4096 else id(array))
         if key not in self.held:
@@ -172,9 +171,8 @@ class Writer:
             found = {old: given[new] for old, new in keep.items() if new in given and given[new] != own.get(old)}
         for index in range(len(node.inputs)):
             name, _ = self.places.get((str(node.name), index), ("", ""))
-            if name and self.constants[name].constant.layout == "product":
-                rows, columns = self.constants[name].array.codes.shape
-                found |= {"K": rows, "N": columns}
+            if name:
+                found |= self.constants[name].attributes
         return found
 
     def input(self, node: ir.Node, index: int) -> ir.Value | None:
