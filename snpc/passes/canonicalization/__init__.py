@@ -27,7 +27,12 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, FORK_SHARED_CONSTANTS, canonicalize
+from snpc.passes.canonicalization.canonicalize import (
+    CANONICALIZATION_PASSES,
+    FORK_SHARED_CONSTANTS,
+    NameNodes,
+    canonicalize,
+)
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
@@ -41,6 +46,7 @@ __all__ = [
     "FOLD_SHAPE_ARITHMETIC",
     "FORK_SHARED_CONSTANTS",
     "EliminateDeadNodes",
+    "NameNodes",
     "canonicalize",
     "finalize",
     "infer_shapes",
