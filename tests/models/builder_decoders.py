@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ VOCABULARY, CONTEXT = 64, 64
 class BuilderDecoder:
     """Sizes of a decoder. ``rotary``: channels of each head that turn. ``window``: of sliding attention, -1 for none;
     ``rolling``: the caches are as long as the window. ``packed``: one product makes query, key and value.
-    ``interleaved``: pairs are neighbors. ``head_norms``: each head of queries and keys is normalized, as in Qwen3."""
+    ``interleaved``: pairs are neighbors. ``head_norms``: each head of queries and keys is normalized, as in
+    Qwen3, by nodes of their own or inside the fused node (which the CPU does not run)."""
 
     layers: int = 2
     hidden: int = 48
@@ -34,7 +36,7 @@ class BuilderDecoder:
     packed: bool = True
     interleaved: bool = False
     rolling: bool = False
-    head_norms: bool = False
+    head_norms: Literal["", "nodes", "fused"] = ""
 
     def write(self, path: Path, seed: int = 0) -> Path:
         """Write the decoder with random weights."""
@@ -107,7 +109,10 @@ class BuilderDecoder:
             else "  ".join(f'{part}{n} = MatMul (n{n}, "{w}{part}")' for part in "qkv")
         )
         operands = f"p{n}, , " if self.packed else f"q{n}, k{n}, v{n}"
-        if self.head_norms:
+        gains = f', , , , , , "{w}q_norm", "{w}k_norm"' if self.head_norms == "fused" else ""
+        tables = tables or ", , " * bool(gains)
+        rotary = rotary + "qk_norm_epsilon = 0.00001, " * bool(gains)
+        if self.head_norms == "nodes":
             query, key = self.heads * self.width, self.kv_heads * self.width
             products = f"""p{n} = MatMul (n{n}, "{w}qkv")  parts{n} = Constant <value_ints = [{query}, {key}, {key}]> ()
                 a0{n}, b0{n}, v{n} = Split <axis = -1> (p{n}, parts{n})
@@ -119,7 +124,7 @@ class BuilderDecoder:
             a{n}, "present.{n}.key", "present.{n}.value" = com.microsoft.GroupQueryAttention
                 <{rotary}num_heads = {self.heads}, kv_num_heads = {self.kv_heads}, local_window_size = {self.window},
                  sliding_window_cache = {int(self.rolling)}>
-                ({operands}, "past_key_values.{n}.key", "past_key_values.{n}.value", lens, total{tables})
+                ({operands}, "past_key_values.{n}.key", "past_key_values.{n}.value", lens, total{tables}{gains})
             c{n} = MatMul (a{n}, "{w}o")  y{n} = Add (x{n}, c{n})
             m{n} = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001, stash_type = 1> (y{n}, "{w}norm2")
             g{n} = MatMul (m{n}, "{w}gate")  s{n} = Sigmoid (g{n})  h{n} = Mul (g{n}, s{n})

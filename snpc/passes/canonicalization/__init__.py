@@ -10,6 +10,8 @@ Files
                          of zero.
   expand_einsum          Expands Einsum nodes that do not have two operands: one operand becomes a ReduceSum and a
                          Transpose, three or more become a chain of products of two, from the left as runtimes do it.
+  expand_head_norms      Expands norms on the heads of queries and keys inside a fused attention node: each becomes
+                         nodes in front of it.
   finalize               The last clean-up before a model is written: no dead nodes, forked constants merged, no stale
                          shapes.
   fold_shape_arithmetic  Constant folding of shape arithmetic: sizes that are the same for every input are stored, not
@@ -37,6 +39,7 @@ from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC, infer_shapes
+from snpc.passes.canonicalization.inline_functions import InlineFunctions
 from snpc.passes.canonicalization.shared_constants import original_name
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "FOLD_SHAPE_ARITHMETIC",
     "FORK_SHARED_CONSTANTS",
     "EliminateDeadNodes",
+    "InlineFunctions",
     "NameNodes",
     "canonicalize",
     "finalize",

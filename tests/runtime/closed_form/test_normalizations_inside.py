@@ -221,7 +221,7 @@ def test_decoders_with_caches_are_cut(name: str, tmp_path: Path) -> None:
 
 def test_the_form_of_the_builder_is_cut(tmp_path: Path) -> None:
     """Values lose as many channels as keys, whose width is held by nothing but norms."""
-    path = BuilderDecoder(head_norms=True).write(tmp_path / "m.onnx")
+    path = BuilderDecoder(head_norms="nodes").write(tmp_path / "m.onnx")
     check_cut_with_caches(path, {"input_ids": np.random.default_rng(0).integers(0, 64, (8, 9))}, tmp_path)
 
 
