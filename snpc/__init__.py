@@ -48,7 +48,16 @@ from snpc.runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
 from snpc.runtime.execution import Execution, RandomInputs, random_calibration
 from snpc.runtime.io import WorkFolder, load, save, write_example
 from snpc.runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
-from snpc.targets import TARGETS, BuildResult, PreferredWidths, build, dequantize, timed_artifact, widths_for_target
+from snpc.targets import (
+    TARGETS,
+    BuildResult,
+    PreferredWidths,
+    build,
+    dequantize,
+    restrict,
+    timed_artifact,
+    widths_for_target,
+)
 from snpc.targets import BuildOptions as BuildOptions
 from snpc.tokens import reduce_tokens
 from snpc.types import Cost, Dequantization, Difference, Group, Model, Pin, Probe, Quality, Site, Verdict
@@ -114,6 +123,7 @@ __all__ = [
     "prune_folder",
     "random_calibration",
     "reduce_tokens",
+    "restrict",
     "save",
     "save_plan",
     "save_statistics",

@@ -45,6 +45,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 APPROXIMATE_REASON = "normalization statistics over it change: `--roles residual` prunes it approximately"
+QUANTIZED_TOKENS_REASON = "nodes of a quantized file stay as they are: `--dequantize` takes the float model"
 NORMALIZED_INSIDE_REASON = "normalized inside: statistics over it change, so it is cut approximately"
 NORMALIZED_HEADS_REASON = "queries and keys are normalized: statistics over it change, so it is cut approximately"
 
@@ -123,6 +124,32 @@ class QuantizedForm:
 
 
 @dataclass(frozen=True)
+class Restriction:
+    """What a model says of that which its ``source`` does.
+
+    ``vocabulary``: [kept] token ids of the source, ascending; each id of the model is a position here. None: all.
+    ``last_logits``: there are logits of the last position only. ``differences``: of the outputs from those of the
+    source, at what both have, on inputs that ``compared`` describes.
+    """
+
+    source: Path
+    vocabulary: IntArray | None = field(default=None, repr=False)
+    entries: int = 0
+    last_logits: bool = False
+    differences: tuple[Difference, ...] = ()
+    compared: str = ""
+
+    def describe(self) -> str:
+        """In words."""
+        parts = []
+        if self.vocabulary is not None:
+            parts.append(f"{len(self.vocabulary)} of {self.entries} entries of the vocabulary")
+        if self.last_logits:
+            parts.append("logits of the last position only, which give no perplexity")
+        return f"{self.source.name}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded, canonicalised model. ``graph`` is never changed after loading; ``digest`` names the file's content;
     ``external`` says that its weights lie in other files. ``nodes``: those of the file, constants included. ``kind``:
@@ -139,6 +166,8 @@ class Model:
     folder: TemporaryFolder | None = field(default=None, repr=False, compare=False)
     dequantization: Dequantization | None = None
     """How it was made of a quantized file, if it was."""
+    restriction: Restriction | None = None
+    """What it says of its source, if not all."""
     quantized: QuantizedForm | None = field(default=None, repr=False, compare=False)
     """Where ``graph`` is the float graph that the file stands for: the file's own, in which pruned models are
     written."""
@@ -149,7 +178,9 @@ class Model:
 
     @property
     def source(self) -> Path:
-        """The user's file: that which was dequantized, or that holds both branches, where there is one."""
+        """The user's file: that which was dequantized or restricted, or that holds both branches, if any."""
+        if self.restriction is not None:
+            return self.restriction.source
         if self.dequantization is not None:
             return self.dequantization.source
         return self.merged or self.path

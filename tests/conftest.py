@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snpc.cli.progress import displays
-from tests.models import classifiers, dynamic_sizes, exports, families
+from tests.models import classifiers, dynamic_sizes, exports, families, normalized_decoders
 
 pytest.register_assert_rewrite("tests.oracle", "tests.closed_forms", "tests.command_line")
 
@@ -33,6 +33,7 @@ REPRESENTATIVE = frozenset(
         "encdec__dyn20",
         "gpt2_cached__ts14",  # caches
         "llama_cached__dyn20",
+        "qwen3_cached__ts17",  # norms on the heads of queries and keys
     }
 )
 EXPORTS = {
@@ -42,6 +43,7 @@ EXPORTS = {
     **classifiers.SENTENCES,
     **dynamic_sizes.DECODERS,
     **dynamic_sizes.CONSTRAINED,
+    **normalized_decoders.NORMALIZED_DECODERS,
 }
 TORCH = Path(__file__).parent / "torch"
 PROGRESS = Path(__file__).parent / "cli" / "progress"

@@ -34,6 +34,7 @@ from snpc.errors import UserError
 from snpc.folders import OutputFolder, PrunedFolder, open_output_folder
 from snpc.pipeline import PruningPlan, Stopwatch, groups_json, run_stages
 from snpc.runtime.execution import announce
+from snpc.targets import kept_vocabulary, vocabulary_path, write_vocabulary
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ def prune_command(
     with output_place(model, output.output) as (model, place):
         with stopwatch.stage("analyze"):
             analysis = planning.judging.apply(model.load(observer))
+        if model.restricts:
+            planning = planning.alone()
         artifacts = build.check(place.path, execution, calibration.calib is not None)
+        artifacts += [vocabulary_path(place.path)] if model.vocabulary is not None else []
         inputs = [*model.files(), calibration.calib, *statistics.load_stats]
         check_output_paths([*output.paths(place.path, artifacts), statistics.save_stats], *inputs)
         with stopwatch.stage("calibration"):
@@ -144,6 +148,8 @@ def prune_command(
         result, folder = place.publish(snpc.apply(plan, place.path, stopwatch=stopwatch))
     if output.plan_path is not None and result.search is not None:
         snpc.save_plan(result.plan, output.plan_path)
+    kept = kept_vocabulary(plan.analysis.model)
+    mapping = write_vocabulary(result.path, kept) if kept is not None else None
     if output.page is not None:
         snpc.write_report(result, output.page, plan=plan)
     built = build.load(result.path, execution, data, workload.batch)
@@ -152,6 +158,8 @@ def prune_command(
     if not output.json.replaces_tables:
         print_loss_first(result, plan, typed)
         tables.print_result(result)
+        if mapping:
+            tables.print_line(f"vocabulary: {mapping} has the new id of each old one")
         if folder:
             print_folder(folder)
         if built:

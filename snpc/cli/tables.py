@@ -30,6 +30,7 @@ from snpc.report import (
     quality_text,
     quality_warning,
     requantization_text,
+    restriction_text,
     rewrite_text,
 )
 from snpc.runtime.closed_form import ClosedForms
@@ -281,6 +282,8 @@ def print_dequantization(model: Model) -> None:
     """How the float model was made of a quantized file, and how much that changed."""
     if model.dequantization is not None:
         print_line(dequantization_text(model.dequantization))
+    if model.restriction is not None:
+        print_line(f"restricted: {restriction_text(model.restriction)}")
 
 
 def print_pins(analysis: Analysis) -> None:
@@ -432,6 +435,9 @@ def print_finetuned(result: FinetuneResult) -> None:
     if not result.helped:
         given = "given" if result.training.reinit == "none" else "new"
         print_line(f"training did not help: the {given} weights are kept")
+    if result.training.sparsify:
+        zeros, weights = result.sparsity
+        print_line(f"{zeros:,} of {weights:,} weights in matrices are zero ({zeros / max(weights, 1):.1%})")
     print_line(f"written file: {'; '.join(result.structure)}")
     for line in output_lines(result.before):
         print_line(f"before: {line}")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from snpc.folders.model_folder import ModelFolder, find_model_folder, main_model
 from snpc.folders.output_folder import OutputFolder, PrunedFolder, open_output_folder
-from snpc.folders.prune_folder import prune_folder
+from snpc.folders.prune_folder import TOKENIZER_ADVICE, prune_folder
 
 __all__ = [
+    "TOKENIZER_ADVICE",
     "ModelFolder",
     "OutputFolder",
     "PrunedFolder",

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+TOKENIZER_ADVICE = (
+    "{folder}: its tokenizer gives the old ids, and no runtime maps them to those of a smaller vocabulary: prune the "
+    "file alone (snpc prune {model} --vocabulary IDS), and map ids by its OUTPUT.vocabulary.json"
+)
+
+
 def prune_folder(
     folder: Path | str,
     path: Path | str,
@@ -37,6 +43,8 @@ def prune_folder(
     Raises UserError where there are several models and none is named, and where ``path`` is not empty.
     """
     source = find_model_folder(Path(folder), file)
+    if options.get("vocabulary") is not None:
+        raise UserError(TOKENIZER_ADVICE.format(folder=source.path, model=source.model_path))
     options.setdefault("prune_kv_cache", source.says_cache_widths)
     if "companions" in options:
         raise UserError("companions are for files: those of a folder are found")

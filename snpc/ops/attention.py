@@ -21,7 +21,8 @@ class AttentionForm:
     earlier steps; one index where both lie in one tensor. ``equal``: keys and values have one width. ``multiple``:
     widths that the kernels take. ``masks`` say which keys count: true, one, or not far below zero. ``one_row``: the
     tokens of all samples lie in one row, without a batch axis. ``one_head_size``: what runs such models
-    (onnxruntime-genai) takes one width for the caches of all layers.
+    (onnxruntime-genai) takes one width for the caches of all layers. ``norms``: gains of norms on the heads of queries
+    and of keys.
     """
 
     query: int = 0
@@ -38,6 +39,7 @@ class AttentionForm:
     masks: tuple[int, ...] = ()
     one_row: bool = False
     one_head_size: bool = False
+    norms: tuple[int, ...] = ()
 
     def others(self, call: OpCall) -> list[int]:
         """Inputs that are not part of the algebra: masks, lengths, and inputs of newer versions."""
@@ -54,7 +56,14 @@ ATTENTION_FORMS = {
     ),
     (MICROSOFT, "PackedMultiHeadAttention"): AttentionForm(bias=3, scores=6, one_row=True),
     (MICROSOFT, "GroupQueryAttention"): AttentionForm(
-        packed="columns", scores=10, past=(3, 4), rotary=(7, 8), equal=True, multiple=8, one_head_size=True
+        packed="columns",
+        scores=10,
+        past=(3, 4),
+        rotary=(7, 8),
+        equal=True,
+        multiple=8,
+        one_head_size=True,
+        norms=(14, 15),
     ),
     (MICROSOFT, "Attention"): AttentionForm(
         key=0, value=0, bias=2, packed="weight", scores=5, past=(4,), present=(1,), masks=(3,)

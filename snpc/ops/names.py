@@ -41,6 +41,7 @@ RESHAPE = "Reshape"
 ROTARY_EMBEDDING = "RotaryEmbedding"  # com.microsoft
 SCATTER_ELEMENTS = "ScatterElements"
 SHAPE = "Shape"
+SIMPLIFIED_LAYER_NORMALIZATION = "SimplifiedLayerNormalization"  # onnxruntime's
 SIN = "Sin"  # not written, but looked for
 SLICE = "Slice"
 SOFTMAX = "Softmax"

@@ -28,7 +28,6 @@ from snpc.passes.grouping import (
     TracedGraph,
     build_groups,
     draft_groups,
-    is_approximate,
     pins_that_hold,
     to_pin,
     trace_graph,
@@ -36,11 +35,13 @@ from snpc.passes.grouping import (
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.quantization import with_float_graph
 from snpc.passes.sublayers import SublayerGraph
-from snpc.passes.token_analysis import NO_TOKENS, TokenFacts, TokenReduction, find_reduction_points
+from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import ChosenMetric, Cost, Group, Model, Pin, Sublayer
+from snpc.types import QUANTIZED_TOKENS_REASON, ChosenMetric, Cost, Group, Model, Pin, Sublayer
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
+
+QUANTIZED_TOKENS = TokenFacts((), (Pin("", TOKEN_AXIS, 0, QUANTIZED_TOKENS_REASON, "the model"),), 0)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def analyze(
     if model.quantized is not None:
         chosen = SizedFacts(chosen.dim_sizes, infer_graph(model.graph, chosen.dim_sizes))
         quoted = SizedFacts(quoted.dim_sizes, infer_graph(model.graph, quoted.dim_sizes))
-    tokens = NO_TOKENS
+    tokens = QUANTIZED_TOKENS
     if model.quantized is None:
         tokens = find_reduction_points(model.graph, chosen.facts, chosen.dim_sizes)
     sized = GraphAtSizes(model.graph, chosen, quoted, dim_sizes or {})
@@ -252,7 +253,7 @@ def collect_pins(traced_graph: TracedGraph, groups: Sequence[Group], drafts: Seq
     """Pins of the groups, and of all other labels that weights produce; one per tensor, axis and reason."""
     free = np.zeros(traced_graph.trace.table.count, bool)
     for draft in drafts:
-        if is_approximate(draft):
+        if draft.approximate:
             free[draft.units] = True
     produced = np.zeros(traced_graph.trace.table.count, bool)
     flags = traced_graph.trace.table.flags[: traced_graph.trace.table.count]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from snpc.errors import UserError
 from snpc.passes import analyze
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
@@ -18,6 +19,7 @@ from snpc.runtime.evaluation import MetricRequest, with_metrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, announce
 from snpc.runtime.io import load
 from snpc.targets import dequantize as dequantized
+from snpc.targets import kept_vocabulary, restrict, write_vocabulary
 from snpc.types import Role
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class PruneOptions(BudgetOptions, total=False):
     effort: Effort
     prune_kv_cache: bool
     dequantize: bool
+    vocabulary: Sequence[int] | Path | str | None
+    last_logits: bool
     companions: Sequence[Path | str]
 
 
@@ -76,8 +80,10 @@ def prune(
     can get fewer, else "none". ``options``: the fields of ``Budget``, one of ``ratio``, ``target``, ``max_drift`` and
     ``max_ppl`` among them; with ``tokens`` alone no widths are cut. ``method``, ``criterion``, ``metric`` and
     ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a quantized one is pruned, see
-    ``snpc.dequantize``. ``companions``: models with the same weights (a decoder that goes on from this one's caches),
-    cut by the same plan and written beside ``path`` under their own names.
+    ``snpc.dequantize``. ``vocabulary``, ``last_logits``: the model says less first, see ``snpc.restrict``; ids of the
+    data are those of the original, and without an amount to cut, nothing else goes. ``companions``: models with the
+    same weights (a decoder that goes on from this one's caches), cut by the same plan and written beside ``path`` under
+    their own names.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
@@ -85,13 +91,22 @@ def prune(
     method, criterion, metric = options.pop("method", None), options.pop("criterion", None), options.pop("metric", None)
     effort, narrow_caches = options.pop("effort", "normal"), options.pop("prune_kv_cache", False)
     of_quantized, companions = options.pop("dequantize", False), options.pop("companions", ())
+    vocabulary, last_logits = options.pop("vocabulary", None), options.pop("last_logits", False)
+    restricted = vocabulary is not None or last_logits
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
-    limits = None if tokens_only else Budget(**budget)
+    limits = None if tokens_only or (restricted and not budget) else Budget(**budget)
     loaded = dequantized(model, execution=execution) if of_quantized else load(model, companions=companions)
+    if restricted:
+        loaded = restrict(loaded, vocabulary=vocabulary, last_logits=last_logits, execution=execution)
     analysis = with_metrics(analyze(loaded, prune_kv_cache=narrow_caches), metric)
+    if isinstance(calibration, Calibration) and kept_vocabulary(loaded) is not None:
+        raise UserError(
+            "with a vocabulary, give the data themselves in place of a Calibration: their ids are renumbered"
+        )
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = load_calibration(calibration, loaded.inputs, text=TextOptions(find_tokenizer(loaded.source)))
+        text = TextOptions(find_tokenizer(loaded.source), vocabulary=kept_vocabulary(loaded))
+        calibration = load_calibration(calibration, loaded.inputs, text=text)
     widths = PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None
     announce(execution.progress, run_stages(analysis, calibration, widths, tokens))
     analysis = apply_token_request(
@@ -105,4 +120,8 @@ def prune(
     pruning_plan = plan(
         analysis, limits, calibration, method=method, criterion=criterion, execution=execution, effort=effort
     )
-    return apply(pruning_plan, path)
+    result = apply(pruning_plan, path)
+    kept = kept_vocabulary(loaded)
+    if path is not None and kept is not None:
+        write_vocabulary(Path(path), kept)
+    return result

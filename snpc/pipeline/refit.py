@@ -50,4 +50,4 @@ def refit_weights(plan: PruningPlan, closed_forms: ClosedForms, slices: SlicePla
             return fit_layerwise(closed_forms, slices, plan.calibration, plan.execution, plan.dense_values)
         except NotSegmentable:
             pass  # the statistics of the dense model serve as well
-    return fit_parallel(closed_forms, slices)
+    return fit_parallel(closed_forms, slices, plan.execution)

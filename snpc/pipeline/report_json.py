@@ -35,6 +35,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "method": plan.method,
         "criterion": plan.criterion,
         "dequantized": dequantization_json(plan.analysis.model),
+        "restricted": restriction_json(plan.analysis.model),
         "metric": {output or "all": metric.name for output, metric in plan.analysis.metrics.items()} or None,
         "options": dict(plan.options),
         "calibration": calibration_json(result),
@@ -61,6 +62,20 @@ def dequantization_json(model: Model) -> dict[str, Any] | None:
         "source": str(record.source),
         "replaced": dict(record.replaced),
         "left": dict(record.left),
+        "compared": record.compared,
+        "drift": [asdict(difference) for difference in record.differences],
+    }
+
+
+def restriction_json(model: Model) -> dict[str, Any] | None:
+    """What a model says of that which its source does; None where that is all."""
+    record = model.restriction
+    if record is None:
+        return None
+    return {
+        "source": str(record.source),
+        "vocabulary": None if record.vocabulary is None else {"kept": len(record.vocabulary), "of": record.entries},
+        "last_logits": record.last_logits,
         "compared": record.compared,
         "drift": [asdict(difference) for difference in record.differences],
     }

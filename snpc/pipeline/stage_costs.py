@@ -18,7 +18,7 @@ from snpc.pipeline.planner import PlanRequest, check_effort, default_method, nee
 from snpc.pipeline.token_request import AUTO_TOKENS, effective_token_request
 from snpc.pipeline.token_schedule import SCHEDULE_SAMPLES, TOKEN_SAVING_SHARES, curve_effort
 from snpc.planning import Effort, PruningMethod, SlicePlan, groups_to_prune
-from snpc.runtime.batches import open_file
+from snpc.runtime.batches import StreamedModel, open_file
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost
@@ -81,11 +81,13 @@ def plain_pass_seconds(
     analysis: Analysis, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> float | None:
     """Seconds of a plain pass over the calibration data, from ``TIMED_SAMPLES`` of it run twice: the first run warms
-    up. None where the model cannot be run here."""
+    up. None where the model cannot be run here, or is streamed, which would take long."""
     feeds = next(calibration.first_rows(TIMED_SAMPLES))
     samples = min(TIMED_SAMPLES, calibration.batch) if calibration.batch else TIMED_SAMPLES
     try:
         with open_file(analysis.model.path, execution) as run:
+            if isinstance(run, StreamedModel):
+                return None
             run(feeds)
             start = time.perf_counter()
             run(feeds)

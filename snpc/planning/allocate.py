@@ -50,7 +50,9 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
         return prunable
     if of_roles and not named:
         raise UserError(f"{name}: --include/--exclude leave no group; `snpc inspect` lists their names")
-    pins = sorted((p for g in named for p in g.pins), key=lambda p: p.kind == "norm") or list(analysis.pins)
+    pins = sorted((p for g in named for p in g.pins), key=lambda p: p.kind in ("norm", "head_norm")) or list(
+        analysis.pins
+    )
     quantization = describe_quantization(analysis.model, analysis.cost)
     if quantization and analysis.model.quantized is None and is_mostly_quantized(analysis.cost):
         raise UserError(f"{name}: nothing to prune in the roles {', '.join(budget.roles)}: {quantization}")

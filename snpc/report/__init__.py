@@ -38,6 +38,7 @@ from snpc.report.quality_text import (
     quality_text,
     quality_warning,
     requantization_text,
+    restriction_text,
     rewrite_text,
 )
 from snpc.report.sweep_plot import write_sweep_plot
@@ -52,6 +53,7 @@ __all__ = [
     "quality_text",
     "quality_warning",
     "requantization_text",
+    "restriction_text",
     "rewrite_text",
     "write_report",
     "write_sweep_plot",

@@ -18,6 +18,7 @@ from snpc.report.quality_text import (
     quality_text,
     quality_warning,
     requantization_text,
+    restriction_text,
     rewrite_text,
 )
 from snpc.report.token_maps import TokenMaps, token_maps
@@ -194,6 +195,9 @@ def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
 def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str, ...]:
     """What a reader should know before trusting the numbers."""
     warnings = []
+    restriction = result.plan.analysis.model.restriction
+    if restriction is not None:
+        warnings.append(f"Before and after have {restriction_text(restriction)}.")
     dequantization = result.plan.analysis.model.dequantization
     if dequantization is not None:
         warnings.append(f"Before and after are float models: {dequantization_text(dequantization)}.")

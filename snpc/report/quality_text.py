@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from snpc.passes.quantization import operator_counts
-from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Requantization, Verdict
+from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Requantization, Restriction, Verdict
 
 MEANINGS: dict[Grade, str] = {
     "good": "outputs are close to the original's",
@@ -26,6 +26,13 @@ def rewrite_text(verdict: Verdict) -> str:
     largest = max(d.relative for d in verdict.equals_mask)
     same = f"sliced equals masked to {largest:.1e} relative on {verdict.compared}"
     return f"rewrite: correct ({same}; {checks})"
+
+
+def restriction_text(record: Restriction) -> str:
+    """How a model says less than its source, and that what is left is equal."""
+    worst = max((d.relative for d in record.differences), default=0.0)
+    equal = f"equal to the original's to {worst:.1e}" if record.differences else record.compared
+    return f"{record.describe()}; what is left: {equal}"
 
 
 def dequantization_text(record: Dequantization) -> str:

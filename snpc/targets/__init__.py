@@ -14,6 +14,8 @@ Files
   preferred_widths  Widths at which a runtime is fast, for ``--round-to auto``.
   quantize          Quantization to int8: weights and the activations they multiply, as QuantizeLinear and
                     DequantizeLinear nodes.
+  restrict          A model that says less: some entries of the vocabulary, logits of the last position. Written,
+                    compared, loaded.
   shape_profile     Ranges of input shapes that an engine serves: given by the user, or derived from the dynamic axes.
   tensorrt          Build targets TensorRT and TensorRT for RTX, whose Python interfaces are the same.
 """
@@ -24,6 +26,7 @@ from snpc.targets.base import BuildOptions, BuildResult
 from snpc.targets.build import TARGETS, build, check_build, find_target, timed_artifact
 from snpc.targets.dequantize import dequantize
 from snpc.targets.preferred_widths import PreferredWidths, slower_decoding_text, widths_for_target
+from snpc.targets.restrict import kept_vocabulary, restrict, vocabulary_path, write_vocabulary
 
 __all__ = [
     "TARGETS",
@@ -34,7 +37,11 @@ __all__ = [
     "check_build",
     "dequantize",
     "find_target",
+    "kept_vocabulary",
+    "restrict",
     "slower_decoding_text",
     "timed_artifact",
+    "vocabulary_path",
     "widths_for_target",
+    "write_vocabulary",
 ]

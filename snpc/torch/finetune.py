@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from snpc.torch.training import (
     Batch,
     CheckpointFile,
     CheckpointOptions,
+    Sparsifier,
+    Sparsity,
     Teacher,
     TeacherOutputs,
     TrainingCallback,
@@ -73,8 +75,8 @@ class FinetuneResult:
     """A written file, and how far it is from the teacher.
 
     ``before`` and ``after``: how close the pruned and the finetuned file are to the teacher, all run by onnxruntime.
-    ``structure``: what was checked of the written file. ``hidden``: values of the residual stream that were part of the
-    loss.
+    ``structure``: what was checked of the written file. ``sparsity``: how many weights in it are zero.
+    ``hidden``: values of the residual stream that were part of the loss.
     """
 
     path: Path
@@ -82,6 +84,7 @@ class FinetuneResult:
     before: Quality
     after: Quality
     structure: tuple[str, ...]
+    sparsity: Sparsity
     hidden: tuple[str, ...]
     training: TrainingOptions
     seconds: float
@@ -136,8 +139,9 @@ def finetune(
             return None
         structure = write_verified(task, pruned, output)
     before, after = measure_before_and_after(task, pruned, output)
+    sparsity = Sparsity.of(task.module.parameters())
     seconds = time.perf_counter() - start
-    return FinetuneResult(output, trained, before, after, structure, task.hidden, training, seconds)
+    return FinetuneResult(output, trained, before, after, structure, sparsity, task.hidden, training, seconds)
 
 
 # -- what is trained -------------------------------------------------------------------------------------------------
@@ -287,7 +291,11 @@ def run_training(
 ) -> TrainingResult:
     """Train the task's module in place: all of its weights, or adapters that are merged into them at the end."""
     training = task.training
-    evaluate = HeldOutLoss(task)
+    held_out_loss = HeldOutLoss(task)
+    evaluate: Callable[[torch.nn.Module], float] = held_out_loss
+    if training.sparsify:
+        with torch.no_grad():
+            evaluate = Sparsifier(held_out_loss, held_out_loss(task.module) + training.sparsify)
     adapters = add_adapters(task.module, training.adapters, training.seed) if training.adapters else None
     trained = train(
         task.module,
@@ -296,7 +304,7 @@ def run_training(
         training,
         worker=task.worker,
         parameters=list(adapters.parameters()) if adapters is not None else None,
-        hooks=TrainingHooks(evaluate, checkpoint_file, on_progress),
+        hooks=TrainingHooks(evaluate, checkpoint_file, on_progress, keep_best=not training.sparsify),
     )
     if adapters is not None:
         merge_adapters(task.module, adapters)
@@ -391,6 +399,7 @@ def finetune_json(result: FinetuneResult) -> dict[str, Any]:
         "options": asdict(result.training),
         "hidden": list(result.hidden),
         "best_step": trained.best_step,
+        "sparsity": result.sparsity._asdict(),
         "helped": result.helped,
         "before": quality_json(result.before),
         "after": quality_json(result.after),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ VOCABULARY, CONTEXT = 64, 64
 class BuilderDecoder:
     """Sizes of a decoder. ``rotary``: channels of each head that turn. ``window``: of sliding attention, -1 for none;
     ``rolling``: the caches are as long as the window. ``packed``: one product makes query, key and value.
-    ``interleaved``: pairs are neighbors."""
+    ``interleaved``: pairs are neighbors. ``head_norms``: each head of queries and keys is normalized, as in
+    Qwen3, by nodes of their own or inside the fused node (which the CPU does not run)."""
 
     layers: int = 2
     hidden: int = 48
@@ -34,6 +36,7 @@ class BuilderDecoder:
     packed: bool = True
     interleaved: bool = False
     rolling: bool = False
+    head_norms: Literal["", "nodes", "fused"] = ""
 
     def write(self, path: Path, seed: int = 0) -> Path:
         """Write the decoder with random weights."""
@@ -55,6 +58,7 @@ class BuilderDecoder:
             shapes |= {f"l{n}.{part}": (self.hidden, columns) for part, columns in parts.items()}
             shapes |= {f"l{n}.gate": (self.hidden, self.ffn), f"l{n}.up": (self.hidden, self.ffn)}
             shapes |= {f"l{n}.o": (query, self.hidden), f"l{n}.down": (self.ffn, self.hidden)}
+            shapes |= {f"l{n}.{part}_norm": (self.width,) for part in "qk" if self.head_norms}
             shapes |= {f"l{n}.norm1": (self.hidden,), f"l{n}.norm2": (self.hidden,)}
         return shapes
 
@@ -80,6 +84,15 @@ class BuilderDecoder:
             logits = MatMul (x{self.layers}, head)
         }}"""
 
+    def head_norm(self, n: int, part: str, name: str, columns: int) -> str:
+        """Heads on the axis of the tokens are normalized, each over its own width."""
+        return f"""
+            {name}w{n} = Constant <value_ints = [0, -1, {self.width}]> ()
+            {name}c{n} = Constant <value_ints = [0, -1, {columns}]> ()
+            {name}1{n} = Reshape ({name}0{n}, {name}w{n})
+            {name}2{n} = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001> ({name}1{n}, "l{n}.{part}_norm")
+            {name}3{n} = Reshape ({name}2{n}, {name}c{n})"""
+
     def caches(self, name: str, length: str) -> str:
         """Declarations of the caches of all layers."""
         kind = f"float[batch_size, {self.kv_heads}, {length}, kv_cache_dim]"
@@ -96,13 +109,22 @@ class BuilderDecoder:
             else "  ".join(f'{part}{n} = MatMul (n{n}, "{w}{part}")' for part in "qkv")
         )
         operands = f"p{n}, , " if self.packed else f"q{n}, k{n}, v{n}"
+        gains = f', , , , , , "{w}q_norm", "{w}k_norm"' if self.head_norms == "fused" else ""
+        tables = tables or ", , " * bool(gains)
+        rotary = rotary + "qk_norm_epsilon = 0.00001, " * bool(gains)
+        if self.head_norms == "nodes":
+            query, key = self.heads * self.width, self.kv_heads * self.width
+            products = f"""p{n} = MatMul (n{n}, "{w}qkv")  parts{n} = Constant <value_ints = [{query}, {key}, {key}]> ()
+                a0{n}, b0{n}, v{n} = Split <axis = -1> (p{n}, parts{n})
+                {self.head_norm(n, "q", "a", query)}  {self.head_norm(n, "k", "b", key)}"""
+            operands = f"a3{n}, b3{n}, v{n}"
         return f"""
             n{n} = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001, stash_type = 1> (x{n}, "{w}norm1")
             {products}
             a{n}, "present.{n}.key", "present.{n}.value" = com.microsoft.GroupQueryAttention
                 <{rotary}num_heads = {self.heads}, kv_num_heads = {self.kv_heads}, local_window_size = {self.window},
                  sliding_window_cache = {int(self.rolling)}>
-                ({operands}, "past_key_values.{n}.key", "past_key_values.{n}.value", lens, total{tables})
+                ({operands}, "past_key_values.{n}.key", "past_key_values.{n}.value", lens, total{tables}{gains})
             c{n} = MatMul (a{n}, "{w}o")  y{n} = Add (x{n}, c{n})
             m{n} = SimplifiedLayerNormalization <axis = -1, epsilon = 0.00001, stash_type = 1> (y{n}, "{w}norm2")
             g{n} = MatMul (m{n}, "{w}gate")  s{n} = Sigmoid (g{n})  h{n} = Mul (g{n}, s{n})

@@ -75,6 +75,7 @@ def test_the_commands_for_text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "book.txt").write_text(as_text(ids[:32]))
     lines = [json.dumps({"body": text}) for text in as_text(ids[32:]).splitlines()]
     (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, range(20))))
     commands = documented_commands(ROOT / "docs" / "text.md")
     assert commands
     for words in commands:

@@ -20,6 +20,7 @@ from snpc.pipeline import PlanRequest, measure_request
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import EvaluationData
 from snpc.runtime.execution import Execution
+from snpc.targets import kept_vocabulary
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 ALL_SAMPLES = 1 << 30
@@ -126,7 +127,7 @@ class CalibrationArguments(ArgumentGroup):
             images=images,
             seed=self.seed,
             held_out=held_out,
-            text=self.text.load(analysis.model.source),
+            text=replace(self.text.load(analysis.model.source), vocabulary=kept_vocabulary(analysis.model)),
         )
         self.images.print_format(calibration)
         self.text.print_format(calibration)

@@ -16,7 +16,7 @@ from snpc.cli.arguments.output import DumpArguments
 from snpc.cli.arguments.parsers import parse_dim_sizes
 from snpc.cli.progress import command_progress
 from snpc.errors import UserError
-from snpc.folders import ModelFolder, find_model_folder, main_model
+from snpc.folders import TOKENIZER_ADVICE, ModelFolder, find_model_folder, main_model
 from snpc.graph import PassObserver
 from snpc.remote import copied_from, is_url
 from snpc.runtime.execution import check_shape, parse_shapes
@@ -163,16 +163,50 @@ class PrunedModelArguments(WatchedModelArguments):
         "and the configuration says their width.",
     )
 
+    vocabulary: Path | None = option(
+        "--vocabulary",
+        type=FILE_PATH,
+        metavar="IDS",
+        section="What to cut",
+        help="Keep these entries of the vocabulary only: a .json list of token ids, or a .txt. Embeddings and logits "
+        "of the others go, ids are numbered anew, and the mapping is written to OUTPUT.vocabulary.json. Data has the "
+        "old ids; samples that hold others are left out. Alone, it cuts nothing else.",
+    )
+
+    last_logits: bool = option(
+        "--last-logits",
+        is_flag=True,
+        section="What to cut",
+        help="Logits of the last position only, and no rows that only others need. It is position -1, padding or not, "
+        "so pad on the left. There is no perplexity then. Alone, it cuts nothing else.",
+    )
+
+    @property
+    def restricts(self) -> bool:
+        """Does the pruned model say less than MODEL?"""
+        return self.vocabulary is not None or self.last_logits
+
     def of_folder(self, source: ModelFolder) -> PrunedModelArguments:
         """The model of the folder in place of the folder."""
+        if self.vocabulary is not None:
+            raise UserError(TOKENIZER_ADVICE.format(folder=source.path, model=source.model_path))
         narrows = self.kv_cache or (source.says_cache_widths and not self.keep_kv_cache)
         return replace(self, path=source.model_path, kv_cache=narrows, companions=source.companion_paths)
 
     def files(self) -> set[Path]:
-        """The models and the files of their weights, none of which may be overwritten."""
-        return set().union(*map(model_files, (self.path, *self.companions)))
+        """The models and the files of their weights, and that of the vocabulary: none may be overwritten."""
+        named = {self.vocabulary} if self.vocabulary is not None else set[Path]()
+        return named.union(*map(model_files, (self.path, *self.companions)))
 
     def read(self, observer: PassObserver | None = None) -> snpc.Model:
+        """The model, with what is left of its vocabulary and logits. ``observer``: called after each graph pass."""
+        model = self.read_whole(observer)
+        if not self.restricts:
+            return model
+        execution = snpc.Execution(observer=observer)
+        return snpc.restrict(model, vocabulary=self.vocabulary, last_logits=self.last_logits, execution=execution)
+
+    def read_whole(self, observer: PassObserver | None = None) -> snpc.Model:
         """``observer``: called after each graph pass."""
         if not self.companions:
             return super().read(observer)

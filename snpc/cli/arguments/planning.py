@@ -224,6 +224,12 @@ class PlanningArguments(ArgumentGroup):
             )
         return bool(self.selection.roles) and self.amount.is_given
 
+    def alone(self) -> PlanningArguments:
+        """Of a model that says less already: nothing else goes where nothing says how much."""
+        if self.amount.is_given or self.reduction.schedule is not None:
+            return self
+        return replace(self, selection=replace(self.selection, roles=()))
+
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""
         selection, amount = self.selection, self.amount

@@ -41,6 +41,19 @@ class TrainingArguments(ArgumentGroup):
     batch: int | None = option("--batch", type=int, help="Samples per step, over all processes.  [default: 32]")
     lr: float | None = option("--lr", type=float, help="Highest learning rate of AdamW.  [default: 0.0003]")
     decay: float | None = option("--decay", type=float, help="Weight decay, of matrices only.  [default: 0.01]")
+    regularize: Literal["decay", "lobster"] | None = option(
+        "--regularize",
+        type=click.Choice(["decay", "lobster"]),
+        help="decay: all weights alike, by --decay. lobster: each by what its gradient is short of one; needs "
+        "--sparsify.  [default: decay]",
+    )
+    sparsify: float | None = option(
+        "--sparsify",
+        type=float,
+        metavar="RISE",
+        help="Set the smallest weights to zero, as many as let the held-out loss rise by this much above that of the "
+        "given weights: unstructured sparsity.",
+    )
     warmup: int | None = option(
         "--warmup", type=int, help="Steps up to the highest learning rate.  [default: a twentieth of all]"
     )

@@ -129,7 +129,8 @@ def write_table(array: QuantizedArray, stored: StoredParts, bits: int) -> dict[s
     parts = {"codes": array.codes, "scale": array.scale, "zero": array.zero}
     if stored["codes"].dtype != np.uint8:
         return parts
-    return {name: pack(p.astype(np.uint8), bits) if name != "scale" else p for name, p in parts.items()}
+    packed = {name: pack(parts[name].astype(np.uint8), bits) for name in ("codes", "zero") if name in stored}
+    return {**packed, "scale": array.scale}
 
 
 def pack(values: AnyArray, bits: int) -> AnyArray:

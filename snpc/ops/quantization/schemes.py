@@ -10,7 +10,9 @@ import numpy as np
 from snpc.ops.quantization.arrays import dequantize_array, spread
 from snpc.types import AnyArray, IntArray
 
-BIAS_BITS = 32
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Of the range of a block that scales are tried for: cutting off an extreme rounds all others more finely."""
+FEW_CODES = 64  # with more of them the whole range is best: its extremes cost more than they round
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,37 @@ class QuantizedArray:
         return replace(self, codes=codes, scale=scale, zero=zero)
 
     def quantize(self, array: AnyArray, scale: AnyArray | None = None) -> QuantizedArray:
-        """``array`` in the same scheme: range, axis, blocks, symmetric or not. ``scale``: where it is given; else each
-        scale takes in all that shares it. The extreme of a block gets the lowest code where stored blocks do so."""
+        """``array`` in the same scheme: range, axis, blocks, symmetric or not. ``scale``: where it is given; else those
+        of ``SHARES`` of the range with the least squared error, each where it is."""
         values = array.astype(np.float32)
-        zero = self.zero
-        if scale is None:
-            scale, zero = self.fitted(values)
+        if scale is not None:
+            return self.rounded(values, scale, self.zero)
+        best = self.rounded(values, *self.fitted(values, SHARES[0]))
+        error = best.error(values)
+        for share in SHARES[1:] if self.high - self.low < FEW_CODES else ():
+            other = self.rounded(values, *self.fitted(values, share))
+            found = other.error(values)
+            better = found < error
+            scale, zero = (np.where(better, a, b).astype(b.dtype) for a, b in
+                           ((other.scale, best.scale), (other.zero, best.zero)))  # fmt: skip
+            best, error = self.rounded(values, scale, zero), np.minimum(found, error)
+        return best
+
+    def rounded(self, values: AnyArray, scale: AnyArray, zero: AnyArray) -> QuantizedArray:
+        """``values`` as codes of this scale and zero point."""
         zero = zero.astype(np.float32)
-        divisor = spread(np.where(scale == 0, 1, scale).astype(np.float32), array.shape, self.axis, self.block)
-        codes = np.rint(values / divisor) + spread(zero, array.shape, self.axis, self.block)
+        divisor = spread(np.where(scale == 0, 1, scale).astype(np.float32), values.shape, self.axis, self.block)
+        codes = np.rint(values / divisor) + spread(zero, values.shape, self.axis, self.block)
         return replace(self, codes=np.clip(codes, self.low, self.high).astype(np.int64), scale=scale, zero=zero)
 
-    def fitted(self, values: AnyArray) -> tuple[AnyArray, AnyArray]:
-        """(scale, zero point) that take in all values that share them."""
-        least, most = self.extremes(values)
+    def error(self, values: AnyArray) -> AnyArray:
+        """Squared error of all values that share a scale; of the shape of the scale."""
+        return self.reduce(np.square(self.dequantize().astype(np.float32) - values), np.add)
+
+    def fitted(self, values: AnyArray, share: float) -> tuple[AnyArray, AnyArray]:
+        """(scale, zero point) that take in so large a ``share`` of the range of all values that share them."""
+        least, most = (np.asarray(share * self.reduce(values, f)) for f in (np.minimum, np.maximum))
+        least, most = np.minimum(least, 0), np.maximum(most, 0)
         kind = self.scale.dtype
         if self.symmetric:
             middle = float(self.zero.reshape(-1)[0]) if self.zero.size else 0.0
@@ -73,20 +92,15 @@ class QuantizedArray:
         zero = np.rint(self.low - least / np.where(scale == 0, 1, scale).astype(np.float32))
         return scale, np.clip(zero, self.low, self.high)
 
-    def extremes(self, values: AnyArray) -> tuple[AnyArray, AnyArray]:
-        """(least, most) of the values that share a scale, zero among them; of the shape of the scale."""
-        if self.scale.size == 1 and not self.block and self.scale.ndim == 0:
-            return np.minimum(values.min(initial=0), 0), np.maximum(values.max(initial=0), 0)
-        axis = self.axis % values.ndim
+    def reduce(self, values: AnyArray, operation: np.ufunc) -> AnyArray:
+        """``values`` reduced over all that share a scale; of the shape of the scale."""
         if self.block:
-            starts = np.arange(0, values.shape[axis], self.block)
-            least, most = (f.reduceat(values, starts, axis=axis) for f in (np.minimum, np.maximum))
-        elif self.scale.size == 1:
-            least, most = (np.reshape(f(values), self.scale.shape) for f in (np.min, np.max))
-        else:
-            others = tuple(k for k in range(values.ndim) if k != axis)
-            least, most = values.min(others), values.max(others)
-        return np.minimum(least, 0), np.maximum(most, 0)
+            starts = np.arange(0, values.shape[self.axis], self.block)
+            return np.asarray(operation.reduceat(values, starts, axis=self.axis))
+        if self.scale.size == 1:
+            return np.reshape(operation.reduce(values, axis=None), self.scale.shape)
+        others = tuple(k for k in range(values.ndim) if k != self.axis % values.ndim)
+        return np.asarray(operation.reduce(values, axis=others))
 
 
 def whole_blocks(kept: IntArray, block: int, size: int) -> IntArray | None:

@@ -10,6 +10,8 @@ Files
                          of zero.
   expand_einsum          Expands Einsum nodes that do not have two operands: one operand becomes a ReduceSum and a
                          Transpose, three or more become a chain of products of two, from the left as runtimes do it.
+  expand_head_norms      Expands norms on the heads of queries and keys inside a fused attention node: each becomes
+                         nodes in front of it.
   finalize               The last clean-up before a model is written: no dead nodes, forked constants merged, no stale
                          shapes.
   fold_shape_arithmetic  Constant folding of shape arithmetic: sizes that are the same for every input are stored, not

@@ -5,7 +5,7 @@
 - nodes and initializers that no output depends on are gone, as runtimes drop them too, and zeros that are added,
 - a vector with several consumers, and any constant with several pointwise consumers, is one initializer per consumer
   (exporters merge equal biases of unrelated layers; a weight shared on purpose stays shared),
-- Einsum nodes have two operands,
+- Einsum nodes have two operands, and fused attention holds no norms of queries and keys,
 - nodes stand in topological order and every node has a name,
 - KV caches of fused attention have a static width,
 - rotary tables are read through selections of columns, one per use.
@@ -24,6 +24,7 @@ from snpc.ops import IDENTITY
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_zero_terms import EliminateZeroTerms
 from snpc.passes.canonicalization.expand_einsum import ExpandEinsum
+from snpc.passes.canonicalization.expand_head_norms import ExpandHeadNorms
 from snpc.passes.canonicalization.inline_branches import InlineBranches
 from snpc.passes.canonicalization.inline_functions import InlineFunctions
 from snpc.passes.canonicalization.rotary_tables import ForkRotaryTables
@@ -141,6 +142,13 @@ CANONICALIZATION_PASSES = (
         "canonicalize",
         ExpandEinsum,
         "expands Einsum nodes that do not have two operands",
+        "before naming, as it adds nodes",
+    ),
+    GraphPass(
+        "expand-head-norms",
+        "canonicalize",
+        ExpandHeadNorms,
+        "puts norms on the heads of queries and keys, which a fused attention node holds, in front of it",
         "before naming, as it adds nodes",
     ),
     GraphPass(

@@ -22,6 +22,7 @@ from snpc.graph import (
     make_node,
     opset_version,
     replace_value,
+    selection_at,
 )
 from snpc.ops import GATHER, RESHAPE, SHAPE, SLICE, Blocked, Labels, OpCall, OpSpec, letters_of, lookup
 
@@ -30,7 +31,7 @@ MAX_TRACKED_LENGTH = 1 << 24  # longer axes are not tracked position by position
 
 @dataclass(frozen=True)
 class Demand:
-    """Only ``positions`` (ascending) of ``axis`` are needed."""
+    """Only ``positions`` (ascending) of ``axis`` are needed. Negative ones are counted from its end."""
 
     axis: int
     positions: tuple[int, ...]
@@ -90,7 +91,7 @@ def propagate_demand(analysis: DemandAnalysis, node: ir.Node) -> None:
     outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
     if has_subgraphs(node) or any(analysis.facts.shape.get(v) is None for v in (*outputs, *filter(None, node.inputs))):
         return
-    demand = common_demand(analysis, outputs[0]) if len(outputs) == 1 else None
+    demand = common_demand(analysis, outputs[0]) if len(outputs) == 1 and not turns_selection(node) else None
     upstream = input_demands(analysis, node, demand) if demand is not None else None
     if demand is not None and upstream is not None:
         analysis.narrowed[node] = demand
@@ -100,6 +101,15 @@ def propagate_demand(analysis: DemandAnalysis, node: ir.Node) -> None:
     if seed is not None:
         analysis.seeds[node] = seed
         analysis.demands[node, 0] = seed
+
+
+def turns_selection(node: ir.Node) -> bool:
+    """Is it the last node of a selection of columns? Nothing is put inside of one."""
+    reshape = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    source = reshape.inputs[0] if reshape is not None and reshape.inputs else None
+    gather = source.producer() if source is not None else None
+    selection = selection_at(gather) if gather is not None else None
+    return selection is not None and selection.nodes[-1] is node
 
 
 def common_demand(analysis: DemandAnalysis, value: ir.Value) -> Demand | None:
@@ -144,8 +154,14 @@ def selected_rows(analysis: DemandAnalysis, node: ir.Node) -> Demand | None:
             positions = sorted({int(p) for p in sources.reshape(-1)})
             others = [k for k in range(len(shape)) if k != axis]
             if 0 < 2 * len(positions) <= size and all(keeps_positions(call, k) for k in others):
-                return Demand(axis, tuple(positions))
+                return Demand(axis, tuple(p - size for p in positions) if counts_from_end(call) else tuple(positions))
     return None
+
+
+def counts_from_end(call: OpCall) -> bool:
+    """Does a Gather or Slice name its positions from the end of the axis, whatever its size is?"""
+    first = call.stored_value(1)
+    return first is not None and first.size > 0 and bool((first < 0).all())
 
 
 def keeps_positions(call: OpCall, axis: int) -> bool:
@@ -175,6 +191,7 @@ def input_demands(analysis: DemandAnalysis, node: ir.Node, demand: Demand) -> Ma
     rule = {
         "pointwise": demand_pointwise,
         "normalize": demand_normalization,
+        "reduce": demand_reduction,
         "contraction": demand_contraction,
         "movement": demand_movement,
     }.get(spec.kind)
@@ -200,6 +217,14 @@ def demand_normalization(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[
         or others
         or call.shape(0) != call.out_shapes[0]
     ):
+        return None
+    return {0: demand}
+
+
+def demand_reduction(spec: OpSpec, call: OpCall, demand: Demand) -> Mapping[int, Demand] | None:
+    """A mean of each row; reduced axes stay with size 1."""
+    kept = len(call.out_shapes[0]) == len(call.shape(0))
+    if spec.axes is None or not kept or demand.axis in spec.axes(call):
         return None
     return {0: demand}
 
@@ -278,7 +303,8 @@ def apply_demands(analysis: DemandAnalysis) -> ir.Model:
 
 
 def insert_row_gather(model: ir.Model, source: ir.Value, demand: Demand, before: ir.Node) -> ir.Value:
-    name = f"{source.name}__rows_{demand.axis}_{demand.positions[0]}_{len(demand.positions)}"
+    first = f"last{-demand.positions[0]}" if demand.positions[0] < 0 else demand.positions[0]
+    name = f"{source.name}__rows_{demand.axis}_{first}_{len(demand.positions)}"
     index = add_constant(model.graph, np.asarray(demand.positions, np.int64), f"{name}_index")
     node = make_node(GATHER, [source, index], {"axis": demand.axis}, name=name)
     node.outputs[0].type = source.type
@@ -290,8 +316,9 @@ def rebuild_selection(model: ir.Model, analysis: DemandAnalysis, node: ir.Node, 
     """The node that started a demand selects from fewer positions now."""
     sources = source_positions(analysis.call(node), demand.axis)
     assert sources is not None
-    positions = np.searchsorted(demand.positions, sources.reshape(-1)).astype(np.int64)
     call = analysis.call(node)
+    found = sources.reshape(-1) - (call.shape(0)[demand.axis] if demand.positions[0] < 0 else 0)
+    positions = np.searchsorted(demand.positions, found).astype(np.int64)
     scalar = len(call.out_shapes[0]) < len(call.shape(0))
     if not scalar and len(positions) == 1:  # one position, several times
         positions = positions.repeat(call.out_shapes[0][demand.axis])

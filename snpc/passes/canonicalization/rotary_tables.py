@@ -80,7 +80,7 @@ class SimplifyColumnSelections(ir.passes.InPlacePass):
         indices: dict[tuple[int, bytes], ir.Value] = {}
         for node in list(graph):
             selection = selection_at(node)
-            if selection is None:
+            if selection is None or selection.output.is_graph_output():  # of a segment: the next one reads it
                 continue
             if selection.key not in present:
                 present[selection.key] = simplified(graph, selection, indices)

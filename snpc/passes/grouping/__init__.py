@@ -16,7 +16,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.grouping.drafts import GroupDraft, draft_groups, is_approximate
+from snpc.passes.grouping.drafts import GroupDraft, draft_groups
 from snpc.passes.grouping.experts import pins_that_hold
 from snpc.passes.grouping.groups import build_groups, to_pin
 from snpc.passes.grouping.traced import TracedGraph, trace_graph
@@ -28,7 +28,6 @@ __all__ = [
     "Units",
     "build_groups",
     "draft_groups",
-    "is_approximate",
     "pins_that_hold",
     "to_pin",
     "trace_graph",

@@ -35,6 +35,19 @@ class GroupDraft:
     tie: int = 0
     least: int = 1
 
+    @property
+    def approximate(self) -> bool:
+        """Do only normalization statistics pin it? It can then be cut with an approximate result."""
+        kinds = {pin.kind for pin in self.pins}
+        if self.role == "qk":
+            return bool(kinds) and kinds <= {"norm", "head_norm"}
+        return kinds == {"norm"} and self.role in ("residual", "ffn", "conv") and len(self.units) == 1
+
+    @property
+    def held_by(self) -> tuple[LabelPin, ...]:
+        """The pins for which it keeps its width."""
+        return () if self.approximate else self.pins
+
 
 def flags_by_unit(trace: Trace, units: Units) -> npt.NDArray[np.int32]:
     """[units]: the flags of all labels of each unit, combined."""
@@ -199,11 +212,3 @@ def draft_head_groups(
 def spans_several_heads(pin: LabelPin, units: Units) -> bool:
     """Whether a pin is due to a statistic over more than one head."""
     return len(np.unique(units.block_of_unit[units.unit_of_label[pin.labels]])) > 1
-
-
-def is_approximate(draft: GroupDraft) -> bool:
-    """Whether only normalization statistics pin the group, which can then be cut with an approximate result."""
-    if draft.role == "qk":
-        return bool(draft.pins) and all(pin.kind in ("norm", "head_norm") for pin in draft.pins)
-    is_one_block = draft.role in ("residual", "ffn", "conv") and len(draft.units) == 1
-    return is_one_block and bool(draft.pins) and all(pin.kind == "norm" for pin in draft.pins)

@@ -21,7 +21,7 @@ from snpc.graph import (
 )
 from snpc.ops import lookup
 from snpc.passes.canonicalization import original_name
-from snpc.passes.grouping.drafts import GroupDraft, is_approximate
+from snpc.passes.grouping.drafts import GroupDraft
 from snpc.passes.grouping.experts import expert_probes, owned_constants
 from snpc.passes.grouping.units import Units
 from snpc.passes.propagation import Contraction, LabeledAxis, LabeledValue, LabelFlag, LabelPin, Trace
@@ -76,8 +76,8 @@ def build_groups(
                 freedom_reason=freedom_reason,
                 macs=macs,
                 params=params,
-                pins=() if is_approximate(draft) else tuple(to_pin(pin) for pin in draft.pins),
-                approximate=is_approximate(draft),
+                pins=tuple(to_pin(pin) for pin in draft.held_by),
+                approximate=draft.approximate,
                 channels=draft.channels if draft.tie else builder.channels(draft, numbers),
                 step=draft.step,
                 tie=f"tie.{draft.tie}" if draft.tie else "",
@@ -102,7 +102,7 @@ def to_pin(pin: LabelPin) -> Pin:
 
 def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     """How the units of a group may be transformed before they are cut, and why not more freely."""
-    if is_approximate(draft):
+    if draft.approximate:
         reasons = {"residual": APPROXIMATE_REASON, "qk": NORMALIZED_HEADS_REASON}
         return "select", reasons.get(draft.role, NORMALIZED_INSIDE_REASON)
     if draft.role in ("head", "experts"):

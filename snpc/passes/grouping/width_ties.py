@@ -75,12 +75,12 @@ def tie_widths(ties: Sequence[WidthTie], units: Units, drafts: Sequence[GroupDra
             multiple = tied.tie.multiple // math.gcd(tied.tie.multiple, channels)
             step = math.lcm(result[index].step, multiple)
             result[index] = replace(result[index], channels=channels, step=step, tie=numbers[index] + 1)
-            pinned = next((f"{p.tensor} axis {p.axis} stays: {p.reason}" for p in drafts[index].pins), "")
+            pinned = next((f"{p.tensor} axis {p.axis} stays: {p.reason}" for p in drafts[index].held_by), "")
             if tied.reason or pinned:
                 reasons.setdefault(numbers[index], tied.reason or pinned)
     ties_by_number = {numbers[index]: tied.tie for tied in found for index in tied.channels}
     for index, number in numbers.items():
-        if number in reasons and not drafts[index].pins:
+        if number in reasons and not drafts[index].held_by:
             pin = tie_pin(result[index], ties_by_number[number], reasons[number])
             result[index] = replace(result[index], pins=(pin,))
     return result

@@ -41,6 +41,10 @@ def propagate_attention(context: NodeContext, inputs: Sequence[LabeledValue | No
         context.pin_all(extra, "an unsupported input of a fused attention node")
     if head_geometry is None:
         return context.refuse(inputs, "a fused attention node with an unsupported packed layout")
+    if any(optional_input(inputs, k) is not None for k in form.norms):
+        return context.refuse(
+            inputs, "a fused attention node that normalizes queries and keys by a gain that is computed"
+        )
     if any(o.uses() or o.is_graph_output() for o in context.node.outputs[1 + len(form.present) :]):
         return context.refuse(inputs, "a fused attention node that outputs its scores")
     flat = len(context.call.shape(form.query)) < 4

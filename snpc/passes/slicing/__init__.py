@@ -6,6 +6,7 @@ Files
   mask               The masked model, which every sliced model is checked against: full size, with the removed units at
                      zero.
   masked_statistics  Statistics over the units that stay, in a graph that still has all of them.
+  restriction        A model that says less: logits of some entries of the vocabulary, or of the last position only.
   rewrite            The rewrite: split packed projections where widths would differ, slice, keep attention scales,
                      check the result.
   rewrite_as_stored  Rewriting for a file: that of a quantized one has the nodes and codes of the file in place of the
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from snpc.passes.slicing.mask import mask_constants, mask_model, zeroed_positions
 from snpc.passes.slicing.masked_statistics import mask_statistic
+from snpc.passes.slicing.restriction import find_logits, keep_last_row, vocabulary_cuts
 from snpc.passes.slicing.rewrite import REWRITE_PASSES, RewrittenModel, rewrite_model
 from snpc.passes.slicing.rewrite_as_stored import rewrite_as_stored
 from snpc.passes.slicing.shape_parameters import ShapeParameterEditor
@@ -32,13 +34,16 @@ __all__ = [
     "Cuts",
     "RewrittenModel",
     "ShapeParameterEditor",
+    "find_logits",
     "find_removed_units",
+    "keep_last_row",
     "mask_constants",
     "mask_model",
     "mask_statistic",
     "rewrite_as_stored",
     "rewrite_model",
     "unit_weights",
+    "vocabulary_cuts",
     "weigh_statistics",
     "weights_name",
     "zeroed_positions",

@@ -62,6 +62,7 @@ class ConsumerWeight:
     def put(self, edits: WeightEdits, units: IntArray, rows: FloatArray) -> None:
         """Write ``rows`` [units * columns, D] to the positions of these units, and zero to those of the others."""
         where, taps, width = self.positions(), self.taps, self.width
+        rows = edits.keep(rows)
         laid = np.moveaxis(rows.reshape(len(units), -1, taps, width), 3, 2)  # [units, repeats, D, offsets]
 
         def change(array: FloatArray, axis: int = self.weight_slice.axis) -> FloatArray:

@@ -23,7 +23,7 @@ from snpc.graph import (
 )
 from snpc.ops import ADD, lookup
 from snpc.passes.grouping import TracedGraph
-from snpc.types import FloatArray, Group, IntArray
+from snpc.types import AnyArray, FloatArray, Group, IntArray
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,22 @@ class WeightSlice:
     index: tuple[IntArray, ...]
 
 
+def keep_in_memory(array: AnyArray) -> AnyArray:
+    """The array itself."""
+    return array
+
+
 @dataclass
 class WeightEdits:
-    """Changes to constants by name, in order, and vectors to add to the outputs of nodes (by node name)."""
+    """Changes to constants by name, in order, and vectors to add to the outputs of nodes (by node name).
+
+    ``keep``: where new rows and edited weights lie, which are as large as the model: it gives an array back, or a copy
+    in a file.
+    """
 
     changes: dict[str, list[Callable[[FloatArray], FloatArray]]] = field(default_factory=dict)
     biases: dict[str, FloatArray] = field(default_factory=dict)
+    keep: Callable[[AnyArray], AnyArray] = keep_in_memory
 
     def mix(self, weight_slice: WeightSlice, block: int, matrix: FloatArray) -> None:
         """Change the basis of a block: of its slices x_i along the axis, new_j = sum_i x_i matrix[i, j]."""
@@ -67,7 +77,7 @@ class WeightEdits:
 
     def put(self, weight_slice: WeightSlice, block: int, units: IntArray, rows: FloatArray) -> None:
         """Write ``rows`` [units, fan] to the positions of these units."""
-        where = weight_slice.index[0][block][units]
+        where, rows = weight_slice.index[0][block][units], self.keep(rows)
 
         def change(array: FloatArray, axis: int = weight_slice.axis) -> FloatArray:
             moved = np.moveaxis(array, axis, 0)
@@ -113,18 +123,22 @@ def apply_edits(traced_graph: TracedGraph, edits: WeightEdits) -> ir.Model:
     for name, changes in edits.changes.items():
         value = copy.graph.initializers[name]
         if value.const_value is not None:
-            value.const_value = lazy_edit(value.const_value, changes, name)
+            value.const_value = lazy_edit(value.const_value, changes, name, edits.keep)
     return copy
 
 
 def lazy_edit(
-    tensor: ir.TensorProtocol, changes: Sequence[Callable[[FloatArray], FloatArray]], name: str
+    tensor: ir.TensorProtocol,
+    changes: Sequence[Callable[[FloatArray], FloatArray]],
+    name: str,
+    keep: Callable[[AnyArray], AnyArray],
 ) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
         array = tensor.numpy().astype(np.float64)
         for change in changes:
             array = change(array)
-        return ir.Tensor(np.ascontiguousarray(array.astype(tensor.numpy().dtype)), dtype=tensor.dtype, name=name)
+        contents = keep(np.ascontiguousarray(array.astype(tensor.numpy().dtype)))
+        return ir.Tensor(contents, dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=name, cache=True)
 

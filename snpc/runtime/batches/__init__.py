@@ -23,6 +23,7 @@ from snpc.runtime.batches.packed_symmetric import packed_length, row_strips, unp
 from snpc.runtime.batches.program import BatchProgram, BatchSums
 from snpc.runtime.batches.streamed_model import (
     StreamedModel,
+    border_store,
     must_stream,
     open_file,
     open_graph,
@@ -40,6 +41,7 @@ __all__ = [
     "LocalBatchValues",
     "StreamedModel",
     "add_up",
+    "border_store",
     "dense_name",
     "must_stream",
     "open_file",

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from snpc.runtime.batches.program import BatchProgram, BatchSums
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget, temporary_session
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Execution,
+    MemoryMode,
+    SpillableStore,
+    memory_budget,
+    model_weights,
+    session_bytes,
+    temporary_session,
+)
 from snpc.runtime.io import StoredStage
 from snpc.types import AnyArray, FloatArray
 
 if TYPE_CHECKING:
     from snpc.runtime.batches.distributed import DistributedBatchValues
 
+HELD_ONCE_SHARE = 8  # weights that take more than one part in so many of the memory are held once only
 DENSE_ENTRY = "values of the dense model"
 
 
@@ -28,21 +38,24 @@ class BatchValues(Protocol):
 
 
 class LocalBatchValues:
-    """Values in this process: in memory up to ``execution.memory_limit`` bytes, the others in temporary files.
+    """Values in this process: in memory up to half of ``execution.memory_limit``, the others in temporary files.
 
     ``batches``: the values that each batch begins with.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, AnyArray]], execution: Execution = DEFAULT_EXECUTION) -> None:
         self.execution = execution
-        self.store = SpillableStore(memory_budget(execution.memory_limit))
+        self.budget = memory_budget(execution.memory_limit)
+        self.store = SpillableStore(self.budget // 2)
         self.batches = [{name: self.store.keep(array) for name, array in values.items()} for values in batches]
 
     def run(self, program: BatchProgram) -> BatchSums:
         """See ``BatchValues``. No program with ``observe`` runs here: it names samples, which are not known."""
         assert program.observe is None
         sums = BatchSums()
-        with temporary_session(program.model, execution=self.execution, memory="shared") as run:
+        large = HELD_ONCE_SHARE * session_bytes(model_weights(program.model)) > self.budget
+        memory: MemoryMode = "least" if large else "shared"
+        with temporary_session(program.model, execution=self.execution, memory=memory, external=large) as run:
             for number, values in enumerate(self.batches):
                 outputs = run(values)
                 half = sums.odd if number % 2 else sums.even
@@ -81,9 +94,19 @@ class DenseValues:
         self.batches: list[dict[str, AnyArray]] = []
         self.on_workers: DistributedBatchValues | None = None
 
-    def add(self, outputs: Mapping[str, AnyArray]) -> None:
-        """The values of the next batch."""
-        self.batches.append({dense_name(name): self.store.keep(outputs[name]) for name in self.names})
+    def put(self, number: int, values: Mapping[str, AnyArray]) -> None:
+        """Values of the batch of this number: all, or some."""
+        self.take(number, {dense_name(name): self.store.keep(array) for name, array in values.items()})
+
+    def take(self, number: int, batch: Mapping[str, AnyArray]) -> None:
+        """Values under the names that batches keep them by."""
+        self.batches += [{} for _ in range(number + 1 - len(self.batches))]
+        self.batches[number] |= batch
+
+    def batches_of(self, names: Collection[str]) -> list[dict[str, AnyArray]]:
+        """Of every batch, the values of these names."""
+        wanted = {dense_name(name) for name in names}
+        return [{name: array for name, array in batch.items() if name in wanted} for batch in self.batches]
 
     def keep_in(self, stage: StoredStage) -> None:
         """Store them with the statistics that were measured beside them."""

@@ -47,6 +47,11 @@ def must_stream(model: ir.Model, execution: Execution) -> bool:
     return execution.on_cpu and session_bytes(model_weights(model)) > weight_budget(execution.memory_limit)
 
 
+def border_store(execution: Execution) -> SpillableStore:
+    """Where values at the borders of segments lie."""
+    return SpillableStore(memory_budget(execution.memory_limit) // BORDER_SHARE)
+
+
 def stream_segments(
     model: ir.Model, facts: ShapeFacts, execution: Execution, together: Iterable[Span] = ()
 ) -> list[Segment]:
@@ -78,7 +83,7 @@ class StreamedModel:
 
     def run(self, batches: Iterable[Feeds], advance: Advance = ignore_advance) -> list[dict[str, AnyArray]]:
         """The outputs for each batch, by name. ``advance`` is told of every segment that all batches have passed."""
-        store = SpillableStore(memory_budget(self.execution.memory_limit) // BORDER_SHARE)
+        store = border_store(self.execution)
         states: list[Mapping[str, AnyArray]] = list(batches)
         for segment in self.segments:
             part = extract_segment(self.model, segment, self.facts)

@@ -30,6 +30,8 @@ Files
   held_out        Samples that are held out: nothing is fitted to them, so that the quality of a result can be measured
                   on them.
   images          Pictures as calibration data: short side resized, center cropped, (value / 255 - mean) / std.
+  kept_vocabulary  Token ids of data for a model with a smaller vocabulary: renumbered, and samples that hold other ids
+                  left out.
   python_sources  Calibration data from code: ``file.py:function``, iterables and callables, onnxruntime's
                   CalibrationDataReader.
   sources         The form of every source of calibration data: parts, whose shapes are known before their values are
@@ -61,6 +63,7 @@ from snpc.runtime.calibration.dataset import (
 from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.held_out import MAX_HELD_OUT, count_held_out
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
+from snpc.runtime.calibration.kept_vocabulary import with_kept_vocabulary
 from snpc.runtime.calibration.python_sources import (
     CalibrationValue,
     load_script_function,
@@ -115,6 +118,7 @@ def load_calibration(
     ``held_out`` other samples are kept apart to measure quality on (0: none): those that are left over, else a tenth.
 
     ``images``: how pictures become inputs. ``text``: how text becomes token ids; a .txt or .jsonl needs a tokenizer.
+    Of a model with a smaller vocabulary, ``text.vocabulary`` says which ids of the data it has.
 
     Raises UserError when the data cannot be fed to the model: it says which file, input and sample, and what to do.
     An attention mask, positions, token types and empty caches are filled in where the data has token ids alone. What
@@ -129,6 +133,7 @@ def load_calibration(
         raise UserError("the model has no inputs: calibration data has nowhere to go")
     request = SampleRequest(samples, batch, seed, held_out)
     opened = with_filled_inputs(_open_source(source, tuple(inputs), images, text))
+    opened = with_kept_vocabulary(opened, text.vocabulary)
     calibration = calibration_from_source(opened, tuple(inputs), request)
     next(calibration.batches())
     if calibration.held_out is not None:

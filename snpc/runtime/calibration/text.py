@@ -8,6 +8,7 @@ model without a mask gets windows of the samples one after another. Tokens that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.runtime.calibration.sources import CalibrationSource, as_user_error, name_list, part_in_memory
 from snpc.runtime.calibration.text_inputs import find_ids, find_mask
-from snpc.types import AnyArray, TensorSpec
+from snpc.types import AnyArray, IntArray, TensorSpec
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -38,11 +39,14 @@ class TextOptions:
 
     ``tokenizer``: a ``tokenizer.json``, or a folder that holds one. ``seq_len``: tokens of a sample, those that the
     tokenizer adds included; None takes the model's static axis, else 128. ``field``: that of a .jsonl with the text.
+    ``vocabulary``: [kept] ids that a restricted model has, ascending (``Restriction.vocabulary``): the ids of data,
+    text or arrays, become positions in it, and samples that hold others are left out.
     """
 
     tokenizer: Path | str | None = None
     seq_len: int | None = None
     field: str = "text"
+    vocabulary: IntArray | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.seq_len is not None and self.seq_len < 2:

@@ -42,7 +42,15 @@ from snpc.runtime.closed_form.elimination import (
 )
 from snpc.runtime.closed_form.normalizations_inside import before_gain, fit_normalizations_inside, score_systems
 from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
-from snpc.runtime.execution import SILENT, Progress, SpillableStore, track
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    SILENT,
+    Execution,
+    Progress,
+    SpillableStore,
+    memory_budget,
+    track,
+)
 from snpc.runtime.statistics import (
     ConsumerMoments,
     GroupMoments,
@@ -54,6 +62,8 @@ from snpc.runtime.statistics import (
     required_statistics,
 )
 from snpc.types import AnyArray, ClosedFormKind, FloatArray, Group, IntArray
+
+WEIGHT_BYTES = 256 << 20  # of fitted weights that stay in memory
 
 ROTATED: tuple[ClosedFormKind, ...] = ("low_rank_qk", "low_rank_vo")
 """The kinds that change the basis of a group, so that it keeps its first units."""
@@ -158,13 +168,16 @@ def solve_closed_forms(
         kind = moment_set.kinds.get(group.id)
         if kind is None:
             continue
-        moments = moment_set.moments[group.id]
-        with solving(group.id):
+        with solving(group.id):  # nothing of one group is held while the next is solved
             if kind in ROTATED:
-                bases[group.id] = low_rank_bases(analysis.traced_graph, analysis.weights[group.id], moments)
+                weights = analysis.weights[group.id]
+                bases[group.id] = low_rank_bases(analysis.traced_graph, weights, moment_set.moments[group.id])
             else:
-                solved = elimination_orders(analysis, group, moments)
-                orders[group.id] = tuple(store_factors(order, store) for order in solved)
+                orders[group.id] = tuple(
+                    store_factors(order, store)
+                    for order in elimination_orders(analysis, group, moment_set.moments[group.id])
+                )
+    release_moments(moment_set.moments)
     return ClosedForms(
         analysis,
         moment_set.kinds,
@@ -251,24 +264,35 @@ def in_rotated_order(closed_forms: ClosedForms, plan: SlicePlan) -> SlicePlan:
     return replace(plan, keep=keep)
 
 
-def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan) -> TracedGraph:
-    """The model at full size, every weight fitted for the plan on the activations of the dense model."""
-    source = closed_forms.analysis.traced_graph
-    return trace_graph(
-        apply_edits(source, closed_form_edits(closed_forms, plan)), source.dim_sizes, kv_cache=source.kv_cache
-    )
+def fit_parallel(closed_forms: ClosedForms, plan: SlicePlan, execution: Execution = DEFAULT_EXECUTION) -> TracedGraph:
+    """The model at full size, every weight fitted for the plan on the activations of the dense model. Fitted weights
+    beyond ``execution.memory_limit`` lie in temporary files."""
+    source, store = closed_forms.analysis.traced_graph, weight_store(execution)
+    edits = closed_form_edits(closed_forms, plan, store=store)
+    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
+
+
+def weight_store(execution: Execution) -> SpillableStore:
+    """Where fitted weights lie: they are read once or twice."""
+    return SpillableStore(min(memory_budget(execution.memory_limit) // 4, WEIGHT_BYTES))
 
 
 def closed_form_edits(
-    closed_forms: ClosedForms, plan: SlicePlan, earlier: Mapping[str, AnyArray] | None = None
+    closed_forms: ClosedForms,
+    plan: SlicePlan,
+    earlier: Mapping[str, AnyArray] | None = None,
+    store: SpillableStore | None = None,
 ) -> WeightEdits:
-    """Every edit of the plan; ``earlier``: contents of the constants that were changed before.
+    """Every edit of the plan; ``earlier``: contents of the constants that were changed before. ``store``: where weights
+    lie; None: in memory.
 
     Units of linear layers are rotated first, the last layer first: what is refitted in front of them, and added to a
     bias there, is in their new basis. Consumers of whole heads come next: the basis of the values is solved for what is
     left of them.
     """
     edits = WeightEdits({name: [start_from(array)] for name, array in (earlier or {}).items()})
+    if store is not None:
+        edits.keep = store.keep
     analysis = closed_forms.analysis
     position = {node: index for index, node in enumerate(analysis.traced_graph.model.graph)}
 
@@ -287,7 +311,15 @@ def closed_form_edits(
                 fit_normalizations_inside(edits, analysis, group, closed_forms.moments[group.id], rows)
             elif kind in ROTATED:
                 apply_basis(edits, closed_forms, group, len(rows[0]))
+    if store is not None:
+        release_moments(closed_forms.moments)
     return edits
+
+
+def release_moments(moments: Mapping[str, GroupMoments]) -> None:
+    """Forget those that were computed when they were read."""
+    if isinstance(moments, LazyMoments):
+        moments.release()
 
 
 def start_from(contents: AnyArray) -> Callable[[FloatArray], FloatArray]:

@@ -37,7 +37,7 @@ from snpc.runtime.batches import (
 )
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.algebra import solve_ridge
-from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits
+from snpc.runtime.closed_form.fit import ClosedForms, closed_form_edits, weight_store
 from snpc.runtime.closed_form.masked_weights import edited_constants
 from snpc.runtime.closed_form.ridge import RIDGES, Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
@@ -49,14 +49,16 @@ from snpc.runtime.closed_form.stages import (
     residual_errors,
     schedule_stages,
 )
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SessionLoadError, SpillableStore, memory_budget
 from snpc.runtime.io import NOT_STORED, StageEntry, StoredStage
 from snpc.runtime.statistics import (
     Instrument,
     PaddingMasks,
     consumer_moments,
     find_padding,
+    is_streamed,
     keep_token_masks,
+    measure_dense_values,
     moment_about,
     probe_row_counters,
     token_mask_runner,
@@ -85,7 +87,8 @@ def fit_layerwise(
     analysis = closed_forms.analysis
     groups = [g for g in analysis.groups if g.id in plan.keep]
     errors = residual_errors(analysis, groups)
-    base = fit_for_dense_stream(closed_forms, plan, errors)
+    store = weight_store(execution)
+    base = fit_for_dense_stream(closed_forms, plan, errors, store)
     if not errors or not groups:
         return base
     cut = rewrite_model(base, cuts_of(plan))
@@ -94,7 +97,7 @@ def fit_layerwise(
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     inputs = {str(value.name) for value in cut.model.graph.inputs}
     narrowed = {name: shape for name, shape in cut.sliced_interface().items() if name in inputs}
-    fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names, narrowed)
+    fit = LayerwiseFit(analysis, plan, base, cut.model, cut.source.facts, padding, dense_names, narrowed, store)
     stored = stored_corrections(closed_forms, plan, calibration, execution)
     known = [stored.get(stage.error.group.id) for stage in stages]
     if all(known):  # nothing has to run
@@ -127,10 +130,12 @@ def stored_corrections(
     return execution.stored_stage("layers", closed_forms.identity, calibration.identity, plan.keep)
 
 
-def fit_for_dense_stream(closed_forms: ClosedForms, plan: SlicePlan, errors: list[ResidualError]) -> TracedGraph:
+def fit_for_dense_stream(
+    closed_forms: ClosedForms, plan: SlicePlan, errors: list[ResidualError], store: SpillableStore
+) -> TracedGraph:
     """The model with all closed forms of the plan, and a bias behind every weight that compensates for an error."""
     source = closed_forms.analysis.traced_graph
-    edits = closed_form_edits(closed_forms, plan)
+    edits = closed_form_edits(closed_forms, plan, store=store)
     for error in errors:
         (consumer,) = closed_forms.analysis.weights[error.group.id].consumers
         edits.add_bias(str(consumer.node.name), np.zeros(error.width))
@@ -140,7 +145,8 @@ def fit_for_dense_stream(closed_forms: ClosedForms, plan: SlicePlan, errors: lis
 @dataclass(frozen=True)
 class LayerwiseFit:
     """What all stages share. ``base``: the full-size model, whose constants the stages change. ``cut``: the same sliced
-    before the first stage, with the ``facts`` of its values. ``narrowed``: its inputs that are narrower, caches."""
+    before the first stage, with the ``facts`` of its values. ``narrowed``: its inputs that are narrower, caches.
+    ``store``: where weights lie."""
 
     analysis: Analysis
     plan: SlicePlan
@@ -150,6 +156,7 @@ class LayerwiseFit:
     padding: PaddingMasks
     dense_names: frozenset[str]
     narrowed: Mapping[str, SlicedShape]
+    store: SpillableStore
 
     def kept_units(self, error: ResidualError) -> IntArray:
         """The units that the cut hidden value shows, in the order of its columns."""
@@ -168,6 +175,10 @@ def first_values(
     names = tuple(stage.error.value for stage in stages)
     if dense is not None and not (dense.calibration is calibration and set(names) <= set(dense.names)):
         dense = None
+
+    if dense is None and is_streamed(fit.analysis, execution):
+        dense = DenseValues(names, calibration, memory_budget(execution.memory_limit) // 2)
+        measure_dense_values(fit.analysis, dense, execution)
 
     def batches() -> Iterator[dict[str, AnyArray]]:
         with token_mask_runner(fit.analysis.traced_graph, fit.padding, execution) as masks:
@@ -247,11 +258,11 @@ def fit_stage(
     Returns what was added to weight and bias.
     """
     keep = fit.kept_units(stage.error)
-    sums = values.run(measuring_program(fit, stage, len(keep)))
+    measured = [values.run(measuring_program(fit, stage, len(keep)))]
     if known is not None:
         correction, bias = known.arrays["weight"], known.arrays["bias"]
     else:
-        correction, bias = solve_residual_error(sums, len(keep))
+        correction, bias = solve_residual_error(measured.pop(), len(keep))
     compensate(fit, stage.error, keep, correction, bias)
     if not last:
         values.run(correcting_program(fit, stage, correction, bias))
@@ -308,14 +319,18 @@ def correcting_program(fit: LayerwiseFit, stage: FitStage, correction: FloatArra
 def solve_residual_error(sums: BatchSums, width: int) -> tuple[FloatArray, FloatArray]:
     """(correction [width, D], bias [D]): the ridge regression of the error on the kept hidden units, with the ridge
     that carries over from one half of the batches to the other, up to ``MAX_RESIDUAL_DAMPING``; of one batch, with
-    ``RESIDUAL_DAMPING``."""
+    ``RESIDUAL_DAMPING``. ``sums`` are empty afterwards: those of a wide layer are gigabytes."""
     moments = consumer_moments([unpack_symmetric(sums.total(GRAM))])
     (mean,), total = moments.means, sums.total(TOTAL).reshape(-1) / moments.count
     cross = sums.total(CROSS).reshape(width, -1) - moments.count * np.outer(mean, total)
+    sums.even.clear()
     ridge = RESIDUAL_DAMPING
     if sums.odd:
         odd = odd_regression(sums, mean, total)
-        halves = Regression(moments.moment, cross) - odd, odd
+        sums.odd.clear()
+        even = Regression(moments.moment, cross) - odd
+        halves = even.for_search(), odd.for_search()
+        del even, odd
         ridge = min(choose_ridge(halves, RESIDUAL_RIDGES, RESIDUAL_DAMPING).ridge, MAX_RESIDUAL_DAMPING)
     correction = solve_ridge(moments.moment, cross, ridge)
     return correction, total - mean @ correction
@@ -340,4 +355,4 @@ def compensate(
     for name, array in edited_constants(fit.base, edits).items():
         value = fit.base.model.graph.initializers[name]
         assert value.const_value is not None
-        value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=name)
+        value.const_value = ir.Tensor(fit.store.keep(array), dtype=value.const_value.dtype, name=name)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ START = 0.1  # where the search begins
 HALF_TO_WHOLE = 0.4  # twice the rows ask for half the ridge, and a little less: measured, docs/rows-and-ridge.md
 BOTH_WAYS = 1024  # regressors up to which either half judges the other: beyond, one way costs enough and says the same
 REFIT_SHARE = 1 / 3  # of the ridge with the least squared error: see ``choose_refit_ridge``
+SINGLE: np.dtype[Any] = np.dtype(np.float32)
 PROBES = 64  # random combinations of the targets that stand for all of them
 
 
@@ -54,6 +56,11 @@ class Regression:
         matrix = self.moment.copy()
         matrix.flat[:: len(matrix) + 1] += ridge * self.mean_diagonal + 1e-12
         return current_algebra().solve_positive_definite(matrix, self.cross)
+
+    def for_search(self) -> Regression:
+        """What a search of the ridge needs of it: half of the memory, and few targets (``combine_targets``)."""
+        targets = combine_targets(self.cross)
+        return Regression(*(part.astype(SINGLE, copy=False) for part in (self.moment, targets)))
 
     @property
     def mean_diagonal(self) -> float:
@@ -98,7 +105,9 @@ def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, 
     """
     targets = combine_targets(weight)
     whole, half = (refit_regression(part, targets, keep) for part in (moment, odd))
-    choice = choose_ridge((whole - half, half))
+    halves = (whole - half).for_search(), half.for_search()
+    del whole, half  # as large as all else together
+    choice = choose_ridge(halves)
     return replace(choice, ridge=choice.ridge * REFIT_SHARE)
 
 
@@ -110,9 +119,7 @@ def choose_ridge(halves: Sequence[Regression], ridges: Sequence[float] = RIDGES,
     as forty. Up to ``PROBES`` random combinations of the targets stand for all of them, the same for every ridge. With
     more than ``BOTH_WAYS`` regressors, only the first half is fitted, and the second judges.
     """
-    first, second = (
-        Regression(half.moment.astype(np.float32), combine_targets(half.cross).astype(np.float32)) for half in halves
-    )
+    first, second = (half.for_search() for half in halves)
 
     both = len(first.moment) <= BOTH_WAYS
 

@@ -69,6 +69,7 @@ from snpc.runtime.execution.runners import (
     open_runner,
 )
 from snpc.runtime.execution.session import (
+    MemoryMode,
     SessionLoadError,
     first_lines,
     onnxruntime_version,
@@ -101,6 +102,7 @@ __all__ = [
     "AlgebraName",
     "Execution",
     "LostWorker",
+    "MemoryMode",
     "Progress",
     "RandomInputs",
     "Reduction",

@@ -18,6 +18,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ class StoredStage:
         if entry is None or len(entry.record) != count:
             return None
         return [{key: entry.arrays[f"{k} {key}"] for key in keys} for k, keys in enumerate(entry.record)]
+
+    def remove(self, name: str) -> None:
+        """Forget what was stored under ``name``. What is mapped stays readable; where the system has no such
+        files, it stays."""
+        path = self.path_of(name)
+        if path is not None:
+            with suppress(OSError):
+                path.unlink()
 
     def path_of(self, name: str) -> Path | None:
         """The file of an entry: its name as far as file names allow, and a digest of it."""

@@ -10,6 +10,8 @@ Files
   predicted_curves  Loss curves without trials: the closed-form losses of all groups, brought to one scale.
   segmented_model  A model in segments whose weights are inputs, so that a trial of changed weights runs only from their
                    segment on.
+  session_pool     Sessions that are opened when they are first run, and closed where the weights of all take more
+                   memory than there is.
 """
 
 from __future__ import annotations

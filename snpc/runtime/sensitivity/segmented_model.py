@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.slicing import weigh_statistics, weights_name
+from snpc.runtime.batches import must_stream, stream_segments
 from snpc.runtime.closed_form import NotSegmentable, check_boundary_types, constant_array, residual_sums
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -27,7 +29,9 @@ from snpc.runtime.execution import (
     SpillableStore,
     save_runnable,
     temporary_session,
+    weight_budget,
 )
+from snpc.runtime.sensitivity.session_pool import SessionPool
 from snpc.types import AnyArray, Feeds, Group
 
 SegmentStates = list[dict[str, AnyArray]]  # the values that enter each segment, and those that leave the last
@@ -122,7 +126,8 @@ def open_segmented_model(
     execution: Execution = DEFAULT_EXECUTION,
     folder: Path | None = None,
 ) -> Iterator[SegmentedModel]:
-    """The analyzed model in segments that end where a group's contribution joins the residual stream.
+    """The analyzed model in segments that end where a group's contribution joins the residual stream. Where it does not
+    fit into memory, sessions are opened as trials run them.
 
     ``changed``: group id -> names of the constants that its trials change. Where a segment cannot be run on its own,
     the model is one segment. ``folder``: where the segments are saved for other processes.
@@ -131,6 +136,12 @@ def open_segmented_model(
     ends = [end for group in analysis.groups if group.id in changed for end in segment_ends(analysis, group)]
     names = {name for constants in changed.values() for name in constants}
     with ExitStack() as stack:
+        if folder is None and must_stream(source.model, execution):
+            segments = split_into_segments(source.model, sorted({*ends, *streamed_ends(source, execution)}))
+            check_boundary_types(source.facts, segments)
+            sessions = open_lazily(source, segments, names, execution, stack)
+            yield segmented_model(source, sessions, changed, ())
+            return
         try:
             segments = split_into_segments(source.model, sorted(set(ends)))
             check_boundary_types(source.facts, segments)
@@ -139,9 +150,18 @@ def open_segmented_model(
             segments = split_into_segments(source.model, [])
             sessions = open_segments(source, segments, names, execution, stack)
         saved = () if folder is None else save_segments(source, segments, names, folder)
-        spans = {group_id: span_of(sessions, constants) for group_id, constants in changed.items()}
-        computed = [value for value in source.model.graph.outputs if value.producer() is not None]  # the rest is stored
-        yield SegmentedModel(sessions, spans, tuple(str(value.name) for value in computed), saved)
+        yield segmented_model(source, sessions, changed, saved)
+
+
+def segmented_model(
+    source: TracedGraph,
+    sessions: tuple[SegmentSession, ...],
+    changed: Mapping[str, Collection[str]],
+    saved: tuple[SavedSegment, ...],
+) -> SegmentedModel:
+    spans = {group_id: span_of(sessions, constants) for group_id, constants in changed.items()}
+    computed = [value for value in source.model.graph.outputs if value.producer() is not None]  # the rest is stored
+    return SegmentedModel(sessions, spans, tuple(str(value.name) for value in computed), saved)
 
 
 def span_of(sessions: Sequence[SegmentSession], constants: Collection[str]) -> tuple[int, int]:
@@ -158,6 +178,36 @@ def open_segments(
         sessions = tuple(open_segment(source, segment, names, execution, opened) for segment in segments)
         stack.push(opened.pop_all())
     return sessions
+
+
+def streamed_ends(source: TracedGraph, execution: Execution) -> list[int]:
+    """Where segments end that fit into memory."""
+    return [segment.last for segment in stream_segments(source.model, source.facts, execution)]
+
+
+def open_lazily(
+    source: TracedGraph, segments: Sequence[Segment], names: set[str], execution: Execution, stack: ExitStack
+) -> tuple[SegmentSession, ...]:
+    """Sessions that share a pool, which ``stack`` closes."""
+    pool = SessionPool(weight_budget(execution.memory_limit), execution)
+    stack.callback(pool.close)
+    sessions = []
+    for segment in segments:
+        _, variable, weights = segment_models(source, segment, names)
+        fixed_run = pool.lazily(partial(fixed_model, source, segment, names))
+        variable_run = fixed_run if variable is None else pool.lazily(partial(variable_model, source, segment, names))
+        sessions.append(SegmentSession(segment, fixed_run, variable_run, weights))
+    return tuple(sessions)
+
+
+def fixed_model(source: TracedGraph, segment: Segment, names: set[str]) -> ir.Model:
+    return segment_models(source, segment, names)[0]
+
+
+def variable_model(source: TracedGraph, segment: Segment, names: set[str]) -> ir.Model:
+    model = segment_models(source, segment, names)[1]
+    assert model is not None
+    return model
 
 
 def open_segment(

@@ -18,6 +18,7 @@ Files
                     the graph.
   statistics        Statistics of a model on calibration data: float64 sums, which add up over parts of the data; and
                     their file.
+  streamed_measure  Statistics of a model whose weights do not fit into memory, measured one segment after the other.
   token_relevance   Relevance of each token for the outputs, by layer-wise relevance propagation (LRP) on calibration
                     data.
   unit_weights      The inputs of a criterion: the weights of a group as one row per unit, and its statistics.
@@ -59,7 +60,9 @@ from snpc.runtime.statistics.rows import SampledRows
 from snpc.runtime.statistics.statistics import (
     Statistics,
     check_statistics_match,
+    is_streamed,
     load_statistics,
+    measure_dense_values,
     measure_statistics,
     save_statistics,
 )
@@ -96,8 +99,10 @@ __all__ = [
     "group_moments",
     "group_weight_rows",
     "infer_probe_layout",
+    "is_streamed",
     "keep_token_masks",
     "load_statistics",
+    "measure_dense_values",
     "measure_statistics",
     "measure_token_relevance",
     "moment_about",

@@ -159,19 +159,30 @@ def measuring_model(
     analysis: Analysis, requests: Sequence[StatisticRequest], kept: Sequence[str] = ()
 ) -> tuple[ir.Model, PaddingMasks]:
     """(the model with an output for each statistic and for each value named ``kept``, the masks that it takes)."""
-    source = analysis.traced_graph
+    source, padding = analysis.traced_graph, padding_of(analysis, requests)
+    instrument = Instrument(source.model, padding.row_masks)
+    return add_requests(instrument, requests, kept, source.facts.types_by_name), padding
+
+
+def padding_of(analysis: Analysis, requests: Sequence[StatisticRequest]) -> PaddingMasks:
+    """The masks of the activations that these requests measure."""
     probes = [
         (probe, request.group.blocks * request.group.size)
         for request in requests
         for probe in (request.probe, request.partner)
         if probe is not None
     ]
-    padding = find_padding(source, probe_row_counters(probes))
-    instrument = Instrument(source.model, padding.row_masks)
+    return find_padding(analysis.traced_graph, probe_row_counters(probes))
+
+
+def add_requests(
+    instrument: Instrument, requests: Sequence[StatisticRequest], kept: Sequence[str], types: Mapping[str, ir.DataType]
+) -> ir.Model:
+    """The instrumented model, with an output for each statistic and for each value named ``kept``."""
     for request in requests:
         request.add_to(instrument)
-    instrument.add_values(kept, source.facts.types_by_name)
-    return instrument.model, padding
+    instrument.add_values(kept, types)
+    return instrument.model
 
 
 def measure_batches(

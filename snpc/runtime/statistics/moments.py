@@ -202,12 +202,17 @@ class LazyMoments(Mapping[str, GroupMoments]):
 
     def __getitem__(self, group_id: str) -> GroupMoments:
         if self.last is None or self.last[0] != group_id:
+            self.last = None  # before the next are made
             sums, odd = (
                 {StatisticKey.parse(name): array for name, array in part.get(group_id, {}).items()}
                 for part in (self.sums, self.odd)
             )
             self.last = (group_id, group_moments(self.kinds[group_id], sums, odd))
         return self.last[1]
+
+    def release(self) -> None:
+        """Forget what was read last, which may be a gigabyte."""
+        self.last = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)

@@ -16,10 +16,17 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up, unpacked_size
+from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up, must_stream, unpacked_size
 from snpc.runtime.calibration import Calibration, DataPart
-from snpc.runtime.execution import DEFAULT_EXECUTION, Advance, Execution, SpillableStore, memory_budget
-from snpc.runtime.io import NOT_STORED, StoredStage, atomic_write
+from snpc.runtime.execution import (
+    DEFAULT_EXECUTION,
+    Advance,
+    Execution,
+    SpillableStore,
+    ignore_advance,
+    memory_budget,
+)
+from snpc.runtime.io import NOT_STORED, StageEntry, StoredStage, atomic_write
 from snpc.runtime.statistics.distributed_measure import (
     StatisticObserver,
     measure_on_workers,
@@ -36,6 +43,7 @@ from snpc.runtime.statistics.measure import (
 from snpc.runtime.statistics.moments import required_statistics
 from snpc.runtime.statistics.padding import find_padding, probe_row_counters
 from snpc.runtime.statistics.rows import SampledRows, choose_strides, seen_shares
+from snpc.runtime.statistics.streamed_measure import StreamedMeasurement
 from snpc.types import AnyArray, FloatArray, Group
 
 SUM_BYTES = 256 << 20  # of each half's sums that stay in memory after the pass
@@ -180,11 +188,17 @@ def measure_statistics(
     stored = stage.get("all")
     if stored is not None and (dense is None or execution.executor is not None or restored(dense, stage, calibration)):
         return statistics_from(stored.record, stored.arrays)
-    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense)
-    if dense is not None and dense.batches:
-        dense.keep_in(stage)
-    stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
+    statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense, stage)
+    if not is_streamed(analysis, execution):  # else each segment is stored, and a second copy would be large
+        if dense is not None and dense.batches:
+            dense.keep_in(stage)
+        stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
     return statistics
+
+
+def is_streamed(analysis: Analysis, execution: Execution) -> bool:
+    """Whether statistics are measured segment after segment. Workers run whole models."""
+    return execution.executor is None and must_stream(analysis.traced_graph.model, execution)
 
 
 def restored(dense: DenseValues, stage: StoredStage, calibration: Calibration) -> bool:
@@ -200,8 +214,9 @@ def run_measurement(
     criterion: str | Criterion,
     execution: Execution,
     dense: DenseValues | None = None,
+    stage: StoredStage = NOT_STORED,
 ) -> Statistics:
-    """``measure_statistics`` where nothing is stored."""
+    """``measure_statistics`` where not all is stored. ``stage`` has what segments left."""
     judge = make_criterion(criterion) if isinstance(criterion, str) else criterion
     kinds = {} if method == "select" else closed_form_kinds(analysis.weights, groups)
     keys = {
@@ -212,14 +227,19 @@ def run_measurement(
         analysis.traced_graph, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests)
     ).row_masks
     requests = choose_strides(analysis, calibration, requests, masked)
+    streamed = is_streamed(analysis, execution)
     budget = memory_budget(execution.memory_limit)
-    totals = StatisticAccumulator(frozenset(kinds), judge, SpillableStore(budget // 2))
-    passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
-    with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
-        if execution.executor is not None:
-            measure_passes_on_workers(analysis, calibration, passes, totals, dense, execution, advance)
-        else:
-            measure_passes(analysis, calibration, passes, totals, dense, execution, advance)
+    totals = StatisticAccumulator(
+        frozenset(kinds), judge, SpillableStore(min(SUM_BYTES, budget // 4) if streamed else budget // 2)
+    )
+    if streamed:
+        measurement = StreamedMeasurement(analysis, calibration, requests, kinds, dense, execution)
+        measure_segments(measurement, totals, stage)
+    else:
+        passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
+        with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
+            measure = measure_passes if execution.executor is None else measure_passes_on_workers
+            measure(analysis, calibration, passes, totals, dense, execution, advance)
     gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
@@ -242,9 +262,9 @@ def run_measurement(
         spelled,
         samples,
         sources,
-        moved_out(totals.sums),
+        totals.sums if streamed else moved_out(totals.sums),
         parts,
-        moved_out(totals.odd),
+        totals.odd if streamed else moved_out(totals.odd),
         dict(seen_shares(requests)),
     )
 
@@ -264,14 +284,66 @@ def measure_passes(
         observer = totals.observer(requests)
         results = measure_batches(analysis, requests, calibration.batches(), kept=kept, execution=execution)
         for number, result in enumerate(results):
-            for group, observed in observer.observe(result, calibration, number).items():
-                totals.add_observation(group, observed)
-                if number % 2 == 1:
-                    totals.add_half(group, observed)
-            if dense is not None and kept:
-                dense.add(result)
+            totals.add_batch(observer, result, calibration, number)
+            if dense is not None:
+                dense.put(number, {name: result[name] for name in kept})
             advance(1)
         kept = ()
+
+
+def measure_segments(measurement: StreamedMeasurement, totals: StatisticAccumulator, stage: StoredStage) -> None:
+    """Measure segment after segment. ``stage``: segments that an earlier run has finished are not run again, and others
+    are stored as they finish."""
+    calibration = measurement.calibration
+    known = stored_segments(measurement, stage)
+    if not known:
+        measurement.begin()
+    total = sum(measurement.steps(part) for part in measurement.segments)
+    with measurement.execution.progress.stage("statistics", total) as advance:
+        for index, part in enumerate(measurement.segments):
+            found = totals.like()
+
+            def observe(
+                requests: Sequence[StatisticRequest],
+                number: int,
+                outputs: Mapping[str, AnyArray],
+                found: StatisticAccumulator = found,
+            ) -> None:
+                found.add_batch(found.observer(requests), outputs, calibration, number)
+
+            if index < len(known):
+                found.fill(known[index])
+                advance(measurement.steps(part))
+            else:
+                measurement.measure(part, observe, advance)
+                measurement.keep_in(stage, index)
+                entries = list(statistic_entries(found))
+                names = [(half, group, name) for half, group, name, _ in entries]
+                stage.put(f"sums of {part.name}", names, {str(k): array for k, (*_, array) in enumerate(entries)})
+            totals.merge(found)
+
+
+def measure_dense_values(analysis: Analysis, dense: DenseValues, execution: Execution) -> None:
+    """Let ``dense`` take its values from a pass over its data, segment after segment."""
+    measurement = StreamedMeasurement(analysis, dense.calibration, (), (), dense, execution)
+    measurement.begin()
+    for part in measurement.segments:
+        measurement.measure(part, observe_nothing, ignore_advance)
+
+
+def observe_nothing(requests: Sequence[StatisticRequest], number: int, outputs: Mapping[str, AnyArray]) -> None:
+    """Nothing is asked for."""
+
+
+def stored_segments(measurement: StreamedMeasurement, stage: StoredStage) -> list[StageEntry]:
+    """The sums of the segments that were finished before; the batches are brought behind them."""
+    known: list[StageEntry] = []
+    for part in measurement.segments:
+        entry = stage.get(f"sums of {part.name}")
+        if entry is None:
+            break
+        known.append(entry)
+    return known if known and measurement.restore(stage, len(known)) else []
 
 
 def measure_passes_on_workers(
@@ -321,6 +393,33 @@ class StatisticAccumulator:
         """What makes of a batch that these requests measured the arrays that are added up."""
         return statistic_observer(requests, frozenset(self.closed), self.criterion)
 
+    def add_batch(
+        self, observer: StatisticObserver, outputs: Mapping[str, AnyArray], calibration: Calibration, number: int
+    ) -> None:
+        """Add what was measured of the batch of this number."""
+        for group, observed in observer.observe(outputs, calibration, number).items():
+            self.add_observation(group, observed)
+            if number % 2 == 1:
+                self.add_half(group, observed)
+
+    def like(self) -> StatisticAccumulator:
+        """An empty one, which keeps its arrays in the same place."""
+        return StatisticAccumulator(self.closed, self.criterion, self.store)
+
+    def fill(self, entry: StageEntry) -> None:
+        """Take sums that were stored."""
+        for k, (half, group, name) in enumerate(entry.record):
+            sums = self.sums if half == "both" else self.odd
+            sums.setdefault(group, {})[name] = self.store.keep(np.array(entry.arrays[str(k)]))
+
+    def merge(self, other: StatisticAccumulator) -> None:
+        """Add the sums of another one, which is not used any more."""
+        for sums, more in ((self.sums, other.sums), (self.odd, other.odd)):
+            for group, arrays in more.items():
+                known = sums.setdefault(group, {})
+                for name, array in arrays.items():
+                    known[name] = np.add(known[name], array, out=known[name]) if name in known else array
+
     def add_half(self, group_id: str, arrays: Mapping[str, AnyArray]) -> None:
         """Add a batch of the odd half, or several."""
         for name in filter(has_halves, arrays) if group_id in self.closed else ():
@@ -365,7 +464,7 @@ def statistics_header(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def statistic_entries(statistics: Statistics) -> Iterator[tuple[str, str, str, AnyArray]]:
+def statistic_entries(statistics: Statistics | StatisticAccumulator) -> Iterator[tuple[str, str, str, AnyArray]]:
     """(half, group id, name, sum) of every sum: of "both" halves, or of the "odd" one."""
     for half, sums in (("both", statistics.sums), ("odd", statistics.odd)):
         for group, arrays in sums.items():

@@ -69,6 +69,8 @@ def learn_masks(
                         + (" with --layerwise" if training.layerwise else ""))  # fmt: skip
     if training.sharded:
         raise UserError("masks are few numbers, and weights do not train with them: leave out --sharded")
+    if training.sparsify:
+        raise UserError("masks prune whole units, and weights do not train with them: leave out --sparsify")
     groups = groups_to_prune(analysis, budget)
     with distributed_worker() as worker:
         masked = MaskedModule(

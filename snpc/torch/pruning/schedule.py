@@ -48,6 +48,8 @@ class Rounds:
             raise UserError(f"schedules prune MACs, not {target.kind}: give macs=R")
         if self.count < 1:
             raise UserError(f"rounds {self.count}: must be at least 1")
+        if self.training.sparsify:
+            raise UserError("a schedule prunes whole units: leave out --sparsify, and finetune its result with it")
 
     @property
     def macs_share(self) -> float:

@@ -13,6 +13,8 @@ Files
   options       Options of a training run, and its progress.
   reinitialize  New random weights for a pruned model: training from scratch is a baseline (Liu et al.
   sampling      Calibration data as training data: shuffled, split, or sharded over processes.
+  sparsity      Unstructured sparsity: decay of weights that the loss does not feel, and the smallest weights set to
+                zero.
   teacher       The dense model as a teacher: run by onnxruntime on a CPU, as a torch module where the student is on a
                 GPU.
 """
@@ -45,12 +47,15 @@ from snpc.torch.training.sampling import (
     shuffle_samples,
     skip_batches,
 )
+from snpc.torch.training.sparsity import Sparsifier, Sparsity
 from snpc.torch.training.teacher import Teacher, TeacherOutputs, mean_squares, teacher_function
 
 __all__ = [
     "Batch",
     "CheckpointFile",
     "CheckpointOptions",
+    "Sparsifier",
+    "Sparsity",
     "Teacher",
     "TeacherOutputs",
     "TrainingCallback",

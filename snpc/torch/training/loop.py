@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from snpc.torch.training.distributed import Worker
 from snpc.torch.training.fsdp import gather_tensors, local_shard, shard_module, shard_optimizer_state
 from snpc.torch.training.losses import Batch, LossFunction
 from snpc.torch.training.options import TrainingCallback, TrainingOptions, TrainingProgress
+from snpc.torch.training.sparsity import decay_insensitive, kept_zeros
 
 LOSS_SMOOTHING = 0.9  # decay of the moving average that progress shows
 
@@ -92,8 +93,9 @@ class LossModule(torch.nn.Module):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """``losses``: of every step that ran here. ``drift``: the best evaluation, None without any, and ``best_step``: the
-    step after which it was, 0 for the weights that training began with. The module is left with the best weights."""
+    """``losses``: of every step that ran here. ``drift``: the evaluation of the weights that the module is left with,
+    the best ones, None without any, and ``best_step``: the step after which it was, 0 for the weights that training
+    began with."""
 
     steps: int
     losses: Sequence[float]
@@ -107,13 +109,15 @@ class TrainingHooks:
     """What is called while training.
 
     ``evaluate``: decides which weights are kept, lower is better, and when training stops early; every process calls
-    it. ``checkpoints``: where the state is written, and resumed from. ``on_progress``: called after every step by the
+    it. ``keep_best``: false where it also changes the weights; those of the last evaluation are then kept.
+    ``checkpoints``: where the state is written, and resumed from. ``on_progress``: called after every step by the
     main process.
     """
 
     evaluate: Callable[[torch.nn.Module], float] | None = None
     checkpoints: CheckpointFile | None = None
     on_progress: TrainingCallback | None = None
+    keep_best: bool = True
 
 
 NO_HOOKS = TrainingHooks()
@@ -145,21 +149,24 @@ def train(
     evaluate = hooks.evaluate
     losses: list[float] = []
     monitor = ProgressMonitor(steps, state.step)
-    if evaluate is not None and not state.step:
+    if evaluate is not None and hooks.keep_best and not state.step:
         evaluate_and_keep_best(state, module, evaluate)  # the initial weights may be the best
     stream = batches_from(batches, state.step)
     while state.step < steps and not (training.early_stop and state.evaluations_since_best >= training.early_stop):
         rate = learning_rate(training, state.step, steps)
         losses.append(train_step(loss_module, next(stream), state, training, worker, rate))
         if evaluate is not None and (state.step % evaluate_every == 0 or state.step == steps):
-            evaluate_and_keep_best(state, module, evaluate)
+            if hooks.keep_best:
+                evaluate_and_keep_best(state, module, evaluate)
+            else:
+                evaluate_last(state, module, evaluate)
         if hooks.checkpoints and (state.step % hooks.checkpoints.every == 0 or state.step == steps):
             write_checkpoint(hooks.checkpoints, state, training, worker)
         progress = monitor.progress(state, losses[-1], rate)
         if hooks.on_progress and worker.is_main:
             hooks.on_progress(progress)
     load_final_weights(state)
-    if not state.best_weights:
+    if not math.isfinite(state.best_drift):
         return TrainingResult(state.step, losses, None, monitor.seconds())
     return TrainingResult(state.step, losses, state.best_drift, monitor.seconds(), state.best_step)
 
@@ -240,9 +247,12 @@ def train_step(
     with torch.autocast(worker.device.type, torch.bfloat16, enabled=uses_bfloat16(training, worker.device)):
         loss = loss_module(batch)
     loss.backward()
+    if training.regularize == "lobster":  # it compares gradients with one: as they are, before clipping
+        decay_insensitive(state.parameters, rate * training.decay)
     if training.clip:
         torch.nn.utils.clip_grad_norm_(state.parameters, training.clip)
-    state.optimizer.step()
+    with kept_zeros(state.parameters) if training.sparsify else nullcontext():
+        state.optimizer.step()
     state.step += 1
     if training.ema:
         decay = min(training.ema, (1 + state.step) / (10 + state.step))  # early weights change fast: average fewer
@@ -259,9 +269,10 @@ def train_step(
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], training: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW; gains and biases do not decay."""
+    """AdamW; gains and biases do not decay, and with "lobster" no weight decays in here."""
+    decay = training.decay if training.regularize == "decay" else 0.0
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.lr)
@@ -293,6 +304,12 @@ def evaluate_and_keep_best(
             state.best_drift, state.best_step, state.evaluations_since_best = drift, state.step, 0
         else:
             state.evaluations_since_best += 1
+
+
+def evaluate_last(state: TrainingState, module: torch.nn.Module, evaluate: Callable[[torch.nn.Module], float]) -> None:
+    """Evaluate, and perhaps change, the weights as they are."""
+    with torch.no_grad():
+        state.best_drift, state.best_step = evaluate(module), state.step
 
 
 def load_final_weights(state: TrainingState) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from snpc.errors import UserError
 
 LossKind = Literal["kd", "ce", "mse", "kd+ce"]
+Regularizer = Literal["decay", "lobster"]
 Reinit = Literal["none", "epochs", "budget"]
 TrainingPrecision = Literal["auto", "fp32", "bf16"]
 
@@ -20,6 +21,11 @@ class TrainingOptions:
     The run lasts ``steps`` steps, or else ``epochs``; ``batch`` is the number of samples per step over all processes.
     ``lr`` is reached after ``warmup`` steps (None: a twentieth of all) and falls to zero along a cosine (SGDR, arXiv
     1608.03983, without restarts). ``decay`` is AdamW's weight decay (arXiv 1711.05101), on matrices only.
+
+    ``regularize`` "lobster" scales that decay of each weight by what its gradient is short of one (see
+    ``training/sparsity.py``). ``sparsify``: set the smallest weights of all matrices to zero, at every evaluation as
+    many as let the held-out loss rise by so much above that of the given weights, and keep them at zero (0: none). The
+    last weights are then written, not the best.
 
     ``loss``: "kd" is the Kullback-Leibler divergence from the teacher's outputs at ``temperature``, times its square
     (arXiv 1503.02531, section 2); "mse" the squared error from them, relative to their mean square; "ce" the cross
@@ -45,6 +51,8 @@ class TrainingOptions:
     batch: int = 32
     lr: float = 3e-4
     decay: float = 0.01
+    regularize: Regularizer = "decay"
+    sparsify: float = 0.0
     warmup: int | None = None
     loss: LossKind = "kd"
     temperature: float = 2.0
@@ -64,7 +72,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
             require_option(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "early_stop", "evaluate", "seed", "clip", "decay", "adapters"):
+        for name in ("steps", "early_stop", "evaluate", "seed", "clip", "decay", "sparsify", "adapters"):
             require_option(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require_option(self.warmup is None or self.warmup >= 0, "warmup", self.warmup, "0 or more steps")
         require_option(self.lr > 0, "lr", self.lr, "more than 0")
@@ -74,6 +82,16 @@ class TrainingOptions:
         require_option(self.reinit in get_args(Reinit), "reinit", self.reinit, f"one of {', '.join(get_args(Reinit))}")
         require_option(self.reinit == "none" or not self.adapters, "adapters", self.adapters, "0 with new weights")
         require_option(not (self.sharded and self.adapters), "adapters", self.adapters, "0 with sharded weights")
+        kinds = get_args(Regularizer)
+        require_option(self.regularize in kinds, "regularize", self.regularize, f"one of {', '.join(kinds)}")
+        require_option(
+            self.regularize != "lobster" or self.sparsify > 0, "sparsify", self.sparsify, "more than 0 for lobster"
+        )
+        if self.sparsify:
+            for name, off in (("ema", 0), ("early_stop", 0), ("adapters", 0), ("sharded", False), ("reinit", "none")):
+                require_option(
+                    getattr(self, name) == off, name, getattr(self, name), f"{off} where weights are sparsified"
+                )
         require_option(self.precision in get_args(TrainingPrecision), "precision", self.precision, "auto, fp32 or bf16")
 
     @property

@@ -19,11 +19,11 @@ import snpc
 from snpc.ops import Layout, QuantizedArray, write_stored
 from snpc.passes.analyze import Analysis
 from snpc.planning import cuts_of
-from snpc.types import StoredConstant
 from tests.models.exports import export, load_feeds
 from tests.models.quantized import FORMS
 from tests.oracle import run
 from tests.patching import patch
+from tests.quantized_oracle import relative, silenced
 
 Array = npt.NDArray[Any]
 MODEL = "llama__dyn20"
@@ -50,64 +50,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 # -- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def silenced(path: Path, analysis: Analysis, plan: snpc.PruningPlan, target: Path) -> Path:
-    """The stored file with the codes of removed positions at their zero points."""
-    model, form = onnx.load(path), analysis.model.quantized
-    assert form is not None
-    tensors = {t.name: t for t in model.graph.initializer}
-    for (name, axis), removed in cuts_of(plan.slices).items():
-        if name in form.constants:
-            silence(tensors, form.constants[name], axis, removed)
-        else:
-            floats = numpy_helper.to_array(tensors[name]).copy()
-            np.moveaxis(floats, axis, 0)[removed] = 0
-            tensors[name].CopyFrom(numpy_helper.from_array(floats, name))
-    onnx.save(model, target)
-    return target
-
-
-def silence(tensors: Mapping[str, onnx.TensorProto], constant: StoredConstant, axis: int, removed: Array) -> None:
-    held = {part: numpy_helper.to_array(tensors[name]) for part, name in constant.parts.items()}
-    codes, name = held["codes"].copy(), constant.parts["codes"]
-    if constant.layout == "product":
-        silence_packed(codes, held.get("zero"), constant.attributes, axis, removed)
-    else:
-        zero = np.broadcast_to(zero_points(held, constant), codes.shape)
-        where = np.zeros(codes.shape, bool)
-        np.moveaxis(where, axis, 0)[removed] = True
-        codes = np.where(where, zero, codes.astype(np.int64)).astype(codes.dtype)
-    tensors[name].CopyFrom(numpy_helper.from_array(codes, name))
-
-
-def zero_points(held: Mapping[str, Array], constant: StoredConstant) -> Array:
-    """Of every code of a tensor that is not packed."""
-    zero = held.get("zero", np.zeros((), np.int8)).astype(np.int64)
-    shape = held["codes"].shape
-    if constant.block:
-        return zero.repeat(constant.block, constant.axis)[tuple(slice(n) for n in shape)] if zero.ndim else zero
-    if zero.size == 1:
-        return zero.reshape(())
-    return zero.reshape([-1 if k == constant.axis % len(shape) else 1 for k in range(len(shape))])
-
-
-def silence_packed(codes: Array, zero: Array | None, attributes: Mapping[str, Any], axis: int, removed: Array) -> None:
-    """In the bytes [N, blocks, bytes of a block] of a MatMulNBits, in place, one code after the other."""
-    bits, block = int(attributes["bits"]), int(attributes["block_size"])
-    mask, per_byte = (1 << bits) - 1, 8 // bits
-    columns = len(codes)
-    for column in range(columns):
-        for row in range(int(attributes["K"])):
-            if not removed[row if axis == 0 else column]:
-                continue
-            where = column, row // block, (row % block) // per_byte
-            point = 1 << (bits - 1)
-            if zero is not None:
-                packed = zero.reshape(columns, -1)[column, row // block // per_byte]
-                point = int(packed) >> (bits * (row // block % per_byte)) & mask
-            shift = bits * (row % per_byte)
-            codes[where] = int(codes[where]) & ~(mask << shift) | point << shift
-
-
 def whole_blocks_plan(analysis: Analysis) -> snpc.PruningPlan:
     """A plan that takes whole blocks of hidden layers, and any pairs of queries and keys."""
     plan = snpc.plan(analysis, snpc.Budget(ratio=0.3, roles=("qk", "ffn")), **SELECT)
@@ -115,14 +57,10 @@ def whole_blocks_plan(analysis: Analysis) -> snpc.PruningPlan:
     return replace(plan, slices=replace(plan.slices, keep={**plan.slices.keep, **ffn}))
 
 
-def relative(a: Array, b: Array) -> float:
-    return float(np.sqrt(np.mean((a - b) ** 2)) / np.sqrt(np.mean(b**2)))
-
-
 def apply_and_silence(path: Path, plan: snpc.PruningPlan, folder: Path) -> tuple[snpc.PrunedModel, float]:
     """The result, and how far its outputs are from those of the silenced file."""
     result = snpc.apply(plan, folder / "pruned.onnx")
-    masked = silenced(path, plan.analysis, plan, folder / "masked.onnx")
+    masked = silenced(path, plan.analysis, plan.slices, folder / "masked.onnx")
     feeds = load_feeds(MODEL)
     pruned, expected, dense = (run(file, feeds)[0] for file in (result.path, masked, path))
     assert relative(pruned, dense) > 1e-2
@@ -216,3 +154,27 @@ def test_wrong_codes_are_found_out(files: Mapping[str, Path], tmp_path: Path, mo
     with pytest.raises(snpc.CheckFailed, match="differs from its masked original"):
         snpc.prune(files["dynamic"], tmp_path / "out.onnx", ratio=0.3, **SELECT)
     assert not (tmp_path / "out.onnx").exists()
+
+
+# -- other models ----------------------------------------------------------------------------------------------------
+
+OTHERS = ("bert__ts17_sdpa", "vit_timm__ts17", "gpt2__ts17", "bart__ts17")  # packed projections, Gemm, two outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dynamic", "qdq_per_channel", "qdq_optimized", "operators", "uint4_blocks"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(name: str, form: str, tmp_path: Path) -> None:
+    FORMS[form](export(name), tmp_path / "q.onnx", load_feeds(name))
+    analysis = snpc.analyze(snpc.load(tmp_path / "q.onnx"))
+    plan = snpc.plan(analysis, snpc.Budget(ratio=0.3), **SELECT)
+    result = snpc.apply(plan, tmp_path / "pruned.onnx")  # sliced equals masked is checked by itself
+    dense = snpc.analyze(snpc.load(export(name)))
+    assert [(g.role, g.blocks, g.size) for g in analysis.groups] == [(g.role, g.blocks, g.size) for g in dense.groups]
+    record = result.verification.requantization
+    assert record is not None
+    assert form == "uint4_blocks" or record.requantized == 0
+    if not record.requantized:
+        masked = silenced(tmp_path / "q.onnx", analysis, plan.slices, tmp_path / "masked.onnx")
+        feeds = load_feeds(name)
+        assert max(map(relative, run(result.path, feeds), run(masked, feeds))) < 1e-6

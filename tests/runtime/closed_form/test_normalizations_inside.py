@@ -25,8 +25,22 @@ from tests.closed_forms import (
     tensor_values,
 )
 from tests.command_line import invoke, reported
+from tests.models.builder_decoders import BuilderDecoder
+from tests.models.exports import VOCABULARY, export
 from tests.models.head_norms import HEAD_NORMS, HEAD_WIDTH, HeadNorms
-from tests.oracle import TOLERANCE, Array, Feeds, analysis_at, analysis_of, prunable, relative_error, run
+from tests.models.normalized_decoders import NORMALIZED_DECODERS
+from tests.oracle import (
+    TOLERANCE,
+    Array,
+    Feeds,
+    analysis_at,
+    analysis_of,
+    feeds_of,
+    prunable,
+    relative_error,
+    require,
+    run,
+)
 
 FITTED = {name: form for name, form in HEAD_NORMS.items() if form.gain}
 ROOT_MEAN_SQUARES = {name: form for name, form in FITTED.items() if form.form != "LayerNormalization"}
@@ -171,6 +185,44 @@ def test_the_planner_cuts_them_by_measured_curves(name: str, tmp_path: Path) -> 
     equal = result.verification.max_abs_diff
     assert equal is not None
     assert equal < 1e-4
+
+
+# -- caches ----------------------------------------------------------------------------------------------------------
+
+
+def check_cut_with_caches(path: Path, feeds: Feeds, folder: Path) -> None:
+    """Queries and keys are fitted and cut to half with their caches. ``apply`` compares the file with the masked model
+    and decoding step by step with decoding at once, and refuses what differs."""
+    analysis = snpc.analyze(snpc.load(path), prune_kv_cache=True)
+    data = calibration_of(analysis, dict(feeds), 4)
+    made = snpc.plan(analysis, snpc.Budget(0.5, ("qk", "vo"), uniform=True), data)
+    result = snpc.apply(made, folder / "out.onnx")
+    groups = prunable(analysis.groups, "qk")
+    assert groups
+    assert {result.closed_forms[group.id] for group in groups} == {"score_refit"}
+    assert result.cache_bytes[1] * 2 == result.cache_bytes[0]
+    assert any("step by step" in check for check in result.verification.structure)
+    equal = result.verification.max_abs_diff
+    assert equal is not None
+    assert equal < 1e-5
+
+
+@pytest.mark.parametrize("name", NORMALIZED_DECODERS)
+def test_decoders_with_caches_are_cut(name: str, tmp_path: Path) -> None:
+    require(name)
+    caches = {
+        key: np.zeros((8, *value.shape[1:2], 0, *value.shape[3:]), value.dtype)
+        for key, value in feeds_of(name).items()
+        if value.ndim == 4
+    }
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (8, 9))
+    check_cut_with_caches(export(name), {"input_ids": ids, "attention_mask": np.ones_like(ids), **caches}, tmp_path)
+
+
+def test_the_form_of_the_builder_is_cut(tmp_path: Path) -> None:
+    """Values lose as many channels as keys, whose width is held by nothing but norms."""
+    path = BuilderDecoder(head_norms="nodes").write(tmp_path / "m.onnx")
+    check_cut_with_caches(path, {"input_ids": np.random.default_rng(0).integers(0, 64, (8, 9))}, tmp_path)
 
 
 # -- what users read -------------------------------------------------------------------------------------------------

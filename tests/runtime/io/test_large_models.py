@@ -13,9 +13,11 @@ import onnx_ir as ir
 import pytest
 
 import snpc
+from snpc.runtime.batches import streamed_model
 from snpc.runtime.execution import memory
 from snpc.runtime.execution.session import open_session
 from snpc.runtime.io import read_model
+from snpc.runtime.sensitivity import segmented_model
 from snpc.runtime.statistics import unit_weights as numbers
 from tests.command_line import invoke
 from tests.models.layouts import Llama, write_llama
@@ -124,6 +126,32 @@ def test_where_no_segment_fits_nothing_is_run_and_that_is_said(
     verdict = json.loads(report.read_text())["verify"]
     assert verdict["max_abs_diff"] is None
     assert any("strict shape inference" in line for line in verdict["structure"])
+
+
+@pytest.mark.parametrize("effort", ["quick", pytest.param("normal", marks=pytest.mark.slow)])
+def test_weights_are_fitted_without_a_session_of_the_whole(
+    effort: snpc.Effort, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the data to the verified file, as where the model fits: the same widths, and outputs as close."""
+    ids = np.random.default_rng(0).integers(0, 50, (24, 16))
+    needed = memory.session_bytes(memory.model_weights(snpc.load(llama).graph))
+    results = []
+    for budget in (needed, needed // 2):
+        monkeypatch.setattr(streamed_model, "weight_budget", lambda _, budget=budget: budget)
+        monkeypatch.setattr(segmented_model, "weight_budget", lambda _, budget=budget: budget)
+        sessions = patch_sessions(monkeypatch)
+        calibration = snpc.load_calibration({"input_ids": ids}, snpc.load(llama).inputs, samples=16, batch=4)
+        path = tmp_path / f"{budget}.onnx"
+        results.append(
+            snpc.prune(llama, path, calibration=calibration, target="macs=0.8", effort=effort, tokens="none")
+        )
+        assert (max(sessions) < 0.9 * needed) == (budget < needed)
+    whole, streamed = results
+    widths = [{name: len(rows[0]) for name, rows in result.plan.keep.items()} for result in results]
+    assert widths[0] == widths[1]
+    assert set(streamed.closed_forms.values()) >= {"refit", "low_rank_vo"}
+    assert streamed.verification.equals_mask
+    assert streamed.quality.drift == pytest.approx(whole.quality.drift, rel=0.05)
 
 
 def patch_sessions(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -14,15 +14,17 @@ from snpc.passes.analyze import Analysis
 from snpc.pipeline.planner import with_closed_form_order
 from snpc.pipeline.score import score
 from snpc.runtime.closed_form.stages import NotSegmentable
-from snpc.runtime.execution.memory import SpillableStore
+from snpc.runtime.execution.memory import SpillableStore, model_weights, session_bytes
 from snpc.runtime.execution.session import SessionLoadError
 from snpc.runtime.execution.temporary_session import temporary_session
 from snpc.runtime.sensitivity import segmented_model
 from snpc.runtime.sensitivity.loss_curves import measurable_widths, trial_constants
 from snpc.runtime.sensitivity.segmented_model import SegmentedModel, open_segmented_model
+from snpc.runtime.sensitivity.session_pool import SessionPool
 from snpc.types import AnyArray
 from tests.closed_forms import closed_forms_of, prunable_of
 from tests.oracle import Array, analysis_of, feeds_of, run, written
+from tests.patching import patch
 
 VIT = "vit_timm__ts17"
 Trials = Mapping[str, Mapping[str, AnyArray]]
@@ -70,6 +72,33 @@ def test_outputs_are_those_of_the_whole_model(name: str) -> None:
             changed = outputs_of(analysis, feeds, trials[group.id])
             assert_same(list(model.outputs_with(states, group.id, trials[group.id]).values()), changed)
             assert any(not np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(changed, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [VIT, "bert__ts17"])
+def test_a_model_that_does_not_fit_opens_a_few_segments_at_a_time(name: str) -> None:
+    """With the same outputs, and never more than the limit in sessions."""
+    analysis, feeds, trials = analysis_of(name), feeds_of(name), trials_of(name)
+    limit = int(0.4 * session_bytes(model_weights(analysis.traced_graph.model)))
+    held: list[int] = []
+    opened = SessionPool.open
+
+    def noted(self: SessionPool, number: int, model: ir.Model) -> None:
+        opened(self, number, model)
+        held.append(sum(session.size for session in self.opened.values()))
+
+    with pytest.MonkeyPatch.context() as patching:
+        for module in ("batches.streamed_model", "sensitivity.segmented_model"):
+            patch(patching, f"snpc.runtime.{module}.weight_budget", lambda _: limit)
+        patching.setattr(SessionPool, "open", noted)
+        with open_segmented_model(analysis, trials) as model:
+            assert not held
+            states = model.dense_states(feeds, SpillableStore(0))
+            assert_same([states[-1][output] for output in model.outputs], outputs_of(analysis, feeds, {}))
+            for group in prunable_of(analysis)[::3]:
+                changed = outputs_of(analysis, feeds, trials[group.id])
+                assert_same(list(model.outputs_with(states, group.id, trials[group.id]).values()), changed)
+    assert len(held) > len(model.segments)
+    assert max(held) <= limit
 
 
 def test_every_layer_has_its_own_segments() -> None:
