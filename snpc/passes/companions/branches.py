@@ -100,7 +100,7 @@ def merge_branches(merged: ir.Model, first: ir.Model, second: ir.Model) -> ir.Mo
     graph = ir.Graph(
         inputs, [], nodes=[], opset_imports=dict(merged.graph.opset_imports), name=str(merged.graph.name or "merged")
     )
-    share_constants(graph, parts)
+    gather_constants(graph, parts)
     names = lookup(node.domain, node.op_type).branches
     assert names is not None
     switch = next(value for value in inputs if decoder_input(str(value.name)) == "branch")
@@ -138,7 +138,7 @@ def merged_inputs(merged: ir.Model, parts: Sequence[ir.Model]) -> list[ir.Value]
     return found
 
 
-def share_constants(graph: ir.Graph, parts: Sequence[ir.Model]) -> None:
+def gather_constants(graph: ir.Graph, parts: Sequence[ir.Model]) -> None:
     """Move the constants of all parts to ``graph``, those of equal contents once, under names that nothing else has."""
     taken = {str(value.name) for part in parts for value in inner_values(part)} | {str(v.name) for v in graph.inputs}
     known: dict[tuple[object, ...], ir.Value] = {}
