@@ -156,3 +156,14 @@ def cached_decoding_error(first: RunningDecoder, second: RunningDecoder) -> floa
     expected = whole[:, PROMPT:].astype(np.float64)
     scale = max(float(np.sqrt(np.mean(expected**2))), 1e-30)
     return float(np.abs(np.stack(found, axis=1) - expected).max()) / scale
+
+
+def likelihood_gap(decoder: RunningDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """How far the tokens behind ``prompt`` are from the most likely ones, given those before them: the largest
+    difference of their logits, relative to the root mean square of all. 0 for greedy decoding."""
+    interface = decoder.interface
+    ids = np.array([[*prompt, *tokens]])
+    logits = decoder.run(interface.feeds(ids, 0, interface.empty_caches()))[interface.logits][0].astype(np.float64)
+    rows = logits[len(prompt) - 1 : -1]
+    gaps = rows.max(-1) - rows[np.arange(len(tokens)), list(tokens)]
+    return float(gaps.max(initial=0)) / max(float(np.sqrt(np.mean(rows**2))), 1e-30)

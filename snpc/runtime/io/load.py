@@ -16,7 +16,15 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
+from snpc.graph import (
+    MalformedGraphError,
+    PassObserver,
+    attribute_values,
+    error_summary,
+    malformed_graph_errors,
+    static_shape,
+)
+from snpc.ops import rolling_pasts
 from snpc.passes.canonicalization import canonicalize
 from snpc.passes.companions import split_branches
 from snpc.passes.propagation import mark_shared_caches
@@ -133,7 +141,7 @@ def load_file(path: Path, observer: PassObserver | None, folder: TemporaryFolder
         check_producers(graph)
         check_contractions(graph)
         check_serializable(graph)
-        inputs, outputs = tensor_specs(graph.graph.inputs, graph), tensor_specs(graph.graph.outputs, graph)
+        inputs, outputs = input_specs(graph), tensor_specs(graph.graph.outputs, graph)
     except MalformedGraphError as error:
         raise UserError(f"{path}: {error}; run onnx.checker on it") from None
     except UserError as error:
@@ -231,6 +239,17 @@ def file_digest(path: Path, proto: onnx.ModelProto) -> str:
                     file.seek(start)
                     sha.update(file.read(1 << 20))
     return sha.hexdigest()
+
+
+def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Of the inputs, with the capacities of caches of sliding windows."""
+    capacities = {
+        str(value.name): capacity
+        for node in model.graph
+        for index, capacity in rolling_pasts(node.domain, node.op_type, attribute_values(node)).items()
+        if index < len(node.inputs) and (value := node.inputs[index]) is not None
+    }
+    return tuple(replace(s, capacity=capacities.get(s.name, 0)) for s in tensor_specs(model.graph.inputs, model))
 
 
 def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:
