@@ -12,7 +12,7 @@ from snpc.runtime.execution import Execution, file_session
 from snpc.runtime.io import load
 from snpc.targets import generate_tokens, has_genai
 
-PROMPT, COUNT = (3, 5, 7, 9, 11, 2), 8  # ids that every vocabulary has, and tokens behind them
+PROMPT_IDS, GENERATED = (3, 5, 7, 9, 11, 2), 8  # ids that every vocabulary has, and tokens behind them
 GAP_TOLERANCE = 1e-2  # of the logits' size: by how much a generated token may miss the most likely one
 
 
@@ -37,9 +37,9 @@ def generation_fault(folder: Path, model: Path, execution: Execution) -> str:
     if interface is None:
         return "its inputs are of unknown kinds"
     try:
-        tokens: Sequence[int] = generate_tokens(folder, PROMPT, COUNT)
+        tokens: Sequence[int] = generate_tokens(folder, PROMPT_IDS, GENERATED)
         with file_session(model, execution) as run:
-            gap = likelihood_gap(RunningDecoder(interface, run), PROMPT, tokens)
+            gap = likelihood_gap(RunningDecoder(interface, run), PROMPT_IDS, tokens)
     except UserError as error:
         return str(error)
     return "" if gap <= GAP_TOLERANCE else f"onnxruntime-genai generates {list(tokens)}, which onnxruntime does not"

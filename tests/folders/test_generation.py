@@ -11,7 +11,7 @@ import pytest
 import snpc
 from snpc.errors import CheckFailed, UserError
 from snpc.folders import generation
-from snpc.folders.generation import COUNT, PROMPT, check_generation
+from snpc.folders.generation import GENERATED, PROMPT_IDS, check_generation
 from snpc.folders.model_folder import find_model_folder
 from snpc.runtime.evaluation import RunningDecoder, decoder_interface, likelihood_gap
 from snpc.runtime.execution import DEFAULT_EXECUTION, file_session
@@ -29,11 +29,11 @@ def greedy_tokens(folder: Path) -> list[int]:
     assert interface is not None
     tokens: list[int] = []
     with file_session(path) as run:
-        for _ in range(COUNT):
-            ids = np.array([[*PROMPT, *tokens]])
+        for _ in range(GENERATED):
+            ids = np.array([[*PROMPT_IDS, *tokens]])
             tokens.append(int(run(interface.feeds(ids, 0, interface.empty_caches()))["logits"][0, -1].argmax()))
-        assert likelihood_gap(RunningDecoder(interface, run), PROMPT, tokens) == 0
-        assert likelihood_gap(RunningDecoder(interface, run), PROMPT, [*tokens[:-1], (tokens[-1] + 1) % 64]) > 0
+        assert likelihood_gap(RunningDecoder(interface, run), PROMPT_IDS, tokens) == 0
+        assert likelihood_gap(RunningDecoder(interface, run), PROMPT_IDS, [*tokens[:-1], (tokens[-1] + 1) % 64]) > 0
     return tokens
 
 
@@ -43,7 +43,7 @@ def test_genai_generates_what_the_pruned_model_stands_for(tmp_path: Path) -> Non
     found = snpc.prune_folder(source, tmp_path / "half", ratio=0.5, uniform=True, **MAGNITUDE)
     assert found.generation.startswith("onnxruntime-genai generates the tokens")
     assert found.changed[Path("genai_config.json")] == ("head_size 32 -> 16",)
-    assert generate_tokens(tmp_path / "half", PROMPT, COUNT) == greedy_tokens(tmp_path / "half")
+    assert generate_tokens(tmp_path / "half", PROMPT_IDS, GENERATED) == greedy_tokens(tmp_path / "half")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tokens_of: Any) -> None:
@@ -54,7 +54,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tokens_of: Any) -> None:
 def test_other_tokens_than_those_of_the_model_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_genai_folder(tmp_path / "llama")
     dense = greedy_tokens(source)
-    stand_in(monkeypatch, lambda folder: dense if folder == source else [0] * COUNT)
+    stand_in(monkeypatch, lambda folder: dense if folder == source else [0] * GENERATED)
     with pytest.raises(CheckFailed, match=r"half: onnxruntime-genai generates \[0, .*; the original folder generates"):
         snpc.prune_folder(source, tmp_path / "half", ratio=0.5, **MAGNITUDE)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
