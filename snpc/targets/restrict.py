@@ -56,8 +56,8 @@ def restrict(
     loaded = model if isinstance(model, Model) else load(model, execution.observer)
     if loaded.companions:
         raise UserError(
-            f"{loaded.source}: goes with {loaded.companions[0].source.name}, and a vocabulary or the last logits are those "
-            "of one model: restrict both first, one after the other"
+            f"{loaded.source}: goes with {loaded.companions[0].source.name}, and a vocabulary or the last logits are "
+            "those of one model: restrict both first, one after the other"
         )
     kept = None if vocabulary is None else read_vocabulary(vocabulary)
     if loaded.companions or loaded.merged:
