@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from snpc.errors import UserError
 from tests.command_line import invoke, reported
 from tests.models.decoder_pairs import FIRST, MERGED, SECOND, write_merged
 from tests.models.decoder_pairs import HIDDEN as HIDDEN_UNITS
+from tests.models.experts import CHOSEN, COUNT
+from tests.models.experts import HIDDEN as EXPERT_UNITS
+from tests.models.exports import export
 from tests.models.folders import (
     CONFIG,
     GENAI_CONFIG,
@@ -151,3 +155,18 @@ def test_a_merged_decoder_beside_the_pair_is_cut_with_it(tmp_path: Path) -> None
         ]
         assert weights[0] == weights[1] and (24, 16) in weights[0]
         assert sorted(spec.name for spec in own.inputs) == sorted(spec.name for spec in branch.inputs)
+
+
+def test_configurations_say_how_many_experts_there_are_and_how_wide(tmp_path: Path) -> None:
+    (tmp_path / "moe").mkdir()
+    shutil.copy(export("qwen3moe__ts17"), tmp_path / "moe" / "model.onnx")
+    config = {"num_experts": COUNT, "moe_intermediate_size": EXPERT_UNITS, "num_experts_per_tok": CHOSEN}
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    written = snpc.prune_folder(
+        tmp_path / "moe", tmp_path / "out", ratio=0.5, roles=("ffn", "experts"), uniform=True, method="select"
+    )
+    assert json.loads((written.path / "config.json").read_text()) == {
+        **config,
+        "num_experts": COUNT // 2,
+        "moe_intermediate_size": EXPERT_UNITS // 2,
+    }
