@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from calibration_cost import Seconds, StageTimes, anonymous_bytes, sampled_peaks
+from calibration_cost import REST, Seconds, StageTimes, anonymous_bytes, sampled_peaks
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAPOLATED = 32  # layers
@@ -92,7 +92,8 @@ def measure_prune(asked: LargePrune) -> LargeCost:
             asked.model, Path(folder) / "pruned.onnx", calibration=calibration, execution=execution, **asked.options
         )
         total = Seconds.now() - start
-    return LargeCost(total, times.seconds, dict(peaks), before)
+    rest = total - sum(times.seconds.values(), Seconds())  # scores of units, the plan
+    return LargeCost(total, {**times.seconds, REST: rest}, dict(peaks), before)
 
 
 def print_large_cost(name: str, layers: int, cost: LargeCost) -> None:

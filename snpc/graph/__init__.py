@@ -3,7 +3,7 @@
 Files
   binding          Sizes for the dynamic dimensions of a graph's inputs.
   builder          Adds constants and nodes to a graph, under names that are free, and redirects uses to what was added.
-  column_selection Selections of columns of a table: how one is marked in a graph, and found again.
+  column_selection Selections of columns of a table that heads share: how one is written into a graph, and found again.
   constant_values  The contents of values that a graph computes from shapes and constants only.
   cost             What a model costs in multiply-accumulates, from shapes and the operator table, without running it.
   decoder_names    Names of a decoder's inputs and outputs, by which exporters and runtimes know them.
@@ -40,7 +40,14 @@ from snpc.graph.builder import (
     share_int64_constant,
     unused_name,
 )
-from snpc.graph.column_selection import ColumnSelection, mark_selection, selection_at, selects_columns
+from snpc.graph.column_selection import (
+    ColumnSelection,
+    analyzed_selection,
+    nodes_for_analysis,
+    nodes_for_file,
+    selects_columns,
+    stored_selection,
+)
 from snpc.graph.constant_values import is_constant_along
 from snpc.graph.cost import contraction_sizes, cost_of, count_macs, node_macs, parameter_count
 from snpc.graph.decoder_names import BRANCH_INPUT, DecoderInput, decoder_input, find_presents, is_cache_name
@@ -106,6 +113,7 @@ __all__ = [
     "ShapeFacts",
     "add_constant",
     "alternative_dim_sizes",
+    "analyzed_selection",
     "ancestor_nodes",
     "attribute_values",
     "base_dim_sizes",
@@ -136,11 +144,12 @@ __all__ = [
     "leading_dims",
     "make_node",
     "malformed_graph_errors",
-    "mark_selection",
     "module_path",
     "movement_behind",
     "movement_root",
     "node_macs",
+    "nodes_for_analysis",
+    "nodes_for_file",
     "number_components",
     "opset_version",
     "parameter_count",
@@ -156,13 +165,13 @@ __all__ = [
     "run_reference",
     "scalar_factor_of",
     "select_dimensions",
-    "selection_at",
     "selects_columns",
     "shape_source",
     "share_int64_constant",
     "split_into_segments",
     "static_shape",
     "step_upstream",
+    "stored_selection",
     "trial_dim_sizes",
     "unique_names",
     "unknown_shape_reason",

@@ -34,6 +34,7 @@ from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
 from snpc.passes.canonicalization.fold_shape_arithmetic import FOLD_SHAPE_ARITHMETIC, infer_shapes
+from snpc.passes.canonicalization.inline_functions import InlineFunctions
 from snpc.passes.canonicalization.shared_constants import original_name
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "FOLD_SHAPE_ARITHMETIC",
     "FORK_SHARED_CONSTANTS",
     "EliminateDeadNodes",
+    "InlineFunctions",
     "canonicalize",
     "finalize",
     "infer_shapes",

@@ -17,12 +17,12 @@ from snpc.graph import (
     GraphPass,
     ShapeFacts,
     add_constant,
+    analyzed_selection,
     choose_dim_sizes,
     has_subgraphs,
     make_node,
     opset_version,
     replace_value,
-    selection_at,
 )
 from snpc.ops import GATHER, RESHAPE, SHAPE, SLICE, Blocked, Labels, OpCall, OpSpec, letters_of, lookup
 
@@ -108,8 +108,8 @@ def turns_selection(node: ir.Node) -> bool:
     reshape = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     source = reshape.inputs[0] if reshape is not None and reshape.inputs else None
     gather = source.producer() if source is not None else None
-    selection = selection_at(gather) if gather is not None else None
-    return selection is not None and selection.nodes[-1] is node
+    found = analyzed_selection(gather) if gather is not None else None
+    return found is not None and found[1] is node.outputs[0]
 
 
 def common_demand(analysis: DemandAnalysis, value: ir.Value) -> Demand | None:

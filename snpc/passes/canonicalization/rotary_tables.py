@@ -12,49 +12,33 @@ looked up by position, or computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import (
-    Attribute,
     ColumnSelection,
     ShapeFacts,
-    add_constant,
     alternative_dim_sizes,
+    analyzed_selection,
     base_dim_sizes,
     infer_graph,
-    make_node,
-    mark_selection,
+    movement_behind,
     movement_root,
-    selection_at,
-    share_int64_constant,
+    nodes_for_analysis,
+    nodes_for_file,
+    selects_columns,
+    stored_selection,
     unused_name,
 )
-from snpc.ops import COS, GATHER, MUL, RESHAPE, SIN, TRANSPOSE, lookup, rotary_tables
+from snpc.ops import COS, MUL, SIN, lookup, rotary_tables
 from snpc.types import Shape
 
 
-@dataclass(frozen=True)
-class TableUse:
-    """Input ``index`` of ``node`` is a rotary table of ``rank`` axes, whose last one has ``width`` columns.
-
-    ``heads``: how many heads are turned by it, each of which may select columns of its own; 1 where all of them select
-    the same. ``heads_axis``: 1 or 2 of the four axes of what is turned.
-    """
-
-    node: ir.Node
-    index: int
-    rank: int
-    width: int
-    heads: int = 1
-    heads_axis: int = 1
-
-
 class ForkRotaryTables(ir.passes.InPlacePass):
-    """Put a selection of all columns, in order, between a rotary table and each of its uses."""
+    """Put a selection of all columns, in order, between a rotary table and each of its uses. A selection that an
+    earlier cut has left in the file becomes one for each use."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -63,31 +47,39 @@ class ForkRotaryTables(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         sizes = base_dim_sizes(graph)[0]
         facts = [infer_graph(model, at, measure=False) for at in (sizes, alternative_dim_sizes(sizes))]
-        uses = [use for node, index in found if (use := table_use(node, index, facts)) is not None]
-        names = {str(node.name) for node in graph}
-        for use in uses:
-            insert_selection(graph, use, names)
-        return ir.passes.PassResult(model, bool(uses))
+        taken = {str(node.name) for node in graph}
+        selections = [(node, index, selection_of(node, index, facts)) for node, index in found]
+        for node, index, selection in selections:
+            if selection is not None:
+                name = unused_name(f"{node.name}_columns", taken)
+                taken.add(name)
+                nodes = nodes_for_analysis(graph, selection, name)
+                graph.insert_before(node, nodes)
+                node.replace_input_with(index, nodes[-1].outputs[0])
+        return ir.passes.PassResult(model, any(selection is not None for *_, selection in selections))
 
 
 class SimplifyColumnSelections(ir.passes.InPlacePass):
-    """Leave of each selection of columns what it needs: no node where it reads all columns in order, no axis of heads
+    """Write of each selection of columns what it needs: no node where it reads all columns in order, no axis of heads
     where all heads read the same columns, and one selection for equal ones."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph, modified = model.graph, False
         present: dict[object, ir.Value] = {}
-        indices: dict[tuple[int, bytes], ir.Value] = {}
+        indices: dict[bytes, ir.Value] = {}
         for node in list(graph):
-            selection = selection_at(node)
-            if selection is None or selection.output.is_graph_output():  # of a segment: the next one reads it
+            found = analyzed_selection(node)
+            if found is None or found[1].is_graph_output():  # of a segment: the next one reads it
                 continue
+            selection, result = found
+            if selection.is_whole:
+                present.setdefault(selection.key, selection.table)
             if selection.key not in present:
-                present[selection.key] = simplified(graph, selection, indices)
-            twin = present[selection.key]
-            if twin is not selection.output:
-                selection.output.replace_all_uses_with(twin)
-                modified = True
+                nodes = nodes_for_file(graph, selection, str(node.name), indices)
+                graph.insert_before(node, nodes)
+                present[selection.key] = nodes[-1].outputs[0]
+            result.replace_all_uses_with(present[selection.key])
+            modified = True
         return ir.passes.PassResult(model, modified)
 
 
@@ -176,18 +168,39 @@ def is_scalar(value: ir.Value) -> bool:
     return value.const_value is not None and value.const_value.size == 1
 
 
-def table_use(node: ir.Node, index: int, facts: list[ShapeFacts]) -> TableUse | None:
-    """The use of a table, by the shapes at two sizes of the dynamic dimensions; None where these do not tell."""
-    table, turned = node.inputs[index], node.inputs[1 - index] if is_product(node) else None
-    assert table is not None
-    shapes = [at.shape.get(table) or () for at in facts]
-    width = shapes[0][-1] if shapes[0] else 0
-    if width < 2 or any(shape[-1:] != (width,) for shape in shapes):
+def selection_of(node: ir.Node, index: int, facts: list[ShapeFacts]) -> ColumnSelection | None:
+    """The selection at one use of a table, by the shapes at two sizes of the dynamic dimensions; None where these do
+    not tell, or where it is one for the analysis already."""
+    value, turned = node.inputs[index], node.inputs[1 - index] if is_product(node) else None
+    assert value is not None
+    width, rank = width_and_rank(value, facts)
+    if width < 2 or is_selected(value):
         return None
     heads = {
-        heads_of(shape, at.shape.get(turned)) if turned else (1, 1) for shape, at in zip(shapes, facts, strict=True)
+        heads_of(at.shape.get(value) or (), at.shape.get(turned)) if turned is not None else (1, 1) for at in facts
     }
-    return TableUse(node, index, len(shapes[0]), width, *(heads.pop() if len(heads) == 1 else ()))
+    count, axis = heads.pop() if len(heads) == 1 else (1, 1)
+    earlier = stored_selection(value, rank)
+    if earlier is None:
+        return ColumnSelection(value, rank, width, np.tile(np.arange(width), (count, 1)), axis)
+    table, columns, earlier_axis = earlier
+    width, rank = width_and_rank(table, facts)
+    if len(columns) > 1:
+        count, axis = 1, earlier_axis
+    return ColumnSelection(table, rank, width, np.tile(columns, (count, 1)), axis) if width else None
+
+
+def is_selected(value: ir.Value) -> bool:
+    """Whether ``value`` is a selection for the analysis."""
+    indices = (node.inputs[1] for node in movement_behind(value) if len(node.inputs) > 1)
+    return any(constant is not None and selects_columns(constant) for constant in indices)
+
+
+def width_and_rank(table: ir.Value, facts: list[ShapeFacts]) -> tuple[int, int]:
+    """(columns, axes) of a table; (0, 0) where shapes do not tell."""
+    shapes = [at.shape.get(table) or () for at in facts]
+    same = bool(shapes[0]) and all(shape[-1:] == shapes[0][-1:] for shape in shapes)
+    return (shapes[0][-1], len(shapes[0])) if same else (0, 0)
 
 
 def heads_of(table: Shape, turned: Shape | None) -> tuple[int, int]:
@@ -198,53 +211,3 @@ def heads_of(table: Shape, turned: Shape | None) -> tuple[int, int]:
     aligned = (1,) * (4 - len(table)) + table
     broadcast = [axis for axis in (1, 2) if aligned[axis] == 1]
     return (turned[broadcast[0]], broadcast[0]) if len(broadcast) == 1 else (1, 1)
-
-
-# -- writing them -----------------------------------------------------------------------------------------------------
-
-
-def insert_selection(graph: ir.Graph, use: TableUse, names: set[str]) -> None:
-    """Put a selection in front of one use. ``names`` of nodes are taken; those of the new ones join them."""
-    table = use.node.inputs[use.index]
-    assert table is not None
-    name = f"{use.node.name}_columns"
-    indices = add_constant(graph, np.tile(np.arange(use.width), use.heads), unused_name(name, graph.initializers))
-    mark_selection(indices, use.width)
-    nodes = [named_node(names, GATHER, [table, indices], {"axis": use.rank - 1}, name)]
-    if use.heads > 1:
-        shape = np.array([0 if use.rank == 4 else 1, -1, use.heads, use.width])
-        target = share_int64_constant(graph, shape, f"rotary_heads_{use.heads}_{use.width}")
-        nodes.append(named_node(names, RESHAPE, [nodes[-1].outputs[0], target], {}, f"{name}_heads"))
-    if use.heads > 1 and use.heads_axis == 1:
-        nodes.append(named_node(names, TRANSPOSE, [nodes[-1].outputs[0]], {"perm": [0, 2, 1, 3]}, f"{name}_turned"))
-    graph.insert_before(use.node, nodes)
-    use.node.replace_input_with(use.index, nodes[-1].outputs[0])
-
-
-def named_node(
-    names: set[str], op: str, inputs: list[ir.Value], attributes: Mapping[str, Attribute], name: str
-) -> ir.Node:
-    name = unused_name(name, names)
-    names.add(name)
-    return make_node(op, inputs, attributes, name=name)
-
-
-def simplified(graph: ir.Graph, selection: ColumnSelection, indices: dict[tuple[int, bytes], ir.Value]) -> ir.Value:
-    """The table itself, one selection for all heads, or the selection as it is. ``indices``: those that are in use, by
-    the width of the table and their contents."""
-    gather, columns = selection.nodes[0], selection.columns
-    if selection.same_in_all_heads:
-        columns = columns[0]
-        if np.array_equal(columns, np.arange(selection.table_width)):
-            return selection.table
-    key = selection.table_width, columns.tobytes()
-    if len(selection.nodes) == 1 or not selection.same_in_all_heads:
-        assert gather.inputs[1] is not None
-        gather.replace_input_with(1, indices.setdefault(key, gather.inputs[1]))
-        return selection.output
-    if key not in indices:
-        indices[key] = add_constant(graph, columns, unused_name(f"{gather.name}_of_all_heads", graph.initializers))
-    name = f"{gather.name}_same"
-    same = make_node(GATHER, [selection.table, indices[key]], {"axis": gather.attributes["axis"]}, name=name)
-    graph.insert_before(gather, same)
-    return same.outputs[0]

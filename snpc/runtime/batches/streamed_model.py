@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from snpc.graph import Segment, ShapeFacts, extract_segment, infer_graph
+from snpc.passes.canonicalization import InlineFunctions
 from snpc.runtime.batches.partition import Span, partition, weights_of
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -109,8 +110,9 @@ def live_after(
 def open_graph(model: ir.Model, facts: ShapeFacts, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
     """A function from feeds to outputs of a graph, for few runs: in one session, or streamed where that takes more
     than the memory limit. ``facts`` as for ``partition``. ``model`` must not be used again."""
-    if must_stream(model, execution):
-        yield StreamedModel(model, stream_segments(model, facts, execution), facts, execution)
+    streamed = streamed_model(model, facts, execution)
+    if streamed is not None:
+        yield streamed
         return
     with temporary_folder() as folder:
         path = folder / "model.onnx"
@@ -123,12 +125,23 @@ def open_graph(model: ir.Model, facts: ShapeFacts, execution: Execution = DEFAUL
 def open_file(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
     """The same of the model in ``path``."""
     model = read_model(path)
-    if not must_stream(model, execution):
-        with file_session(path, execution) as run:
-            yield run
+    streamed = None
+    if must_stream(model, execution):
+        InlineFunctions()(model)  # segments have none
+        streamed = streamed_model(model, infer_graph(model, {}, measure=False), execution)
+    if streamed is not None:
+        yield streamed
         return
-    facts = infer_graph(model, {}, measure=False)
-    yield StreamedModel(model, stream_segments(model, facts, execution), facts, execution)
+    with file_session(path, execution) as run:
+        yield run
+
+
+def streamed_model(model: ir.Model, facts: ShapeFacts, execution: Execution) -> StreamedModel | None:
+    """None where the model fits into memory, or cannot be cut."""
+    if not must_stream(model, execution):
+        return None
+    segments = stream_segments(model, facts, execution)
+    return StreamedModel(model, segments, facts, execution) if len(segments) > 1 else None
 
 
 def run_each(

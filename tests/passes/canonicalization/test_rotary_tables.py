@@ -12,6 +12,7 @@ from onnx import parser
 
 from snpc.passes.analyze import Analysis, analyze
 from snpc.passes.canonicalization.finalize import finalize
+from snpc.passes.canonicalization.rotary_tables import ForkRotaryTables
 from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.evaluation.compare import narrow_caches
@@ -147,6 +148,40 @@ def test_nothing_is_selected_where_nothing_is_cut(name: str, tmp_path: Path) -> 
     feeds = FORMS[name].feeds()
     for a, b in zip(run(path, feeds), run(written(loaded.graph.clone()), feeds), strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_that_was_cut_is_cut_again(name: str, tmp_path: Path) -> None:
+    """Selections that are in a file become those of the next cut: none is read through another."""
+    form, path = FORMS[name], tmp_path / "cut.onnx"
+    once = cut(analysis_in(tmp_path, form), random_cuts(prunable(analysis_in(tmp_path, form).groups, "qk"), 1, 0.25))
+    path.write_bytes(once.sliced)
+    analysis = analyze(load(path))
+    groups = prunable(analysis.groups, "qk")
+    assert {group.blocks for group in groups} == {form.kv_heads}
+    again = cut(analysis, random_cuts(groups, 2, 0.25))
+    assert again.error(form.feeds()) < TOLERANCE
+    assert relative_error(run(path, form.feeds()), run(again.sliced, form.feeds())) > 1e-3
+    assert selections(again.sliced)[0] <= 4 * form.layers
+    tables = {node.output[0] for node in onnx.load_from_string(again.sliced).graph.node if node.op_type == "Gather"}
+    nodes = [node for node in onnx.load_from_string(again.sliced).graph.node if node.name.endswith("_read")]
+    assert nodes
+    assert not any(node.input[0] in tables and form.table != "looked_up" for node in nodes)
+    assert same_as_loaded(path, form)
+
+
+def same_as_loaded(path: Path, form: RotaryDecoder) -> bool:
+    """Whether a file that is loaded and written says the same, in as many nodes."""
+    after = written(load(path).graph.clone())
+    operators = [sorted(n.op_type for n in g.graph.node) for g in (onnx.load(path), onnx.load_from_string(after))]
+    outputs = run(path, form.feeds()), run(after, form.feeds())
+    return operators[0] == operators[1] and all(np.array_equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_a_second_run_of_the_pass_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "decoder.onnx"
+    onnx.save(RotaryDecoder().model(), path)
+    assert not ForkRotaryTables()(load(path).graph).modified
 
 
 def test_an_axis_of_any_size_is_none_of_heads(tmp_path: Path) -> None:

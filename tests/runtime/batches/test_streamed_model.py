@@ -18,6 +18,7 @@ from tests.recorded_progress import RecordedProgress
 
 LLAMA = Llama(layers=3, width=64, heads=4, kv_heads=2, hidden=96, vocabulary=50, positions=64)
 STREAMED = Execution(memory_limit=300_000)
+TIGHT = Execution(memory_limit=10)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,22 @@ def test_a_model_within_the_limit_is_one_session(llama: Path) -> None:
 def test_an_output_that_is_an_input_needs_one_session(tmp_path: Path) -> None:
     """Nothing computes it, so no segment hands it on."""
     text = """<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[2] y, float[2] x)
-              { a = Neg(x) y = Abs(a) }"""
+              <float[2] w = {1, 2}, float[2] v = {3, 4}> { a = Add(x, w) y = Mul(a, v) }"""
     path = tmp_path / "m.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
-    model = read_model(path)
-    facts = infer_graph(model, {})
-    with open_graph(model, facts) as run:
+    assert must_stream(read_model(path), TIGHT)
+    with open_file(path, TIGHT) as run:
+        assert not isinstance(run, StreamedModel)
         assert set(run({"x": np.ones(2, np.float32)})) == {"y", "x"}
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    """A segment would lack them."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]> g (float[2] x) => (float[2] y)
+              <float[2] w = {1, 2}, float[2] v = {3, 4}> { a = my.Twice(x) b = Add(a, w) y = Mul(b, v) }
+              <domain: "my", opset_import: ["" : 17]> Twice (x) => (y) { y = Add(x, x) }"""
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    with open_file(path, TIGHT) as run:
+        assert isinstance(run, StreamedModel)
+        assert run({"x": np.ones(2, np.float32)})["y"].tolist() == [9.0, 16.0]
