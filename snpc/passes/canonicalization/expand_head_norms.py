@@ -25,7 +25,7 @@ class ExpandHeadNorms(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             form = ATTENTION_FORMS.get((node.domain, node.op_type))
-            width = normalized_width(node, form) if form is not None else None
+            width = width_of_gains(node, form) if form is not None else None
             if form is None or width is None:
                 continue
             model.graph.insert_before(node, list(expansion(model.graph, node, form, width)))
@@ -34,7 +34,7 @@ class ExpandHeadNorms(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def normalized_width(node: ir.Node, form: AttentionForm) -> int | None:
+def width_of_gains(node: ir.Node, form: AttentionForm) -> int | None:
     """The width of a head, from the gains that a node holds; None where it holds none, or they are not stored."""
     gains = [node.inputs[k] for k in form.norms if k < len(node.inputs)]
     stored = [gain.const_value for gain in gains if gain is not None and gain.const_value is not None]
