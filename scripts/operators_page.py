@@ -16,6 +16,7 @@ KINDS = {
     "scatter": "Parts of a tensor written over",
     "choose": "The largest along an axis",
     "one_hot": "Rows with one entry",
+    "experts": "Experts in one node",
     "pointwise": "One position at a time",
     "contraction": "Sums of products",
     "attention": "Attention in one node",

@@ -20,11 +20,16 @@ HEAD_KEYS = ("head_size", "head_dim", "d_kv", "kv_channels")
 ROLE_KEYS: Mapping[Role, tuple[str, ...]] = {
     "ffn": (
         "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "hidden_dim", "encoder_ffn_dim",
-        "decoder_ffn_dim",
+        "decoder_ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size",
     ),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "residual": ("hidden_size", "d_model", "n_embd"),
 }  # fmt: skip
-ROLE_SUBJECTS: Mapping[Role, str] = {"ffn": "hidden layers", "residual": "residual streams"}
+ROLE_SUBJECTS: Mapping[Role, str] = {
+    "ffn": "hidden layers",
+    "experts": "layers of experts",
+    "residual": "residual streams",
+}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph.shapes import ShapeFacts, attribute_values, opset_version, static_shape, weight_bytes
-from snpc.ops import Blocked, Letters, OpCall, attention_form, attention_geometry, letter_sizes, letters_of, lookup
+from snpc.ops import (
+    EXPERTS_FORM,
+    Blocked,
+    Letters,
+    OpCall,
+    attention_form,
+    attention_geometry,
+    experts_geometry,
+    letter_sizes,
+    letters_of,
+    lookup,
+)
 from snpc.types import Cost, QuantizedWeights
 
 LetterSizes = dict[str, int]
@@ -53,7 +64,7 @@ def quantized_form(value: ir.Value) -> str:
     node = next(use.node for use in value.uses() if held_weights(use.node, use.idx, tensor))
     attributes, dtype = attribute_values(node), tensor.dtype.name.lower()
     if lookup(node.domain, node.op_type).weight_count is not None:
-        dtype = f"int{attributes.get('bits', 4)}"
+        dtype = f"int{attributes.get('bits', attributes.get('expert_weight_bits', 4))}"
     block = attributes.get("block_size", 0)
     return f"{node.op_type} {dtype}" + (f", blocks of {block}" if block else "")
 
@@ -120,15 +131,31 @@ def contraction_sizes(call: OpCall, domain: str) -> Iterator[tuple[str, Letters,
             sizes |= dict(zip(letters.out, call.out_shapes[0], strict=True))
             sizes["I"] = call.shape(right)[letters.right.index("I")]
         yield "", letters, sizes
+    elif spec.kind == "experts":
+        yield from experts_contractions(call)
+
+
+def experts_contractions(call: OpCall) -> Iterator[tuple[str, Letters, LetterSizes]]:
+    """The layers of a node with all experts; each token goes through those that are chosen for it."""
+    try:
+        sizes = experts_geometry(call)
+    except Blocked:
+        return
+    rows, letters = sizes.tokens * sizes.chosen, Letters("MK", "ENK", "MN")
+    yield "inner", letters, {"M": rows, "K": sizes.width, "N": sizes.hidden * sizes.fused}
+    yield "outer", letters, {"M": rows, "K": sizes.hidden, "N": sizes.width}
+    if call.has(EXPERTS_FORM.inner[1][0]):
+        yield "gate", letters, {"M": rows, "K": sizes.width, "N": sizes.hidden}
 
 
 def node_macs(call: OpCall, domain: str) -> int | None:
     """Multiply-accumulates of a node; None where a node that multiplies cannot be counted."""
     spec = lookup(domain, call.op)
     if spec.macs is not None:
-        return spec.macs(call) if all(call.has(k) for k in (0, *spec.weights)) and call.out_shapes[0] else None
+        needed = [k for k in (0, *spec.weights) if k < len(call.shapes)]
+        return spec.macs(call) if all(call.has(k) for k in needed) and call.out_shapes[0] else None
     sizes = [count_macs(sizes) for _, _, sizes in contraction_sizes(call, domain)]
-    return sum(sizes) if sizes or spec.kind not in ("contraction", "attention") else None
+    return sum(sizes) if sizes or spec.kind not in ("contraction", "attention", "experts") else None
 
 
 def attention_contractions(call: OpCall, domain: str) -> Iterator[tuple[str, Letters, LetterSizes]]:

@@ -22,7 +22,8 @@ Files
                  they stand for.
   reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
-  routing        Routing of tokens to experts: positions that are chosen along an axis, and one-hot rows of them.
+  routing        Routing of tokens to experts: positions chosen along an axis, one-hot rows of them, and experts in one
+                 node.
   spec           The schema of the operator table.
 """
 
@@ -122,7 +123,14 @@ from snpc.ops.quantization import (
 )
 from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
-from snpc.ops.routing import most_chosen, one_hot_axis, routing_entries
+from snpc.ops.routing import (
+    EXPERTS_FORM,
+    ExpertsGeometry,
+    experts_geometry,
+    most_chosen,
+    one_hot_axis,
+    routing_entries,
+)
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
 __all__ = [
@@ -145,6 +153,7 @@ __all__ = [
     "EINSUM",
     "EQUAL",
     "EXPAND",
+    "EXPERTS_FORM",
     "FILLING",
     "GATHER",
     "GATHER_ND",
@@ -187,6 +196,7 @@ __all__ = [
     "AttentionForm",
     "AttentionGeometry",
     "Blocked",
+    "ExpertsGeometry",
     "FloatForm",
     "Labels",
     "Layout",
@@ -208,6 +218,7 @@ __all__ = [
     "concat_axis",
     "dequantize_array",
     "evaluate_node",
+    "experts_geometry",
     "float_form",
     "head_counts",
     "is_discontinuous",

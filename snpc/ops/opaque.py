@@ -53,7 +53,6 @@ MICROSOFT_REASONS = {
         "QLinearAveragePool QLinearGlobalAveragePool QLinearLeakyRelu QLinearReduceMean QLinearSigmoid QLinearSoftmax "
         "QLinearWhere QLinearConv QMoE GatherBlockQuantized DynamicQuantizeLSTM"
     ),
-    "experts are routed inside the node": "MoE",
     "a search whose decoder is in its attributes": "BeamSearch GreedySearch Sampling WhisperBeamSearch",
     "keys and values are kept in pages": "PagedAttention SparsePagedAttention",
     "which scores are computed depends on a layout": "SparseAttention LongformerAttention DynamicSparseAttention",

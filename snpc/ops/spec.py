@@ -30,6 +30,7 @@ OpKind = Literal[
     "scatter",  # a tensor with parts of it written over by another
     "choose",  # the largest positions along an axis, and their indices
     "one_hot",  # indices become rows with one entry
+    "experts",  # a mixture of experts in one node
     "shape",  # reads the shape only: labels end here, nothing is pinned
     "opaque",  # pinned, for the reason the entry gives
 ]

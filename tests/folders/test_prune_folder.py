@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from snpc.errors import UserError
 from tests.command_line import invoke, reported
 from tests.models.decoder_pairs import FIRST, SECOND
 from tests.models.decoder_pairs import HIDDEN as HIDDEN_UNITS
+from tests.models.experts import CHOSEN, COUNT
+from tests.models.experts import HIDDEN as EXPERT_UNITS
+from tests.models.exports import export
 from tests.models.folders import (
     CONFIG,
     GENAI_CONFIG,
@@ -134,3 +138,18 @@ def test_companions_of_a_folder_are_found_and_not_given(tmp_path: Path) -> None:
         snpc.prune_folder(source, tmp_path / "other", ratio=0.5, companions=[source / SECOND], **MAGNITUDE)
     refused = invoke("prune", source, "--ratio", 0.5, "--companion", source / SECOND, code=2)
     assert "--companion is for files" in refused.stderr
+
+
+def test_configurations_say_how_many_experts_there_are_and_how_wide(tmp_path: Path) -> None:
+    (tmp_path / "moe").mkdir()
+    shutil.copy(export("qwen3moe__ts17"), tmp_path / "moe" / "model.onnx")
+    config = {"num_experts": COUNT, "moe_intermediate_size": EXPERT_UNITS, "num_experts_per_tok": CHOSEN}
+    (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
+    written = snpc.prune_folder(
+        tmp_path / "moe", tmp_path / "out", ratio=0.5, roles=("ffn", "experts"), uniform=True, method="select"
+    )
+    assert json.loads((written.path / "config.json").read_text()) == {
+        **config,
+        "num_experts": COUNT // 2,
+        "moe_intermediate_size": EXPERT_UNITS // 2,
+    }

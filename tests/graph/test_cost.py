@@ -75,3 +75,26 @@ def test_products_that_are_not_counted_are_named(tmp_path: Path) -> None:
     onnx.save(model, path)
     assert snpc.analyze(snpc.load(path)).cost.not_counted == ("1 SecretMatMul",)
     assert "MACs not counted: 1 SecretMatMul" in invoke("inspect", path).stdout
+
+
+@pytest.mark.parametrize(("bits", "per_byte"), [(4, 2), (8, 1)])
+def test_quantized_experts_count_as_their_weights_and_as_those_that_are_chosen(
+    bits: int, per_byte: int, tmp_path: Path
+) -> None:
+    experts, width, hidden, chosen, tokens = 6, 16, 32, 2, 5
+    shapes = {"inner": (experts, hidden, width // per_byte), "outer": (experts, width, hidden // per_byte)}
+    held = [numpy_helper.from_array(np.ones(shape, np.uint8), name) for name, shape in shapes.items()]
+    scales = {"inner_scales": (experts, hidden), "outer_scales": (experts, width)}
+    held += [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in scales.items()]
+    inputs = ["x", "router", "inner", "inner_scales", "", "outer", "outer_scales"]
+    node = helper.make_node("QMoE", inputs, ["y"], "experts", domain="com.microsoft", k=chosen, expert_weight_bits=bits)
+    ends = {"x": [tokens, width], "router": [tokens, experts], "y": [tokens, width]}
+    values = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in ends.items()}
+    graph = helper.make_graph([node], "g", [values["x"], values["router"]], [values["y"]], held)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "experts.onnx")
+    cost = snpc.analyze(snpc.load(tmp_path / "experts.onnx")).cost
+    assert cost.params == cost.quantized_params == 2 * experts * width * hidden
+    assert cost.quantized[0].form == f"QMoE int{bits}"
+    assert cost.macs == tokens * chosen * 2 * width * hidden
+    assert not cost.not_counted

@@ -154,3 +154,38 @@ def longer_feeds() -> dict[str, Any]:
 
     feeds = _causal_inputs(2, 17, torch.Generator().manual_seed(5))
     return {name: value.numpy() for name, value in feeds.items()}
+
+
+def fused_model(activation: str, seed: int = 0) -> Any:
+    """x [tokens, 8] -> a layer -> com.microsoft.MoE with a router in front -> a layer -> y [tokens, 8]."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    rng = np.random.default_rng(seed)
+    width, rows = 12, 2 * HIDDEN if activation == "swiglu" else HIDDEN
+    shapes = {"enter": (8, width), "router": (width, COUNT), "router_bias": (COUNT,), "leave": (width, 8)}
+    shapes |= {"inner": (COUNT, rows, width), "inner_bias": (COUNT, rows)}
+    shapes |= {"outer": (COUNT, width, HIDDEN), "outer_bias": (COUNT, width)}
+    fusion: dict[str, Any] = {"swiglu_fusion": 1} if activation == "swiglu" else {}
+    nodes = [
+        helper.make_node("MatMul", ["x", "enter"], ["h"], "enter"),
+        helper.make_node("MatMul", ["h", "router"], ["scores"], "router"),
+        helper.make_node("Add", ["scores", "router_bias"], ["logits"], "router_bias"),
+        helper.make_node(
+            "MoE",
+            ["h", "logits", "inner", "inner_bias", "outer", "outer_bias"],
+            ["made"],
+            "experts",
+            domain="com.microsoft",
+            k=CHOSEN,
+            activation_type=activation,
+            normalize_routing_weights=1,
+            **fusion,
+        ),
+        helper.make_node("MatMul", ["made", "leave"], ["y"], "leave"),
+    ]
+    held = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), name) for name, s in shapes.items()]
+    ends = [helper.make_tensor_value_info(name, 1, ["tokens", 8]) for name in "xy"]
+    graph = helper.make_graph(nodes, "experts", ends[:1], ends[1:], held)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)

@@ -192,6 +192,7 @@ NOT_TRAINED = {
     **dict.fromkeys(["RandomNormalLike", "RandomUniformLike"], "draws random numbers, which no gradient goes through"),
     "com.microsoft.DecoderMaskedMultiHeadAttention": "one step of generation over a cache",
     "com.microsoft.PackedMultiHeadAttention": "tokens without their padding, for inference on GPUs",
+    "com.microsoft.MoE": "experts in one node, for inference",
     "RoiAlign": "it pools regions of boxes, which torch itself does not",
 }
 

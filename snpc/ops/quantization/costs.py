@@ -86,6 +86,17 @@ def _values_per_entry(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int
     return math.prod(stored) * bits // min(bits, int(attrs.get("bits", 4)))
 
 
+def _expert_weights(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int:
+    return _values_per_entry({"bits": attrs.get("expert_weight_bits", 4)}, stored, bits)
+
+
+def _routed_macs(call: OpCall) -> int:
+    """Every token goes through the experts that are chosen for it."""
+    *tokens, experts = call.shape(1)
+    weights = sum(_expert_weights(call.attrs, call.shape(k), call.bits[k]) for k in (2, 5, 8) if call.has(k))
+    return math.prod(tokens) * int(call.attrs.get("k", 1)) * weights // experts
+
+
 def unpacked_table_shape(attrs: Mapping[str, Any], stored: Shape, bits: int) -> Shape:
     """The shape of a table of which the last axis is packed. ``bits``: of a stored entry."""
     *outer, last = stored
@@ -142,6 +153,7 @@ COSTS: Mapping[tuple[str, str], QuantizedCost] = {
     (MICROSOFT, "QGemm"): QuantizedCost(_gemm_macs, (0, 3), 6),
     (MICROSOFT, "MatMulNBits"): QuantizedCost(_packed_matmul_macs, (1,), 5, _product_size, _packed_matmul_shape),
     (MICROSOFT, "MatMulBnb4"): QuantizedCost(_packed_matmul_macs, (1,), None, _product_size, _packed_matmul_shape),
+    (MICROSOFT, "QMoE"): QuantizedCost(_routed_macs, (2, 5, 8), None, _expert_weights, _first_shape),
     (MICROSOFT, "QAttention"): QuantizedCost(_attention_macs, (1,), 2, None, _attention_shape, dtype_input=3),
     (MICROSOFT, "QLinearAdd"): QuantizedCost(None, (0, 3)),
     (MICROSOFT, "QLinearMul"): QuantizedCost(None, (0, 3)),

@@ -40,6 +40,7 @@ from snpc.passes.propagation.routing import (
     compare_positions,
     propagate_choice,
     propagate_expert_reading,
+    propagate_experts,
     propagate_one_hot,
     reads_experts,
     record_expert_output,
@@ -167,7 +168,7 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         constant = inputs[0] is not None and inputs[0].constant
     products, is_sum = products_of(context, inputs)
     projected = constant and (
-        context.spec.kind in ("contraction", "attention")
+        context.spec.kind in ("contraction", "attention", "experts")
         or any(operand is not None and operand.projected for operand in inputs)
     )
     for index, value in enumerate(node.outputs):
@@ -185,7 +186,7 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
 
 def products_of(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> tuple[frozenset[str], bool]:
     """``LabeledValue.products`` and ``is_sum`` of the node's outputs."""
-    if context.spec.kind in ("contraction", "attention"):
+    if context.spec.kind in ("contraction", "attention", "experts"):
         return frozenset({str(context.node.outputs[0].name)}), False
     active = [operand for operand in inputs if operand is not None and operand.factors and not operand.constant]
     sets = {operand.products for operand in active}
@@ -560,6 +561,7 @@ PROPAGATION_RULES = {
     "scatter": propagate_scatter,
     "choose": propagate_choice,
     "one_hot": propagate_one_hot,
+    "experts": propagate_experts,
     "shape": propagate_shape_only,
     "opaque": propagate_opaque,
 }

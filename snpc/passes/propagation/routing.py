@@ -7,20 +7,33 @@ experts along that axis, and so has the axis that OneHot adds. What is read ther
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from snpc.ops import Labels, lookup, most_chosen, one_hot_axis
+from snpc.ops import (
+    EXPERTS_FORM,
+    ExpertsGeometry,
+    Labels,
+    Letters,
+    experts_geometry,
+    lookup,
+    most_chosen,
+    one_hot_axis,
+)
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.state import (
     NOT_ROUTED,
+    Contraction,
     Factors,
     LabeledValue,
     NodeContext,
     Routing,
     RoutingComparison,
 )
+
+EXPERT_LAYERS = {2: "inner", 4: "outer", 6: "gate"}  # input -> name of its product
 
 
 def propagate_choice(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
@@ -37,11 +50,15 @@ def propagate_choice(context: NodeContext, inputs: Sequence[LabeledValue | None]
     return []
 
 
-def compare_positions(context: NodeContext, data: LabeledValue, labels: Labels, most: int = 0) -> None:
+def compare_positions(
+    context: NodeContext, data: LabeledValue, labels: Labels, most: int = 0, operand: int = 0
+) -> None:
     """Record that positions with ``labels``, which vary on one axis, are compared with each other. Experts can go
     nevertheless: in the masked model they lose every comparison."""
     (axis,) = varying_axes(labels)
-    context.trace.comparisons.append(RoutingComparison(context.node, labels, axis - labels.ndim, context.dtype, most))
+    context.trace.comparisons.append(
+        RoutingComparison(context.node, labels, axis - labels.ndim, context.dtype, most, operand)
+    )
     context.pin(data, labels, context.spec.reason, axis, "choice")
 
 
@@ -134,3 +151,92 @@ def repeats_rows(value: ir.Value | None, axis: int, trace_values: dict[ir.Value,
         return False
     column = trace_values.get(node.inputs[0])
     return column is not None and all(size == 1 for k, size in enumerate(column.shape) if k != axis)
+
+
+def propagate_experts(context: NodeContext, inputs: Sequence[LabeledValue | None]) -> list[Factors]:
+    """All experts in one node: their axis is that of the router, hidden units are those of the weights, and the width
+    is that of the data on one side and of the result on the other. Raises Blocked where shapes do not fit."""
+    sizes, form = experts_geometry(context.call), EXPERTS_FORM
+    operands = [*inputs, *[None] * 8]
+    data, router, outer = operands[0], operands[form.router], operands[form.outer[0]]
+    assert data is not None and router is not None and outer is not None
+    join_experts(context, router, [c for c in operands[2:8] if c is not None], sizes)
+    table, hidden = context.trace.table, labels_along(outer, 2)
+    for (weight, bias), fused in zip(form.inner, (sizes.fused, 1), strict=True):
+        for operand in (operands[weight], operands[bias]):
+            for labels in labels_along(operand, 1):
+                folded = labels.reshape((-1, fused) if sizes.interleaved else (fused, -1))
+                for part in folded.T if sizes.interleaved else folded:
+                    for own in hidden:
+                        table.unify(part, own)
+                flag = LabelFlag.PRODUCED | LabelFlag.NONLINEAR if operand is operands[weight] else LabelFlag.NONLINEAR
+                table.flag(labels, flag)
+        join_width(context, data, operands[weight])
+    for labels in hidden:
+        table.flag(labels, LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT)
+    record_layers(context, data, operands, sizes)
+    rank = len(data.shape)
+    made = [labels for operand in (outer, operands[form.outer[1]]) for labels in labels_along(operand, 1)]
+    read = labels_along(operands[form.inner[0][0]], 2)
+    for labels in made:
+        for own in (*made[:1], *read):  # the kernel takes one width for both sides
+            table.unify(labels, own)
+        table.flag(labels, LabelFlag.PRODUCED)
+    return [(made[0].reshape([1] * (rank - 1) + [-1]),) if made else ()]
+
+
+def labels_along(operand: LabeledValue | None, axis: int) -> list[Labels]:
+    """[size]: the labels of an operand that vary along this axis alone."""
+    factors = operand.factors if operand is not None else ()
+    return [labels.reshape(-1) for labels in factors if varying_axes(labels) == {axis}]
+
+
+def join_experts(
+    context: NodeContext, router: LabeledValue, weights: Sequence[LabeledValue], sizes: ExpertsGeometry
+) -> None:
+    """The first axis of all weights is that of what the router compares."""
+    axis = len(router.shape) - 1
+    rows = labels_along(router, axis)
+    for labels in router.factors:
+        if varying_axes(labels) == {axis}:
+            compare_positions(context, router, labels, sizes.chosen, EXPERTS_FORM.router)
+        else:
+            context.pin(router, labels, context.spec.reason)
+    for operand in weights:
+        for labels in labels_along(operand, 0):
+            context.trace.table.flag(labels, LabelFlag.WEIGHT_INPUT)
+            if not rows:
+                context.pin(operand, labels, f"chosen by {context.describe_unlabeled(router)}", 0)
+            for row in rows:
+                context.trace.table.unify(labels, row)
+                context.trace.table.flag(labels, LabelFlag.ROUTED)
+
+
+def join_width(context: NodeContext, data: LabeledValue, weight: LabeledValue | None) -> None:
+    """The last axis of an inner weight is summed with that of the data."""
+    summed, axis = labels_along(weight, 2), len(data.shape) - 1
+    for labels in summed:
+        context.trace.table.flag(labels, LabelFlag.CONSUMED | LabelFlag.WEIGHT_INPUT)
+        if not labels_along(data, axis) and weight is not None:
+            context.pin(weight, labels, f"contracted with {context.describe_unlabeled(data)}", 2)
+    for factor in data.factors:
+        if varying_axes(factor) != {axis}:
+            context.pin(data, factor, context.spec.reason)
+            continue
+        context.trace.table.flag(factor, LabelFlag.CONSUMED)
+        for labels in summed:
+            context.trace.table.unify(factor.reshape(-1), labels)
+
+
+def record_layers(
+    context: NodeContext, data: LabeledValue, operands: Sequence[LabeledValue | None], sizes: ExpertsGeometry
+) -> None:
+    """Record the products inside the node, with the labels that they sum or make; the experts are a batch."""
+    rows = replace(data, shape=(sizes.tokens * sizes.chosen, sizes.width), factors=())
+    for index, part in EXPERT_LAYERS.items():
+        weight = operands[index]
+        if weight is not None:
+            own = tuple(labels for labels in weight.factors if 0 not in varying_axes(labels))
+            side = replace(weight, factors=own)
+            letters = Letters("MK", "ENK", "MN")
+            context.trace.contractions.append(Contraction(context.node, letters, rows, side, True, part))

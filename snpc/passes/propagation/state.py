@@ -114,7 +114,7 @@ class NormalizationStatistic:
 
 @dataclass(frozen=True)
 class RoutingComparison:
-    """Positions with ``labels`` of the first input of a node, of type ``dtype``, that are compared along ``axis``
+    """Positions with ``labels`` of input ``operand`` of a node, of type ``dtype``, that are compared along ``axis``
     (negative: counted from the right). ``most``: how many of them are chosen, 0 where they get shares of a whole."""
 
     node: ir.Node
@@ -122,6 +122,7 @@ class RoutingComparison:
     axis: int
     dtype: ir.DataType
     most: int = 0
+    operand: int = 0
 
 
 @dataclass(frozen=True)

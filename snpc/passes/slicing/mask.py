@@ -92,7 +92,9 @@ def mask_model(
     all of them may not fit into memory. ``contents``: of constants, in place of their own."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
-    for statistic in affected_statistics(trace, removed):
+    # A value that several weights make has a statistic for each; what stays of the value is taken once.
+    statistics = {(found.context.node, found.axes): found for found in affected_statistics(trace, removed)}
+    for statistic in statistics.values():
         mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
     for comparison in trace.comparisons:
         if removed.affects(comparison.labels):
@@ -119,12 +121,12 @@ def lazy_mask(
 
 
 def lose_comparison(graph: ir.Graph, node: ir.Node, comparison: RoutingComparison, removed: RemovedUnits) -> None:
-    """Give ``node`` minus infinity in the place of removed positions, where it compares its first input."""
+    """Give ``node`` minus infinity in the place of removed positions, where it compares an input."""
     goes = ~removed.kept_mask(comparison.labels).reshape(-1, *[1] * (-1 - comparison.axis))
     name = unused_name(f"{node.name}__loses", graph.initializers)
     mask = add_constant(graph, goes, name)
     least = add_constant(graph, np.asarray(-np.inf, np.float32), unused_name(f"{name}_least", graph.initializers))
     cast = make_node(CAST, [least], {"to": int(comparison.dtype)}, name=f"{name}_cast")
-    chosen = make_node(WHERE, [mask, cast.outputs[0], node.inputs[0]], name=f"{name}_where")
+    chosen = make_node(WHERE, [mask, cast.outputs[0], node.inputs[comparison.operand]], name=f"{name}_where")
     node.prepend([cast, chosen])
-    node.replace_input_with(0, chosen.outputs[0])
+    node.replace_input_with(comparison.operand, chosen.outputs[0])

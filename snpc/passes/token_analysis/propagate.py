@@ -401,6 +401,7 @@ TOKEN_RULES: dict[str, Callable[[TokenNodeContext], OutputTokenAxes]] = {
     "scatter": token_by_position,
     "choose": token_opaque,
     "one_hot": token_opaque,
+    "experts": token_opaque,
     "shape": token_shape_only,
     "opaque": token_opaque,
 }

@@ -361,5 +361,6 @@ RELEVANCE_RULES: Mapping[str, Callable[[RelevancePropagation, ir.Node, OpSpec, O
     "shape": relevance_shape,
     "choose": relevance_opaque,
     "one_hot": relevance_shape,
+    "experts": relevance_opaque,
     "opaque": relevance_opaque,
 }

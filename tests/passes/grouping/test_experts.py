@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from snpc.graph import infer_graph
 from snpc.types import Group
-from tests.models.experts import CHOSEN, COUNT, EXPERTS, HIDDEN, longer_feeds
+from tests.models.experts import CHOSEN, COUNT, EXPERTS, HIDDEN, fused_model, longer_feeds
 from tests.models.exports import export
-from tests.oracle import TOLERANCE, analysis_of, cut, cuts_of, feeds_of, prunable, random_cuts, relative_error, run
+from tests.oracle import (
+    TOLERANCE,
+    analysis_at,
+    analysis_of,
+    cut,
+    cuts_of,
+    feeds_of,
+    prunable,
+    random_cuts,
+    relative_error,
+    run,
+)
 
 NAMES = list(EXPERTS)
 UNROLLED = [name for name in NAMES if name.startswith("unrolled")]
@@ -102,3 +115,36 @@ def test_weights_of_an_expert_of_its_own_count_as_its_parameters(name: str) -> N
     width = 48
     assert [len(names) for names in group.owned] == [3] * COUNT
     assert group.params == COUNT * (width + 3 * width * HIDDEN)
+
+
+class TestOneNode:
+    """com.microsoft.MoE, which onnxruntime runs on the CPU with these activations, and no gate of its own."""
+
+    @pytest.mark.parametrize("activation", ["relu", "silu", "swiglu"])
+    def test_sliced_equals_masked(self, activation: str, tmp_path: Path) -> None:
+        analysis = analysis_at(tmp_path / "moe.onnx", fused_model(activation))
+        found = {g.role: (g.blocks, g.size, g.least) for g in analysis.groups if g.prunable and g.role != "other"}
+        assert found["experts"] == (1, COUNT, CHOSEN)
+        sizes = Counter((g.role, g.size) for g in analysis.groups if g.prunable)
+        assert sizes["ffn", HIDDEN] == 1
+        feeds = {"x": np.random.default_rng(1).normal(size=(9, 8)).astype(np.float32)}
+        for roles in (("ffn",), ("experts",), ("ffn", "experts")):
+            pair = cut(analysis, random_cuts(prunable(analysis.groups, *roles), seed=3))
+            assert pair.error(feeds) <= TOLERANCE
+            assert relative_error(pair.expected(feeds), run(tmp_path / "moe.onnx", feeds)) > 1e-3
+
+    def test_products_are_counted_for_the_chosen_experts(self, tmp_path: Path) -> None:
+        analysis = analysis_at(tmp_path / "moe.onnx", fused_model("relu"))
+        tokens = analysis.dim_sizes["tokens"]
+        one = 2 * 12 * HIDDEN
+        assert analysis.cost.macs == tokens * (CHOSEN * one + 2 * 8 * 12 + 12 * COUNT)
+        (hidden,) = [g for g in analysis.groups if g.role == "ffn" and g.size == HIDDEN]
+        assert hidden.macs == tokens * CHOSEN * one
+
+    def test_weights_that_do_not_fit_are_pinned(self, tmp_path: Path) -> None:
+        model = fused_model("relu")
+        del model.graph.node[3].attribute[:]
+        model.graph.node[3].attribute.append(onnx.helper.make_attribute("swiglu_fusion", 1))
+        analysis = analysis_at(tmp_path / "moe.onnx", model)
+        assert not prunable(analysis.groups, "experts")
+        assert any("do not fit" in pin.reason for pin in analysis.pins)

@@ -175,6 +175,13 @@ CASES = {
         {"router": (3, 4), "stack": (4, 6, 3), "back": (4, 3, 6)},
         {"count": [1], "flat": [-1], "last": [-1]},
     ),
+    "experts_in_one_node": Case(
+        "experts",
+        """g (float[2,3] x) => (float[2,4] y) {
+            r = MatMul(x, router)  m = com.microsoft.MoE <k = 1, activation_type = "relu"> (x, r, up, , down)
+            y = MatMul(m, v) }""",
+        {"router": (3, 4), "up": (4, 5, 3), "down": (4, 3, 5), "v": (3, 4)},
+    ),
     "one_hot": Case(
         "one_hot",
         """g (float[2,3] x) => (float[2,4] y) {
