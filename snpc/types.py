@@ -27,8 +27,10 @@ AnyArray = npt.NDArray[Any]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
-Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other"]
-ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other")
+Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer"]
+ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer")
+LAYER_ROLE: Role = "layer"
+"""The role of whole sublayers, which are no groups: they go or stay."""
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]

@@ -27,6 +27,7 @@ from snpc.runtime.evaluation import (
     RunningDecoder,
     cache_interface,
     cached_decoding_error,
+    check_removed_layers,
     check_structure,
     compare_models,
     compare_on_equal_selections,
@@ -259,6 +260,8 @@ def compare_with_reference(
     if analysis.reduction is not None:
         decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)
         structure = (*structure, check)
+    if analysis.removal is not None:
+        structure = (*structure, check_removed_layers(analysis, first.batches, tolerance, execution))
 
     def verdict(
         equals_mask: Sequence[Difference], drift: Sequence[Difference], checks: tuple[str, ...], on: VerificationData
