@@ -27,8 +27,10 @@ AnyArray = npt.NDArray[Any]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
-Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other"]
-ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other")
+Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer"]
+ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer")
+LAYER_ROLE: Role = "layer"
+"""The role of whole sublayers, which are no groups: they go or stay."""
 
 SiteKind = Literal["produce", "consume", "pointwise", "norm"]
 Freedom = Literal["basis", "pairs", "select"]
@@ -55,11 +57,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output: ``shape`` holds an int where static and a name (or "") where dynamic."""
+    """A graph input or output: ``shape`` holds an int where static and a name (or "") where dynamic. ``capacity``: the
+    fewest tokens that a cache of a sliding window has room for; 0 of any other input."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
+    capacity: int = 0
 
 
 def shape_text(shape: Sequence[int | str]) -> str:

@@ -311,6 +311,7 @@ def print_skipped_groups(closed_forms: ClosedForms | None) -> None:
 
 def print_plan(plan: SlicePlan) -> None:
     """The width of each group of a plan, before and after."""
+    print_removed_layers(plan)
     rows = []
     for g in plan.analysis.groups:
         if g.id in plan.keep:
@@ -323,7 +324,8 @@ def print_plan(plan: SlicePlan) -> None:
                     format_share(plan.kept_width(g), g.size),
                 )
             )
-    print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    if rows or plan.analysis.removal is None:
+        print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
     if plan.method == "select":
         print_approximations(plan, {})
     else:
@@ -369,6 +371,7 @@ def print_result(result: PrunedModel) -> None:
         + (", ".join(f"{format_share(n, total[role])} of {role}" for role, n in removed.items()) or "nothing")
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
+    print_removed_layers(result.plan)
     slower = slower_decoding_text(*result.head_size) if result.head_size else ""
     if slower:
         print_note(slower)
@@ -389,6 +392,14 @@ def print_result(result: PrunedModel) -> None:
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
     print_verdict(result.verification)
+
+
+def print_removed_layers(plan: SlicePlan) -> None:
+    """The layers that are gone whole, and what stands for them."""
+    removal = plan.analysis.removal
+    if removal is not None:
+        listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
+        print_line(f"layers gone: {', '.join(listed)}")
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

@@ -14,13 +14,25 @@ Files
   propagation/       Label propagation: which positions of which constants each position of a tensor depends on.
   quantization/      Quantized files: what is quantized, and the float model that such a file stands for.
   slicing/           Rewrites that remove units: sliced weights, recomputed shape parameters, and the masked oracle.
+  sublayers/         Sublayers: what a model computes between a read of its residual stream and the sum that returns to
+                     it, and their removal.
   token_analysis/    Token analysis: follows the token axis through the graph and finds where tokens can be reduced.
   weights/           Weights around a group: who produces it, who consumes it, and edits of both.
 """
 
 from __future__ import annotations
 
-from snpc.passes.analyze import Analysis, Companion, GraphAtSizes, SizedFacts, analyze, analyze_graph, quoted_facts
+from snpc.passes.analyze import (
+    Analysis,
+    Companion,
+    GraphAtSizes,
+    SizedFacts,
+    analyze,
+    analyze_graph,
+    cost_without,
+    quoted_facts,
+    remove_sublayers,
+)
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.passes.output_kinds import OutputKind, find_output_kinds, partly_written_outputs
 from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
@@ -38,8 +50,10 @@ __all__ = [
     "SizedFacts",
     "analyze",
     "analyze_graph",
+    "cost_without",
     "find_output_kinds",
     "macs_by_role",
     "partly_written_outputs",
     "quoted_facts",
+    "remove_sublayers",
 ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from snpc.errors import UserError
 from snpc.graph import (
     DimSizes,
     PassObserver,
@@ -34,7 +36,7 @@ from snpc.passes.grouping import (
 )
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.quantization import with_float_graph
-from snpc.passes.sublayers import SublayerGraph
+from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
 from snpc.types import QUANTIZED_TOKENS_REASON, ChosenMetric, Cost, Group, Model, Pin, Sublayer
@@ -63,6 +65,8 @@ class Analysis:
     """How tokens are reduced, if they are. ``traced_graph`` then has inputs that say which tokens are removed."""
     given_sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of dynamic dimensions that the caller gave: random inputs have them."""
+    removal: SublayerRemoval | None = None
+    """The sublayers that are gone, if any are. ``traced_graph`` does not contain them, ``model`` does."""
     metrics: Mapping[str, ChosenMetric] = field(default_factory=dict)
     """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
     companions: tuple[Companion, ...] = field(default=(), repr=False)
@@ -70,17 +74,24 @@ class Analysis:
 
     @property
     def name(self) -> str:
-        """Name of the model's file, with its token reduction."""
+        """Name of the model's file, with its token reduction and the layers that are gone."""
         tokens = f" with tokens {self.reduction.spec}" if self.reduction is not None else ""
-        return f"{self.model.path.name}{tokens}"
+        layers = f" without {', '.join(self.removal.names)}" if self.removal is not None else ""
+        return f"{self.model.path.name}{tokens}{layers}"
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that statistics depend on: the file's contents, and how tokens are reduced."""
-        if self.reduction is None:
+        """SHA-256 of everything that statistics depend on: the file's contents, how tokens are reduced, and which
+        layers are gone."""
+        changes: list[object] = []
+        if self.reduction is not None:
+            changes.append(self.reduction.to_json())
+        if self.removal is not None:
+            changes.append([self.removal.names, {name: mean.tolist() for name, mean in self.removal.means.items()}])
+        if not changes:
             return self.model.digest
-        steps = json.dumps(self.reduction.to_json(), sort_keys=True)
-        return hashlib.sha256(f"{self.model.digest} {steps}".encode()).hexdigest()
+        text = " ".join(json.dumps(change, sort_keys=True) for change in changes)
+        return hashlib.sha256(f"{self.model.digest} {text}".encode()).hexdigest()
 
     @property
     def identity(self) -> tuple[str, Mapping[str, int], bool]:
@@ -103,6 +114,13 @@ class Analysis:
     def sublayers(self) -> tuple[Sublayer, ...]:
         """The layers beside the residual stream, in the order of the graph, and why some cannot go."""
         return self.sublayer_graph.sublayers
+
+    def saved_before(self, kind: Literal["macs", "params", "bytes"]) -> int:
+        """What is saved at any widths: MACs of dead rows and removed tokens, and what went with removed sublayers."""
+        if kind == "macs" or self.removal is None:
+            return self.dead_macs if kind == "macs" else 0
+        before, after = (cost_of(traced.model, traced.facts) for traced in (self.removal.source, self.traced_graph))
+        return int(getattr(before, kind) - getattr(after, kind))
 
     def group(self, name: str) -> Group:
         """The group with this id."""
@@ -231,6 +249,54 @@ def analyze_graph(
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
     sizes, given = quoted.dim_sizes, sized.given
     return Analysis(model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given)
+
+
+def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO_MEANS) -> Analysis:
+    """The analysis of the graph without these sublayers. ``means``: name -> [D], the constant that stands for one.
+
+    Raises UserError for names that are not those of sublayers, and for sublayers that cannot go.
+    """
+    known = {sublayer.name: sublayer for sublayer in analysis.sublayers}
+    wanted, widths = set(names), {str(v.name): shape for v, shape in analysis.traced_graph.facts.shape.items()}
+    for name in sorted(wanted):
+        if name not in known:
+            raise UserError(f"{analysis.model.path.name}: has no layer {name!r}; `snpc inspect` lists them")
+        if not known[name].removable:
+            raise UserError(f"{analysis.model.path.name}: the layer {name} cannot go: {known[name].reason}")
+        width = (widths.get(known[name].branch) or (0,))[-1]
+        if name in means and means[name].shape != (width,):
+            raise UserError(f"{analysis.model.path.name}: {means[name].size} numbers stand for {name}, not {width}")
+    if analysis.reduction is not None or analysis.removal is not None:
+        raise UserError("whole layers are removed from a model as it was loaded: once, and not with fewer tokens")
+    gone = tuple(sublayer for sublayer in analysis.sublayers if sublayer.name in wanted)
+    if not gone:
+        return analysis
+    source = analysis.traced_graph
+    graph, continued = without_sublayers(source, gone, means)
+    sized = at_sizes_of(analysis, graph)
+    without = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
+    used = {name: mean for name, mean in means.items() if name in wanted}
+    return replace(without, removal=SublayerRemoval(gone, used, source, continued), metrics=analysis.metrics)
+
+
+def cost_without(analysis: Analysis, names: Collection[str]) -> Cost:
+    """What the model costs without these sublayers, and without rows that no output depends on then."""
+    gone = [sublayer for sublayer in analysis.sublayers if sublayer.name in names]
+    graph, _ = without_sublayers(analysis.traced_graph, gone)
+    sized = at_sizes_of(analysis, graph)
+    narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, None, facts=sized.traced.facts)
+    return cost_of(narrowed.model, infer_graph(narrowed.model, analysis.dim_sizes))
+
+
+def at_sizes_of(analysis: Analysis, graph: ir.Model) -> GraphAtSizes:
+    """A graph that was made from the analyzed one, at the same sizes."""
+    traced, quoted = analysis.traced_graph.dim_sizes, analysis.dim_sizes
+    return GraphAtSizes(
+        graph,
+        SizedFacts(traced, infer_graph(graph, traced)),
+        SizedFacts(quoted, infer_graph(graph, quoted)),
+        analysis.given_sizes,
+    )
 
 
 def quoted_facts(model: ir.Model, chosen: SizedFacts, fixed: Mapping[str, int]) -> SizedFacts:

@@ -36,6 +36,7 @@ from snpc.planning import (
     prunes_kv_cache,
     select_units,
     token_reduction_in,
+    without_removed_layers,
 )
 from snpc.runtime.batches import DenseValues
 from snpc.runtime.calibration import Calibration, find_ids
@@ -51,7 +52,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measure_loss_curves, predicted_curves, search_widths
+from snpc.runtime.sensitivity import measure_loss_curves, predicted_curves, remove_layers, search_widths
 from snpc.runtime.statistics import (
     Statistics,
     check_finite_weights,
@@ -60,7 +61,7 @@ from snpc.runtime.statistics import (
     unit_weight_energies,
 )
 from snpc.tokens import reduce_tokens
-from snpc.types import FloatArray, Group, Model
+from snpc.types import LAYER_ROLE, FloatArray, Group, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -213,6 +214,8 @@ def measure_request(
     analysis: Analysis, request: PlanRequest, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> Statistics:
     """The statistics that ``make_plan`` measures for a request; of parts of the data they add up."""
+    if LAYER_ROLE in request.budget.roles:
+        raise UserError("the role layer tries layers on all the data: leave it out where parts of it are measured")
     analysis = with_selected_caches(analysis, calibration, None)
     groups = groups_to_prune(analysis, request.budget)
     check_finite_weights(analysis, groups)
@@ -235,8 +238,12 @@ def make_plan(
     execution: Execution = DEFAULT_EXECUTION,
 ) -> PruningPlan:
     """``plan``, by a request."""
-    analysis = with_selected_caches(analysis, calibration, statistics)
     budget = request.budget
+    if LAYER_ROLE in budget.roles:
+        analysis = remove_layers(analysis, budget, calibration, execution)
+        if set(budget.roles) == {LAYER_ROLE}:
+            return plan_of_layers(analysis, request, calibration, execution)
+    analysis = with_selected_caches(analysis, calibration, statistics)
     groups = groups_to_prune(analysis, budget)
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
@@ -295,6 +302,17 @@ def make_plan(
     )
 
 
+def plan_of_layers(
+    analysis: Analysis, request: PlanRequest, calibration: Calibration | None, execution: Execution
+) -> PruningPlan:
+    """The plan that cuts no width of an analysis without some layers: what is left is refitted, unless by "select"."""
+    method = request.method or default_method(calibration, request.criterion is None)
+    options = {**request.budget.to_options(), "effort": request.effort}
+    slices = SlicePlan(analysis, "none", options, {}, method)
+    closed_forms = ClosedForms.empty(analysis) if method != "select" else None
+    return PruningPlan(slices, closed_forms, calibration=calibration, execution=execution)
+
+
 def with_selected_caches(
     analysis: Analysis, calibration: Calibration | None, statistics: Statistics | None
 ) -> Analysis:
@@ -330,7 +348,7 @@ def dense_values_for(
     execution: Execution,
 ) -> DenseValues | None:
     """Where the values that the layer-wise fit reads are collected; None where there is no such fit."""
-    if method != "auto":
+    if method != "auto" or analysis.removal is not None:  # the dense model still has its layers
         return None
     limit = min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
     return DenseValues(residual_error_values(analysis, groups), calibration, limit)
@@ -457,6 +475,9 @@ def complete_plan(
         )
     check_refit_data(slices.method, calibration, statistics)
     groups = [g for g in slices.analysis.groups if g.id in slices.keep]
+    if not groups:
+        empty = ClosedForms.empty(slices.analysis)
+        return PruningPlan(slices, empty, statistics=statistics, calibration=calibration, execution=execution)
     if statistics is None:
         assert calibration is not None
         statistics = measure_statistics(slices.analysis, calibration, groups, execution=execution)
@@ -480,6 +501,7 @@ def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | Non
     if reduction is not None:
         analysis = reduce_tokens(analysis, *reduction)
     analysis = with_named_metrics(analysis, metrics_in(text))
+    analysis = without_removed_layers(analysis, text)
     return plan_from_json(text, analysis, str(path))
 
 

@@ -46,11 +46,29 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "head_size": dict(zip(("before", "after"), result.head_size, strict=True)) if result.head_size else None,
         "macs_at": dict(plan.analysis.dim_sizes),
         "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
+        "layers": layers_json(plan.analysis),
         "groups": groups_json(plan, result.closed_forms),
         "pins": pins_json(plan.analysis),
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
+
+
+def layers_json(analysis: Analysis) -> list[dict[str, Any]]:
+    """The layers that are gone whole, and what stands for each."""
+    removal = analysis.removal
+    if removal is None:
+        return []
+    return [
+        {
+            "name": sublayer.name,
+            "kind": sublayer.kind,
+            "macs": sublayer.macs,
+            "params": sublayer.params,
+            "replaced_by": "mean" if sublayer.name in removal.means else "nothing",
+        }
+        for sublayer in removal.sublayers
+    ]
 
 
 def dequantization_json(model: Model) -> dict[str, Any] | None:

@@ -22,9 +22,17 @@ from snpc.runtime.batches import StreamedModel, open_file
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, StageCost
-from snpc.runtime.sensitivity import CURVE_SAMPLES, CURVE_SHARES, REFINEMENT_ROUNDS, SAMPLES_PER_WIDTH, search_samples
+from snpc.runtime.sensitivity import (
+    CURVE_SAMPLES,
+    CURVE_SHARES,
+    LAYER_SAMPLES,
+    REFINEMENT_ROUNDS,
+    SAMPLES_PER_WIDTH,
+    removable_sublayers,
+    search_samples,
+)
 from snpc.tokens import TOKEN_METHODS
-from snpc.types import Group
+from snpc.types import LAYER_ROLE, Group
 
 STATISTICS_PASSES = 1.8
 LAYERS_PASSES = 2.5
@@ -49,8 +57,9 @@ def run_stages(
     if calibration is None:
         return []
     target = request.budget.target if request is not None else None
+    roles = request.budget.roles if request is not None else ()
     stages: list[StageCost] = []
-    if effective_token_request(tokens, analysis, calibration, target) == AUTO_TOKENS:
+    if effective_token_request(tokens, analysis, calibration, target, roles) == AUTO_TOKENS:
         stages += token_stages(analysis, calibration, request)
     if request is not None:
         stages += planning_stages(analysis, calibration, request)
@@ -113,9 +122,12 @@ def planning_stages(
     analysis: Analysis, calibration: Calibration, request: PlanRequest, full_curves: bool = False
 ) -> list[StageCost]:
     """The stages of ``make_plan``."""
+    stages = layer_stages(analysis, calibration, request)
+    if set(request.budget.roles) == {LAYER_ROLE}:
+        return stages
     groups = groups_to_prune(analysis, request.budget)
     method = method_of(calibration, request)
-    stages = [("statistics", STATISTICS_PASSES)]
+    stages.append(("statistics", STATISTICS_PASSES))
     if method != "select":
         stages.append(("order", elimination_passes(analysis, calibration, groups)))
     if request.budget.is_latency:
@@ -130,6 +142,15 @@ def planning_stages(
     if request.effort == "search":
         stages.append(("joint search", search_samples(len(groups)) / max(calibration.samples, 1)))
     return stages
+
+
+def layer_stages(analysis: Analysis, calibration: Calibration, request: PlanRequest) -> list[StageCost]:
+    """Whole layers are tried one by one, and then a few of them at each step."""
+    if LAYER_ROLE not in request.budget.roles:
+        return []
+    trial = min(LAYER_SAMPLES / max(calibration.samples, 1), 1.0)
+    singles = 2 * len(removable_sublayers(analysis, request.budget))
+    return [("layer means", 1.0), ("layer trials", trial * singles), ("layer search", trial * singles)]
 
 
 def writing_stages(calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:

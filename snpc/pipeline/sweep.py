@@ -31,7 +31,7 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RandomInputs, announce
 from snpc.runtime.io import check_target, file_bytes, publish_files, staging_folder
-from snpc.types import Cost, Difference, Quality
+from snpc.types import LAYER_ROLE, Cost, Difference, Quality
 
 ORIGINAL_NAME = "original"
 
@@ -142,6 +142,8 @@ def sweep(
     if len(set(targets)) != len(targets) or not targets:
         raise UserError("--targets: give each target once, and at least one")
     check_target(folder / "sweep.json")
+    if request.budget is not None and LAYER_ROLE in request.budget.roles:
+        raise UserError("a sweep cuts widths and tokens: leave out the role layer, or prune to each target")
     plans = plan_targets(analysis, targets, calibration, request, builder, execution)
     with staging_folder(folder / "sweep") as staging:
         (staging / "work").mkdir()

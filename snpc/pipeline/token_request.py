@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from snpc.errors import UserError
 from snpc.graph import choose_dim_sizes
 from snpc.passes import Analysis
 from snpc.pipeline.planner import PlanRequest
@@ -27,19 +28,29 @@ from snpc.tokens import (
     steps_for,
     stream_dtype,
 )
+from snpc.types import LAYER_ROLE, Role
 
 AUTO_TOKENS, ALL_TOKENS = "auto", "none"
 MIN_TIME_PER_MACS = 0.5  # of the share of the MACs that fewer tokens save, at least this part must be saved in time
 
 
 def effective_token_request(
-    tokens: str | None, analysis: Analysis, calibration: Calibration | None, target: ResourceTarget | None
+    tokens: str | None,
+    analysis: Analysis,
+    calibration: Calibration | None,
+    target: ResourceTarget | None,
+    roles: Sequence[Role] = (),
 ) -> str | None:
     """What ``tokens`` asks for: a specification, "auto", or None where all tokens stay.
 
     ``tokens`` None is the default: "auto" for a target in MACs or of latency, where there is calibration data and the
-    model's tokens can get fewer. "none": all tokens stay.
+    model's tokens can get fewer, unless ``roles`` has whole layers. "none": all tokens stay. Raises UserError where
+    tokens and whole layers are to go.
     """
+    if LAYER_ROLE in roles:
+        if tokens is not None and tokens.strip() != ALL_TOKENS:
+            raise UserError(f"--tokens {tokens} and the role layer do not go together: leave out one of them")
+        return None
     if tokens is not None:
         return None if tokens.strip() == ALL_TOKENS else tokens.strip()
     serves = target is not None and target.kind in ("macs", "latency")
@@ -61,7 +72,8 @@ def apply_token_request(
 
     ``target``, ``widths`` and ``evaluator`` serve "auto": see ``choose_token_schedule``.
     """
-    tokens = effective_token_request(tokens, analysis, calibration, target)
+    roles = widths.budget.roles if widths is not None else ()
+    tokens = effective_token_request(tokens, analysis, calibration, target, roles)
     if tokens is None:
         return analysis
     if tokens != AUTO_TOKENS:

@@ -47,6 +47,7 @@ from snpc.planning.plan_file import (
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
+    without_removed_layers,
 )
 
 __all__ = [
@@ -84,4 +85,5 @@ __all__ = [
     "select_units",
     "token_reduction_in",
     "top_units",
+    "without_removed_layers",
 ]

@@ -181,7 +181,7 @@ def required_savings(scores: UnitScores, target: ResourceTarget, most: float) ->
         text = f"{least:.3g}ms" if target.ms is not None else f"{least / dense:.3f}"
         return scores.latency.base - target.milliseconds(dense), f"latency={text} (predicted)", 0.1 * dense
     whole = float(getattr(scores.analysis.cost, target.kind))
-    free = float(scores.analysis.dead_macs) if target.kind == "macs" else 0.0
+    free = float(scores.analysis.saved_before(target.kind))
     return (1 - target.share) * whole - free, f"{target.kind}={1 - (most + free) / whole:.3f}", 0.0
 
 

@@ -97,6 +97,7 @@ def safe_target(groups: Sequence[Group], scores: UnitScores, budget: Budget, lim
     path, saved = allocation_path(groups, scores, budget)
     last = int(np.flatnonzero(predicted_drift(path, scores) <= limit)[-1])
     required, _, _ = required_savings(scores, replace(target, share=0.0), 0.0)  # of a model of which nothing is left
-    whole = required + (scores.analysis.dead_macs if target.kind == "macs" else 0.0)
+    assert target.kind != "latency"
+    whole = required + scores.analysis.saved_before(target.kind)
     share = np.ceil(SHARE_STEP * (required - float(saved[last])) / whole - 1e-9) / SHARE_STEP
     return ResourceTarget(target.kind, float(share)) if 0 < share < 1 else None

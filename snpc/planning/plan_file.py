@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
+
 from snpc.errors import UserError
-from snpc.passes import Analysis
+from snpc.passes import Analysis, remove_sublayers
 from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.planning.tied_widths import check_kept_widths
 from snpc.types import Group
@@ -40,6 +42,11 @@ def plan_to_json(plan: SlicePlan) -> str:
         head["prune_kv_cache"] = True
     if metric_texts(plan.analysis):
         head["metric"] = metric_texts(plan.analysis)
+    if plan.analysis.removal is not None:
+        removal = plan.analysis.removal
+        head["layers"] = {
+            name: join_numbers(removal.means[name].tolist()) if name in removal.means else "" for name in removal.names
+        }
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
         steps = plan.analysis.reduction.to_json()["steps"]
@@ -83,6 +90,21 @@ def token_reduction_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
     except (AttributeError, TypeError, ValueError):
         scores = {}
     return spec, scores
+
+
+def without_removed_layers(analysis: Analysis, text: str) -> Analysis:
+    """The analysis without the layers that the plan in ``text`` removes: name -> the numbers that stand for one.
+
+    Raises UserError for layers that the model does not have.
+    """
+    entry = json_entry(text, "layers")
+    if not isinstance(entry, dict):
+        return analysis
+    try:
+        means = {name: np.array([float(x) for x in row.split()]) for name, row in entry.items() if row}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError('"layers" of a plan holds numbers as text, or "", by the name of a layer') from None
+    return remove_sublayers(analysis, entry, means)
 
 
 def json_entry(text: str, name: str) -> object:

@@ -42,7 +42,8 @@ class SelectionArguments(ArgumentGroup):
         show_default=True,
         metavar="ROLE,...",
         callback=parse_roles,
-        help="Roles of the groups to prune: qk, vo, ffn, head, conv, residual, other; or none.",
+        help="Roles of the groups to prune: qk, vo, ffn, head, experts, conv, residual, other; layer, whole attention "
+        "and feed-forward layers (needs --calib); or none.",
     )
     include: str | None = option("--include", metavar="REGEX", help="Prune only groups whose id matches.")
     exclude: str | None = option("--exclude", metavar="REGEX", help="Do not prune groups whose id matches.")
@@ -256,6 +257,10 @@ class PlanningArguments(ArgumentGroup):
         selection = self.selection
         return PlanRequest(self.budget(), selection.method, selection.criterion, workload, effort=selection.effort)
 
+    def chosen_tokens(self, tokens: str | None, analysis: snpc.Analysis, calibration: Calibration | None) -> str | None:
+        """See ``effective_token_request``."""
+        return effective_token_request(tokens, analysis, calibration, self.amount.resource_target, self.selection.roles)
+
     def reduce_tokens(
         self,
         analysis: snpc.Analysis,
@@ -269,7 +274,7 @@ class PlanningArguments(ArgumentGroup):
             tokens = AUTO_TOKENS  # nothing else can reach the target
         schedule = self.reduction.schedule
         tries = target is not None and target.kind in ("macs", "latency") and calibration is not None
-        if tries and effective_token_request(tokens, analysis, calibration, target) == AUTO_TOKENS:
+        if tries and self.chosen_tokens(tokens, analysis, calibration) == AUTO_TOKENS:
             print_step("choosing which tokens go by trying schedules (--tokens none: widths only, which is faster)")
         reduced = apply_token_request(analysis, calibration, tokens, target=target, widths=widths, execution=execution)
         if schedule is not None:

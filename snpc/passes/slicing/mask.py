@@ -92,7 +92,9 @@ def mask_model(
     all of them may not fit into memory. ``contents``: of constants, in place of their own."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
-    for statistic in affected_statistics(trace, removed):
+    # A value that several weights make has a statistic for each; what stays of the value is taken once.
+    statistics = {(found.context.node, found.axes): found for found in affected_statistics(trace, removed)}
+    for statistic in statistics.values():
         mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
     for comparison in trace.comparisons:
         if removed.affects(comparison.labels):

@@ -89,7 +89,7 @@ def fit_layerwise(
     errors = residual_errors(analysis, groups)
     store = weight_store(execution)
     base = fit_for_dense_stream(closed_forms, plan, errors, store)
-    if not errors or not groups:
+    if not errors or not (groups or analysis.removal):
         return base
     cut = rewrite_model(base, cuts_of(plan))
     stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
@@ -193,7 +193,7 @@ def first_values(
         return values_on_workers(fit, names, calibration, execution, dense)
     values = LocalBatchValues(batches(), execution)
     if dense is None or not dense.batches:
-        values.run(dense_program(fit.analysis.traced_graph, names))
+        values.run(dense_program(fit.analysis, names))
     return values
 
 
@@ -212,15 +212,26 @@ def values_on_workers(
         values, known = DistributedBatchValues(calibration, execution.executor, execution), False
     keep_token_masks(values, fit.analysis.traced_graph, fit.padding)
     if not known:
-        values.run(dense_program(fit.analysis.traced_graph, names))
+        values.run(dense_program(fit.analysis, names))
     return values
 
 
-def dense_program(graph: TracedGraph, names: tuple[str, ...]) -> BatchProgram:
-    """The dense model, which keeps its values of these names."""
-    instrument = Instrument(graph.model)
-    instrument.add_values(names, graph.facts.types_by_name)
-    return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
+def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
+    """The dense model, with all its layers, which keeps what its values of these names are there: in front of a layer
+    that is gone, the sum behind it."""
+    removal = analysis.removal
+    if removal is None:
+        instrument = Instrument(analysis.traced_graph.model)
+        instrument.add_values(names, analysis.traced_graph.facts.types_by_name)
+        return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
+    instrument, types = Instrument(removal.source.model), removal.source.facts.types_by_name
+    for name in names:
+        found = removal.stands_for(name)
+        value, dtype = instrument.values[found.summed], types[found.summed]
+        if found.added is not None:
+            value = instrument.node(op.SUB, [value, instrument.constant(found.added.astype(dtype.numpy()))])
+        instrument.add_output(instrument.node(op.IDENTITY, [value]), dense_name(name), dtype)
+    return BatchProgram(instrument.model, kept={dense_name(name): dense_name(name) for name in names})
 
 
 @dataclass(frozen=True)

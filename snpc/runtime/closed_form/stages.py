@@ -50,9 +50,10 @@ def compensable_groups(analysis: Analysis, groups: Iterable[Group]) -> list[Grou
     chosen = {g.id for g in groups}
     candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role == "ffn")]
     kinds = closed_form_kinds(analysis.weights, candidates)
-    return [
-        g for g in candidates if kinds.get(g.id) == "refit" and (g.id in chosen or consumers_have_bias(analysis, g))
-    ]
+    refitted = [g for g in candidates if kinds.get(g.id) == "refit"]
+    if analysis.removal is not None:  # its error is worth a bias that was not there
+        return refitted
+    return [g for g in refitted if g.id in chosen or consumers_have_bias(analysis, g)]
 
 
 def consumers_have_bias(analysis: Analysis, group: Group) -> bool:

@@ -16,6 +16,7 @@ Files
   metrics           Which metric suits each output of a model: by what the graph does at its end, by values, or as the
                     user says.
   perplexity        Perplexity of a language model: how well its logits predict the next token of held-out text.
+  removed_layers    The oracle of removed layers: the whole graph, in which their outputs are replaced in place.
   requantization    What quantizing refitted weights anew costs, apart from what pruning costs.
   uncertainty       How certain a measured difference is: a standard error over samples, and an interval for shares of
                     them.
@@ -31,6 +32,7 @@ from snpc.runtime.evaluation.cached_decoding import (
     cache_interface,
     cached_decoding_error,
     decoder_interface,
+    likelihood_gap,
 )
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
@@ -58,6 +60,7 @@ from snpc.runtime.evaluation.latency import (
 from snpc.runtime.evaluation.metric_choice import MetricRequest, metrics_identity, with_metrics, with_named_metrics
 from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max_drift
 from snpc.runtime.evaluation.perplexity import LanguageHead, LanguageJudge, find_language_head, sum_surprise
+from snpc.runtime.evaluation.removed_layers import check_removed_layers
 from snpc.runtime.evaluation.requantization import measure_requantization
 
 __all__ = [
@@ -80,6 +83,7 @@ __all__ = [
     "cache_bytes_per_token",
     "cache_interface",
     "cached_decoding_error",
+    "check_removed_layers",
     "check_structure",
     "compare_models",
     "compare_on_equal_selections",
@@ -89,6 +93,7 @@ __all__ = [
     "find_selectors",
     "groups_to_time",
     "latency_table",
+    "likelihood_gap",
     "max_drift",
     "max_relative",
     "measure_differences",

@@ -4,6 +4,8 @@ Files
   curve_fit        Fits loss curves to a few noisy trials: the closed-form loss times a factor that varies with the
                    width.
   joint_search     Joint search over the widths of a plan: groups are made narrower and wider with all others cut too.
+  layer_search     Which whole sublayers go: chosen by what the outputs change when they are gone.
+  layer_trials     Trials of removed sublayers: the outputs with any of them switched off, on a few samples.
   loss_curves      Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at
                    a time.
   plan_trials      Trials of whole plans: the outputs with all groups cut at once, to the widths that are asked for.
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
 from snpc.runtime.sensitivity.joint_search import search_samples, search_widths
+from snpc.runtime.sensitivity.layer_search import removable_sublayers, remove_layers
+from snpc.runtime.sensitivity.layer_trials import LAYER_SAMPLES
 from snpc.runtime.sensitivity.loss_curves import (
     CURVE_SAMPLES,
     CURVE_SHARES,
@@ -31,12 +35,15 @@ from snpc.runtime.sensitivity.predicted_curves import predicted_curves
 __all__ = [
     "CURVE_SAMPLES",
     "CURVE_SHARES",
+    "LAYER_SAMPLES",
     "REFINEMENT_ROUNDS",
     "SAMPLES_PER_WIDTH",
     "UNUSABLE_CHANGE",
     "measurable_widths",
     "measure_loss_curves",
     "predicted_curves",
+    "removable_sublayers",
+    "remove_layers",
     "search_samples",
     "search_widths",
 ]

@@ -161,16 +161,18 @@ def open_plan_trials(
         yield PlanTrials(model, weights, batches, dense)
 
 
-def small_batches(calibration: Calibration) -> Iterator[Feeds]:
-    """``TRIAL_SAMPLES`` samples, about as many of each batch, ``BATCH_SAMPLES`` at a time; whole batches where the
-    model takes these only."""
+def small_batches(
+    calibration: Calibration, samples: int = TRIAL_SAMPLES, batch_samples: int = BATCH_SAMPLES
+) -> Iterator[Feeds]:
+    """So many ``samples``, about as many of each batch, ``batch_samples`` at a time; whole batches where the model
+    takes these only."""
     sizes = calibration.batch_sizes()
-    per_batch = BATCH_SAMPLES * -(-TRIAL_SAMPLES // (BATCH_SAMPLES * len(sizes)))
-    left = TRIAL_SAMPLES
+    per_batch = batch_samples * -(-samples // (batch_samples * len(sizes)))
+    left = samples
     for feeds in calibration.first_rows(per_batch):
         sampled = {name: array for name, array in feeds.items() if calibration.has_sample_axis(name)}
         count = max((len(array) for array in sampled.values()), default=1)
-        step = BATCH_SAMPLES if count <= per_batch else count
+        step = batch_samples if count <= per_batch else count
         for start in range(0, count, step):
             if left <= 0:
                 return

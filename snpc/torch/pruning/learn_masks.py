@@ -31,6 +31,7 @@ from snpc.torch.training import (
     train,
     wait_for_workers,
 )
+from snpc.types import LAYER_ROLE
 
 MASK_LEARNING_RATE = 0.05  # default for masks
 
@@ -64,6 +65,8 @@ def learn_masks(
     target = budget.target
     if target is None or target.kind != "macs":
         raise UserError("masks are learned under a budget of MACs: give --target macs=R")
+    if LAYER_ROLE in budget.roles:
+        raise UserError("masks are learned for units: leave out the role layer")
     if training.uses_labels or training.layerwise:
         raise UserError(f"masks are learned from the model's own outputs: loss kd or mse, not {training.loss}"
                         + (" with --layerwise" if training.layerwise else ""))  # fmt: skip

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from snpc.graph import choose_dim_sizes
 from snpc.passes.sublayers import SublayerGraph
 from snpc.runtime.io.load import load
 from snpc.types import Sublayer
+from tests.models.residual import random_weights, residual_model
 from tests.oracle import analysis_of
 
 # Two blocks each, but where more is said.
@@ -65,23 +65,9 @@ def test_costs_are_those_of_the_nodes_that_go() -> None:
 
 # -- graphs that show one thing --------------------------------------------------------------------------------------
 
-WIDTH = 4
-
 
 def sublayers_of(nodes: list[onnx.NodeProto], weights: int, outputs: tuple[str, ...] = ("y",)) -> list[Sublayer]:
-    """Of a graph with the input x [2, 3, 4] and the square weights w0, w1, .."""
-    rng = np.random.default_rng(0)
-    matrices = [rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) for _ in range(weights)]
-    initializers = [numpy_helper.from_array(matrix, f"w{number}") for number, matrix in enumerate(matrices)]
-    shape = [2, 3, WIDTH]
-    graph = helper.make_graph(
-        nodes,
-        "residual",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs],
-        initializers,
-    )
-    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)).graph
+    model = load(residual_model(nodes, random_weights(weights), outputs)).graph
     return list(SublayerGraph(model, choose_dim_sizes(model)[1]).sublayers)
 
 

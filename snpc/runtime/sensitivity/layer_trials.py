@@ -1,0 +1,143 @@
+"""Trials of removed sublayers: the outputs of the whole model with any of them switched off, on a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from snpc.ops import names as op
+from snpc.passes import Analysis
+from snpc.passes.sublayers import Means, switch_name, with_switches
+from snpc.runtime.calibration import Calibration
+from snpc.runtime.evaluation import OutputMetrics
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RunFunction, temporary_session
+from snpc.runtime.sensitivity.loss_curves import leading_axes, output_token_masks
+from snpc.runtime.sensitivity.plan_trials import small_batches
+from snpc.runtime.statistics import Instrument, TokenMask, find_padding, token_mask_runner
+from snpc.types import AnyArray, Feeds, FloatArray, Shape, Sublayer
+
+LAYER_SAMPLES = 32  # of a trial; a removed layer changes outputs so much that few show it
+ENOUGH_ROWS = 2048  # of an output, as tokens of texts: then fewer samples will do, but for LEAST_SAMPLES
+LEAST_SAMPLES = 8
+RUN_TOGETHER = 4  # of them that are run together
+
+
+@dataclass
+class LayerTrials:
+    """Changes of the outputs by which sublayers are gone. ``names``: of those that may go."""
+
+    run: RunFunction
+    names: tuple[str, ...]
+    batches: Sequence[LayerTrialBatch]
+    known: dict[frozenset[str], float] = field(default_factory=dict)
+
+    def change(self, gone: Iterable[str]) -> float:
+        """Mean over the samples of ``OutputMetrics.change``, like a squared error."""
+        key = frozenset(gone)
+        if key not in self.known:
+            switches = {switch_name(name): np.array(name not in key) for name in self.names}
+            changes = [
+                batch.metrics.change(batch.outputs, self.run({**batch.feeds, **switches}), batch.token_masks)
+                for batch in self.batches
+            ]
+            self.known[key] = float(np.average(changes, weights=[batch.samples for batch in self.batches]))
+        return self.known[key]
+
+
+@dataclass(frozen=True)
+class LayerTrialBatch:
+    """One batch: the dense model's outputs, which of their tokens count, and how they are judged."""
+
+    feeds: Feeds
+    outputs: Mapping[str, AnyArray]
+    token_masks: Mapping[str, TokenMask]
+    metrics: OutputMetrics
+
+    @property
+    def samples(self) -> int:
+        return max((len(array) for array in self.outputs.values() if array.ndim), default=1)
+
+    @property
+    def rows(self) -> int:
+        """Of the output with fewest: its tokens, or its samples."""
+        shapes = (leading_axes(array.shape) if array.ndim > 2 else array.shape[:1] for array in self.outputs.values())
+        return min((int(np.prod(shape)) for shape in shapes), default=1)
+
+
+@contextmanager
+def open_layer_trials(
+    analysis: Analysis,
+    sublayers: Sequence[Sublayer],
+    means: Means,
+    batches: Sequence[LayerTrialBatch],
+    execution: Execution = DEFAULT_EXECUTION,
+) -> Iterator[LayerTrials]:
+    """Trials of these sublayers; the ``means`` stand for those that have one."""
+    with temporary_session(with_switches(analysis.traced_graph, sublayers, means), execution=execution) as run:
+        yield LayerTrials(run, tuple(sublayer.name for sublayer in sublayers), batches)
+
+
+def layer_trial_batches(
+    analysis: Analysis, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
+) -> list[LayerTrialBatch]:
+    """``LAYER_SAMPLES`` samples with the dense model's outputs, or fewer of many tokens."""
+    source, metrics = analysis.traced_graph, OutputMetrics.of(analysis)
+    padding = find_padding(source, [(spec.name, leading_axes) for spec in analysis.model.outputs])
+    batches: list[LayerTrialBatch] = []
+    with (
+        token_mask_runner(source, padding, execution) as masks,
+        temporary_session(source.model.clone(), execution=execution) as run,
+    ):
+        for feeds in small_batches(calibration, LAYER_SAMPLES, RUN_TOGETHER):
+            outputs = run(feeds)
+            metrics = metrics.for_values(outputs)
+            batches.append(LayerTrialBatch(feeds, outputs, output_token_masks(masks(feeds), padding), metrics))
+            if sum(b.samples for b in batches) >= LEAST_SAMPLES and sum(b.rows for b in batches) >= ENOUGH_ROWS:
+                break
+    return batches
+
+
+# -- what can stand for a sublayer -----------------------------------------------------------------------------------
+
+
+def measure_means(
+    analysis: Analysis,
+    sublayers: Sequence[Sublayer],
+    calibration: Calibration,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> dict[str, FloatArray]:
+    """Name -> [D]: the mean over the tokens of the data of what a sublayer adds to a stream [batch, tokens, D].
+    Padded tokens do not count; sublayers of other streams have none."""
+    source = analysis.traced_graph
+    shapes = {str(value.name): shape for value, shape in source.facts.shape.items()}
+    measured = [s for s in sublayers if len(shapes.get(s.branch) or ()) == 3]
+    if not measured:
+        return {}
+    padding = find_padding(source, [(s.branch, batch_and_tokens) for s in measured])
+    instrument = Instrument(source.model, padding.row_masks)
+    for number, sublayer in enumerate(measured):
+        value, mask = instrument.cast_float32(instrument.values[sublayer.branch]), instrument.row_mask(sublayer.branch)
+        rows = {"sum": instrument.zero_masked(value, mask), "count": instrument.ones_column(value, mask)}
+        for what, counted in rows.items():
+            instrument.add_output(instrument.reduce(op.REDUCE_SUM, counted, (0, 1)), f"snpc_{what}_{number}")
+    totals: dict[str, FloatArray] = {}
+    batches = execution.track("layer means", calibration.batches(), len(calibration.batch_plan))
+    with (
+        token_mask_runner(source, padding, execution) as masks,
+        temporary_session(instrument.model, execution=execution) as run,
+    ):
+        for feeds in batches:
+            for name, array in run({**feeds, **masks(feeds)}).items():
+                totals[name] = totals.get(name, 0.0) + array.astype(np.float64)
+    return {
+        sublayer.name: totals[f"snpc_sum_{number}"] / max(float(totals[f"snpc_count_{number}"].sum()), 1.0)
+        for number, sublayer in enumerate(measured)
+    }
+
+
+def batch_and_tokens(shape: Shape) -> tuple[int, int]:
+    """(samples, rows of each) of a stream [batch, tokens, D]."""
+    return shape[0], shape[1]
