@@ -7,7 +7,8 @@ Writes FOLDER/LAYERS/model.onnx with weights.bin beside it (half precision, rand
 layer at the size of seven billion parameters), and runs in processes of their own: a prune by magnitude without data,
 and one that fits weights to random tokens with --effort quick. Memory is anonymous memory: weights in mapped files do
 not count, the copies in single precision that onnxruntime makes of them do. Of several numbers of layers, the last
-lines extrapolate to 32 of them. ``seven_billion.py`` does it for models that fit, beside plain passes.
+lines extrapolate to 32 of them, in seconds of processors, which other work on the machine changes less.
+``seven_billion.py`` does it for models that fit, beside plain passes.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def measure_prune(asked: LargePrune) -> LargeCost:
 
 
 def print_large_cost(name: str, layers: int, cost: LargeCost) -> None:
-    print(f"\n{name}, {layers} layers: {cost.total.wall:.0f} s, peak {cost.peak / 1e9:.2f} GB\n")
+    print(f"\n{name}, {layers} layers: {cost.total.wall:.0f} s ({cost.total.cpu:.0f} s of processors), "
+          f"peak {cost.peak / 1e9:.2f} GB\n")  # fmt: skip
     print("| stage | s | processor s | peak, GB |\n|---|---:|---:|---:|")
     for stage, seconds in sorted(cost.stages.items(), key=lambda item: -item[1].wall):
         print(f"| {stage} | {seconds.wall:.1f} | {seconds.cpu:.1f} | {cost.peaks.get(stage, 0) / 1e9:.2f} |")
@@ -109,11 +111,11 @@ def print_extrapolation(name: str, costs: dict[int, LargeCost]) -> None:
     (few, first), (many, last) = min(costs.items()), max(costs.items())
     if few == many:
         return
-    seconds = (last.total.wall - first.total.wall) / (many - few)
+    seconds = (last.total.cpu - first.total.cpu) / (many - few)
     memory = (last.peak - first.peak) / (many - few)
     more = EXTRAPOLATED - many
-    print(f"\n{name}: {seconds:.1f} s and {memory / 1e6:.0f} MB per further layer; "
-          f"{EXTRAPOLATED} layers: {(last.total.wall + more * seconds) / 60:.0f} min, "
+    print(f"\n{name}: {seconds:.1f} s of processors and {memory / 1e6:.0f} MB per further layer; "
+          f"{EXTRAPOLATED} layers: {(last.total.cpu + more * seconds) / 60:.0f} min of processors, "
           f"{(last.peak + more * max(memory, 0.0)) / 1e9:.2f} GB")  # fmt: skip
 
 

@@ -57,11 +57,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output: ``shape`` holds an int where static and a name (or "") where dynamic."""
+    """A graph input or output: ``shape`` holds an int where static and a name (or "") where dynamic. ``capacity``: the
+    fewest tokens that a cache of a sliding window has room for; 0 of any other input."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
+    capacity: int = 0
 
 
 def shape_text(shape: Sequence[int | str]) -> str:

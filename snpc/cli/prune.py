@@ -71,11 +71,13 @@ class OutputPlace:
     path: Path
     folder: OutputFolder | None = None
 
-    def publish(self, result: snpc.PrunedModel) -> tuple[snpc.PrunedModel, PrunedFolder | None]:
+    def publish(
+        self, result: snpc.PrunedModel, execution: snpc.Execution
+    ) -> tuple[snpc.PrunedModel, PrunedFolder | None]:
         """The result where it is for good."""
         if self.folder is None:
             return result, None
-        published = self.folder.publish(result)
+        published = self.folder.publish(result, execution)
         return published.model, published
 
 
@@ -145,7 +147,7 @@ def prune_command(
         if output.dry_run:
             show_plan(plan, output.json)
             return
-        result, folder = place.publish(snpc.apply(plan, place.path, stopwatch=stopwatch))
+        result, folder = place.publish(snpc.apply(plan, place.path, stopwatch=stopwatch), execution)
     if output.plan_path is not None and result.search is not None:
         snpc.save_plan(result.plan, output.plan_path)
     kept = kept_vocabulary(plan.analysis.model)
@@ -171,6 +173,8 @@ def prune_command(
 def print_folder(folder: PrunedFolder) -> None:
     """What went with the model, and what the configurations say now."""
     tables.print_line(f"folder: {folder.path}: {len(folder.copied)} other files copied")
+    if folder.generation:
+        tables.print_line(f"  {folder.generation}")
     for file, changes in folder.changed.items():
         tables.print_line(f"  {file}: {', '.join(changes)}")
     for file, reasons in folder.unsaid.items():

@@ -1,6 +1,7 @@
 """Model folders: an ONNX model beside its configuration and tokenizer, as runtimes load them.
 
 Files
+  generation      Generation from a written folder: its runtime must make the tokens that its model stands for.
   model_folder    What a folder holds: the model that is cut, its other forms, and everything else.
   output_folder   The folder with the pruned model: written beside its place, and renamed.
   prune_folder    The one call: a folder in, a folder out.

@@ -118,7 +118,7 @@ def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
 
 def decoders_alike(path: Path, models: Sequence[Path], model: Path) -> list[Path]:
     """``model`` and those beside it that hold most of its weights, as a decoder with a past and one without do. They
-    are cut alike. The first is the one to plan on: it takes no caches, so that any data will do."""
+    are cut alike. The first is the one to plan on: it takes no caches, so that any data will do, and is no branch."""
     bare = without_forms(models)
     beside = [other for other in bare if other.parent == model.parent and other != model]
     if not beside or model not in bare:
@@ -126,7 +126,9 @@ def decoders_alike(path: Path, models: Sequence[Path], model: Path) -> list[Path
     loaded = {file: load(path / file) for file in (model, *beside)}
     own = weight_digests(loaded[model])
     alike = [file for file in loaded if file == model or 2 * len(own & weight_digests(loaded[file])) > len(own)]
-    return sorted(alike, key=lambda file: (cache_inputs(loaded[file]), file != model, file.name))
+    return sorted(
+        alike, key=lambda file: (cache_inputs(loaded[file]), loaded[file].merged is not None, file != model, file.name)
+    )
 
 
 def cache_inputs(model: Model) -> int:

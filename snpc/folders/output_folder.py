@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import CheckFailed, UserError
+from snpc.folders.generation import check_generation
 from snpc.folders.model_folder import CONFIGS, ModelFolder, read_json
 from snpc.folders.runtime_config import updated_config, width_changes
 from snpc.pipeline import PrunedModel
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
 from snpc.runtime.io import write_errors
 from snpc.temporary import TemporaryFolder
 
@@ -21,7 +23,8 @@ from snpc.temporary import TemporaryFolder
 class PrunedFolder:
     """A folder that was written. ``model``: the pruned model in it. ``copied``: files that are as they were;
     ``left_out``: those of the dense model in other precisions. ``changed`` and ``unsaid``: file -> what was set in a
-    configuration, and what it cannot say any more."""
+    configuration, and what it cannot say any more. ``generation``: what its runtime generates, in words; "" where that
+    was not compared."""
 
     path: Path
     model: PrunedModel
@@ -29,11 +32,12 @@ class PrunedFolder:
     left_out: tuple[Path, ...]
     changed: dict[Path, tuple[str, ...]]
     unsaid: dict[Path, tuple[str, ...]]
+    generation: str = ""
 
     def to_json(self) -> dict[str, Any]:
         words = {name: {str(f): list(w) for f, w in getattr(self, name).items()} for name in ("changed", "unsaid")}
         files = {name: [str(file) for file in getattr(self, name)] for name in ("copied", "left_out")}
-        return {"path": str(self.path), **files, **words}
+        return {"path": str(self.path), **files, **words, "generation": self.generation}
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,11 @@ class OutputFolder:
         """Where the pruned model is to be written."""
         return self.staged / self.source.model
 
-    def publish(self, result: PrunedModel) -> PrunedFolder:
+    def publish(self, result: PrunedModel, execution: Execution = DEFAULT_EXECUTION) -> PrunedFolder:
         """Copy what goes with the model, bring the configurations to its widths, and give the folder its name.
 
-        Raises UserError where that fails; then nothing is at ``target``.
+        Raises UserError where that fails, CheckFailed where the folder's runtime generates other tokens than the model;
+        then nothing is at ``target``.
         """
         changed, unsaid, copied = {}, {}, []
         changes = width_changes(result, self.source.part)
@@ -70,6 +75,7 @@ class OutputFolder:
                 if file not in changed:
                     shutil.copy2(self.source.path / file, place)
                     copied.append(file)
+        generation = check_generation(self.source, self.staged, execution)
         check_output_folder(self.source, self.target)
         with write_errors(self.target):
             if self.target.is_dir():
@@ -81,7 +87,7 @@ class OutputFolder:
             path=self.target / self.source.model,
             companions=tuple(replace(c, path=place / c.path.name) for c in result.companions),
         )
-        return PrunedFolder(self.target, model, tuple(copied), self.source.forms, changed, unsaid)
+        return PrunedFolder(self.target, model, tuple(copied), self.source.forms, changed, unsaid, generation)
 
 
 @contextmanager

@@ -58,4 +58,4 @@ def prune_folder(
             execution=execution,
             **options,
         )
-        return place.publish(result)
+        return place.publish(result, execution)

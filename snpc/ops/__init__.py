@@ -42,6 +42,7 @@ from snpc.ops.attention import (
     head_counts,
     partly_written,
     qkv_widths,
+    rolling_pasts,
     rotary_tables,
 )
 from snpc.ops.contraction import contraction_entries, letter_sizes, letters_of, matmul_letters, parse_einsum
@@ -236,6 +237,7 @@ __all__ = [
     "qkv_widths",
     "read_stored",
     "reshape_labels",
+    "rolling_pasts",
     "rotary_form",
     "rotary_tables",
     "rotated_pairs",

@@ -114,6 +114,14 @@ def partly_written(domain: str, op_type: str, attributes: Mapping[str, Any]) -> 
     return form.present if form is not None and attributes.get("sliding_window_cache", 0) else ()
 
 
+def rolling_pasts(domain: str, op_type: str, attributes: Mapping[str, Any]) -> dict[int, int]:
+    """Inputs of a node that are caches of a sliding window, each with the fewest tokens that it has room for."""
+    form = ATTENTION_FORMS.get((domain, op_type))
+    if form is None or not attributes.get("sliding_window_cache", 0):
+        return {}
+    return dict.fromkeys(form.past, max(int(attributes.get("local_window_size", 0)), 0))
+
+
 def rotary_tables(domain: str, op_type: str) -> tuple[int, ...]:
     """The inputs of a node that are tables of cosines and sines."""
     if (domain, op_type) in ATTENTION_FORMS:

@@ -15,7 +15,7 @@ from snpc.graph import cost_of, infer_graph
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_as_stored
-from snpc.pipeline.companions import FittedPlan, WrittenCompanion, write_companions
+from snpc.pipeline.companions import FittedPlan, WrittenCompanion, write_companions, write_merged
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
@@ -161,8 +161,9 @@ def staging_folder_for(plan: PruningPlan, target: Path) -> Iterator[Path]:
     CheckFailed about a file in the folder names ``target``: the folder is gone when a user reads it.
     """
     model = plan.analysis.model
-    inputs = set().union(*(model_files(part.source) for part in (model, *model.companions)))
-    for output in (target, *(target.parent / companion.source.name for companion in model.companions)):
+    beside = model.companions if model.merged is None else model.companions[1:]  # the first is in the same file
+    inputs = set().union(*(model_files(part.merged or part.path) for part in (model, *beside)))
+    for output in (target, *(target.parent / companion.source.name for companion in beside)):
         check_target(output, *inputs)
     with staging_folder(target) as folder:
         try:
@@ -214,12 +215,12 @@ def publish_candidate(
     """Rename the verified file, and its external data, to their places."""
     analysis = plan.analysis
     with stopwatch.stage("write"):
-        files = [candidate.path, *(companion.path for companion in candidate.companions)]
-        publish_files(files, target)
+        candidate = with_merged_file(candidate, plan, target.name)
+        publish_files([candidate.path, *(c.path for c in candidate.companions if c.path != candidate.path)], target)
     return PrunedModel(
         candidate.slices,
         target,
-        replace(analysis.cost, bytes=file_bytes(analysis.model.path)),
+        replace(analysis.cost, bytes=file_bytes(analysis.model.merged or analysis.model.path)),
         replace(candidate.after, bytes=file_bytes(target)),
         candidate.verdict,
         dict(stopwatch.seconds),
@@ -231,6 +232,18 @@ def publish_candidate(
         sampled_rows=plan.statistics.sampled_rows if plan.statistics is not None else (),
         companions=tuple(replace(c, path=target.parent / c.path.name) for c in candidate.companions),
     )
+
+
+def with_merged_file(candidate: CandidateModel, plan: PruningPlan, name: str) -> CandidateModel:
+    """Of a merged decoder, the candidate with one file called ``name`` in place of those of its branches."""
+    model = plan.analysis.model
+    if model.merged is None:
+        return candidate
+    second, *others = candidate.companions
+    path = candidate.path.parent / "merged" / name
+    holds = write_merged(model, (candidate.path, second.path), path, plan.execution)
+    verdict = replace(candidate.verdict, structure=(*candidate.verdict.structure, holds))
+    return replace(candidate, path=path, verdict=verdict, companions=(replace(second, path=path), *others))
 
 
 def cost_of_file(model: Model, analysis: Analysis) -> Cost:

@@ -96,6 +96,8 @@ def prune(
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only or (restricted and not budget) else Budget(**budget)
+    if of_quantized and companions:
+        raise UserError("dequantize is for one model: call snpc.dequantize for each, and prune what it writes")
     loaded = dequantized(model, execution=execution) if of_quantized else load(model, companions=companions)
     if restricted:
         loaded = restrict(loaded, vocabulary=vocabulary, last_logits=last_logits, execution=execution)

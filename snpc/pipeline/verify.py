@@ -442,13 +442,13 @@ def verify(
         slices, source = with_refitted_weights(plan)
         rewritten, _ = rewrite_as_stored(analysis.model, source, cuts_of(slices))
     narrowed = rewritten.sliced_interface() if rewritten is not None else None
-    structure = check_structure(original, pruned, narrowed, declared_interface(analysis))
-    structure = (
-        *structure,
-        *check_cached_decoding((analysis.model, analysis.model), (pruned_model, pruned_model), execution),
-    )
+    dense = analysis.model  # of branches, files of their own
+    structure = check_structure(dense.path, pruned_model.path, narrowed, declared_interface(analysis))
+    companions = zip(dense.companions, pruned_model.companions, strict=False)
+    for first, second in ((dense, pruned_model), *companions):
+        structure = (*structure, *check_cached_decoding((dense, first), (pruned_model, second), execution))
     data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
-    reference = run_original(analysis, original, data, execution)
+    reference = run_original(analysis, dense.path, data, execution)
     return compare_with_reference(
-        analysis, pruned, rewritten, reference, (*structure, *outputs_left_out(analysis), *notes), execution
+        analysis, pruned_model.path, rewritten, reference, (*structure, *outputs_left_out(analysis), *notes), execution
     )

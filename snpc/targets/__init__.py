@@ -8,6 +8,7 @@ Files
                     outputs.
   cast              Casting a model to fp16 or bf16, with float32 inputs and outputs; int8 goes to ``quantize``.
   dequantize        The float model of a quantized file, written and compared with it.
+  genai             onnxruntime-genai, where it is installed: the tokens that it generates from a folder.
   onnxruntime       Build target onnxruntime: the graph after its own optimizations, with further fusions where they are
                     faster.
   openvino          Build target OpenVINO: an IR (.xml and .bin).
@@ -25,6 +26,7 @@ from __future__ import annotations
 from snpc.targets.base import BuildOptions, BuildResult
 from snpc.targets.build import TARGETS, build, check_build, find_target, timed_artifact
 from snpc.targets.dequantize import dequantize
+from snpc.targets.genai import generate_tokens, has_genai
 from snpc.targets.preferred_widths import PreferredWidths, slower_decoding_text, widths_for_target
 from snpc.targets.restrict import kept_vocabulary, restrict, vocabulary_path, write_vocabulary
 
@@ -37,6 +39,8 @@ __all__ = [
     "check_build",
     "dequantize",
     "find_target",
+    "generate_tokens",
+    "has_genai",
     "kept_vocabulary",
     "restrict",
     "slower_decoding_text",

@@ -27,7 +27,15 @@ from snpc.runtime.execution import (
     open_runner,
     random_feeds,
 )
-from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder, write_errors
+from snpc.runtime.io import (
+    check_target,
+    load,
+    model_files,
+    publish_files,
+    refuse_branches,
+    staging_folder,
+    write_errors,
+)
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
 from snpc.targets import tensorrt as trt
@@ -66,6 +74,7 @@ def build(
     options_given = options or BuildOptions()
     output_path = check_build(model, target, output, precision, execution, calibration is not None, options_given)
     build_target, loaded = find_target(target), load(model, execution.observer)
+    refuse_branches(loaded, "build")
     cache = (options_given.timing_cache,) if options_given.timing_cache is not None else ()
     for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
         check_target(path, *model_files(model))

@@ -16,7 +16,16 @@ from snpc.passes.quantization import DEQUANTIZATION_PASSES, operator_counts, qua
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES, OutputMetrics, batch_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, embedding_rows, random_feeds
-from snpc.runtime.io import check_target, load, model_files, publish_files, save, staging_folder, write_errors
+from snpc.runtime.io import (
+    check_target,
+    load,
+    model_files,
+    publish_files,
+    refuse_branches,
+    save,
+    staging_folder,
+    write_errors,
+)
 from snpc.temporary import TemporaryFolder
 from snpc.types import Dequantization, Difference, Feeds, Model
 
@@ -42,6 +51,7 @@ def dequantize(
     model, on ``calibration`` or on random inputs. Raises UserError where nothing is quantized, or no rule knows how.
     """
     loaded = load(model, execution.observer)
+    refuse_branches(loaded, "dequantize")
     before = quantized_operators(loaded.graph)
     if not before:
         raise UserError(f"{loaded.path}: nothing in it is quantized; prune it as it is")

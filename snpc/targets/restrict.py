@@ -54,6 +54,11 @@ def restrict(
     if vocabulary is None and not last_logits:
         raise UserError("nothing to restrict: give a vocabulary (--vocabulary), or --last-logits")
     loaded = model if isinstance(model, Model) else load(model, execution.observer)
+    if loaded.companions:
+        raise UserError(
+            f"{loaded.source}: goes with {loaded.companions[0].source.name}, and a vocabulary or the last logits are "
+            "those of one model: restrict both first, one after the other"
+        )
     kept = None if vocabulary is None else read_vocabulary(vocabulary)
     if loaded.companions or loaded.merged:
         other = loaded.companions[0].path if loaded.companions else loaded.merged

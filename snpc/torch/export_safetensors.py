@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from snpc.errors import UserError
 from snpc.passes import Analysis, analyze
 from snpc.passes.canonicalization import original_name
-from snpc.runtime.io import atomic_write, check_target, load, model_files
+from snpc.runtime.io import atomic_write, check_target, load, model_files, refuse_branches
 from snpc.torch.module import GraphModule
 
 WEIGHTS_FILE, WIDTHS_FILE = "model.safetensors", "widths.json"
@@ -33,6 +33,7 @@ def export_tensors(source: str | os.PathLike[str], folder: str | os.PathLike[str
         raise UserError(f"{folder_path}: cannot make this folder ({error.strerror})") from None
     weights, widths = folder_path / WEIGHTS_FILE, folder_path / WIDTHS_FILE
     analysis = analyze(load(source))
+    refuse_branches(analysis.model, "exporting weights")
     for path in (weights, widths):
         check_target(path, *model_files(analysis.model.path))
     module = GraphModule(analysis.model)

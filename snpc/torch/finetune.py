@@ -27,7 +27,7 @@ from snpc.runtime.evaluation import (
     run_batches,
     with_metrics,
 )
-from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder
+from snpc.runtime.io import check_target, load, model_files, publish_files, refuse_branches, staging_folder
 from snpc.torch.interface import check_same_interface, check_same_shapes
 from snpc.torch.module import GraphModule
 from snpc.torch.operators import to_tensor
@@ -119,6 +119,7 @@ def finetune(
     start = time.perf_counter()
     check_target(output, *model_files(pruned), *model_files(teacher))
     student, dense = load(pruned), with_metrics(analyze(load(teacher)), training.metric or None)
+    refuse_branches(student, "finetuning")
     check_same_interface(student, dense.model)
     classes = task_labels(training, labels, data)
     with distributed_worker() as worker:

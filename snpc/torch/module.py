@@ -19,7 +19,7 @@ import torch
 from snpc.errors import UserError
 from snpc.graph import attribute_values, opset_version
 from snpc.passes.canonicalization import original_name
-from snpc.runtime.io import load
+from snpc.runtime.io import load, refuse_branches
 from snpc.torch.operators import Implementation, OperatorCall, Result, Tensor, find_implementation, to_tensor
 from snpc.torch.trainable_weights import find_ties, trainable_names
 from snpc.types import Model
@@ -259,7 +259,9 @@ class GraphModule(torch.nn.Module):
 def load_graph_module(path: str | os.PathLike[str], *, watch: Sequence[str] = ()) -> GraphModule:
     """An ONNX file as a module with trainable weights. Raises UserError for an operator without a torch
     implementation."""
-    return GraphModule(load(path), watch=watch)
+    model = load(path)
+    refuse_branches(model, "training")
+    return GraphModule(model, watch=watch)
 
 
 class ParameterNamespace(torch.nn.Module):

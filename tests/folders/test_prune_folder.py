@@ -12,7 +12,7 @@ import pytest
 import snpc
 from snpc.errors import UserError
 from tests.command_line import invoke, reported
-from tests.models.decoder_pairs import FIRST, SECOND
+from tests.models.decoder_pairs import FIRST, MERGED, SECOND, write_merged
 from tests.models.decoder_pairs import HIDDEN as HIDDEN_UNITS
 from tests.models.experts import CHOSEN, COUNT
 from tests.models.experts import HIDDEN as EXPERT_UNITS
@@ -138,6 +138,23 @@ def test_companions_of_a_folder_are_found_and_not_given(tmp_path: Path) -> None:
         snpc.prune_folder(source, tmp_path / "other", ratio=0.5, companions=[source / SECOND], **MAGNITUDE)
     refused = invoke("prune", source, "--ratio", 0.5, "--companion", source / SECOND, code=2)
     assert "--companion is for files" in refused.stderr
+
+
+def test_a_merged_decoder_beside_the_pair_is_cut_with_it(tmp_path: Path) -> None:
+    source = write_pair_folder(tmp_path / "bart")
+    write_merged(source / MERGED)
+    found = snpc.prune_folder(source, tmp_path / "half", file=MERGED, ratio=0.5, uniform=True, **MAGNITUDE)
+    assert found.model.path.name == FIRST
+    assert sorted(companion.path.name for companion in found.model.companions) == [MERGED, SECOND]
+    pair = snpc.load(tmp_path / "half" / FIRST, companions=[tmp_path / "half" / SECOND])
+    merged = snpc.load(tmp_path / "half" / MERGED)
+    for own, branch in zip((pair, *pair.companions), (merged, *merged.companions), strict=True):
+        weights = [
+            sorted(tuple(v.shape) for v in model.graph.graph.initializers.values() if v.shape and len(v.shape) == 2)
+            for model in (own, branch)
+        ]
+        assert weights[0] == weights[1] and (24, 16) in weights[0]
+        assert sorted(spec.name for spec in own.inputs) == sorted(spec.name for spec in branch.inputs)
 
 
 def test_configurations_say_how_many_experts_there_are_and_how_wide(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from tests.models import decoder_pairs as pairs
+from tests.models.builder_decoders import CONTEXT, VOCABULARY, BuilderDecoder
 from tests.oracle import analysis_of
 
 DECODER = "llama_cached__dyn20"
@@ -70,4 +71,38 @@ def write_folder(folder: Path, model: str = "model.onnx", configs: Mapping[str, 
     (folder / "tokenizer.json").write_text('{"model": "none"}')
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("main")
+    return folder
+
+
+def write_genai_folder(folder: Path) -> Path:
+    """A decoder in the form of onnxruntime-genai's builder, with the configuration that this runtime needs."""
+    folder.mkdir()
+    decoder = BuilderDecoder()
+    decoder.write(folder / "model.onnx")
+    names = {f"{kind}_names": f"past_key_values.%d.{kind.split('_')[1]}" for kind in ("past_key", "past_value")}
+    presents = {
+        name.replace("past", "present"): text.replace("past_key_values", "present") for name, text in names.items()
+    }
+    config = {
+        "model": {
+            "bos_token_id": 1,
+            "eos_token_id": VOCABULARY - 1,
+            "pad_token_id": 0,
+            "context_length": CONTEXT,
+            "vocab_size": VOCABULARY,
+            "type": "llama",
+            "decoder": {
+                "filename": "model.onnx",
+                "head_size": decoder.width,
+                "hidden_size": decoder.hidden,
+                "num_attention_heads": decoder.heads,
+                "num_key_value_heads": decoder.kv_heads,
+                "num_hidden_layers": decoder.layers,
+                "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names},
+                "outputs": {"logits": "logits", **presents},
+            },
+        },
+        "search": {"max_length": CONTEXT, "past_present_share_buffer": False},
+    }
+    (folder / "genai_config.json").write_text(json.dumps(config))
     return folder

@@ -36,7 +36,7 @@ KINDS: dict[str, Kinds] = {
     # The four networks that make the bias tables have 512 hidden units.
     "swinv2": without(attention(2, 12, 2) + attention(4, 12, 2), "qk") + ffn(96, 2) + ffn(192, 2) + ffn(512, 4),
     "maxvit": attention(2, 8, 2) + attention(4, 8, 2) + ffn(64, 2) + ffn(128, 2),
-    "mvit": ffn(48, 1) + ffn(96, 1),
+    "mvit": Counter({("qk", 1, 12): 2}) + ffn(48, 1) + ffn(96, 1),  # norms on the heads of query and key
     # One query over all heads' mixing matrices: four heads are mixed by two layers, and not by the last.
     "cait": attention(4, 12, 3) + ffn(192, 3) + ffn(4, 2),
     "xcit": attention(4, 12, 1) + without(attention(4, 12, 2), "qk") + ffn(192, 3),
@@ -90,7 +90,6 @@ KINDS: dict[str, Kinds] = {
 # (role, what a pin of it must say): true reasons why something that looks like attention stays.
 PINNED = {
     "swinv2": [("qk", "reduced over")],  # query and key are divided by their lengths
-    "mvit": [("qk", "statistics")],  # a norm behind the convolution of each head
     "xcit": [("qk", "summed over")],  # the score matrix has the width of query and key
     "efficientvit": [("qk", "cut independently"), ("vo", "cut independently")],
     "deberta": [("head", "indices")],

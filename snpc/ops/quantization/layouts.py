@@ -54,7 +54,7 @@ def write_stored(
             parts = write_table(array, stored, int(attributes.get("bits", 4)))
         case "bias":
             parts = {"codes": array.codes}
-    return {name: np.ascontiguousarray(parts[name].astype(stored[name].dtype)) for name in parts if name in stored}
+    return {name: np.array(parts[name], stored[name].dtype, order="C") for name in parts if name in stored}
 
 
 def code_range(dtype: Any) -> tuple[int, int]:

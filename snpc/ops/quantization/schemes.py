@@ -33,36 +33,34 @@ class QuantizedArray:
         """The floats, as runtimes make them."""
         return dequantize_array(self.codes, self.scale, self.zero, self.axis, self.block)
 
-    def take(self, keep: Mapping[int, IntArray]) -> QuantizedArray | None:
-        """The positions ``keep[axis]`` of each axis, codes as they are; None where blocks would fall apart."""
+    def take(self, keep: Mapping[int, IntArray]) -> QuantizedArray:
+        """The positions ``keep[axis]`` of each axis, codes as they are. A new block has the scale of the one that its
+        first entry was in, which is that of all its entries where whole blocks stay."""
         codes, scale, zero = self.codes, self.scale, self.zero
         own = self.axis % codes.ndim
         for axis, kept in keep.items():
             codes = codes.take(kept, axis)
-            entries = kept
-            if self.block and axis == own:
-                whole = whole_blocks(kept, self.block, self.codes.shape[axis])
-                if whole is None:
-                    return None
-                entries = whole
+            entries = kept[:: self.block] // self.block if self.block and axis == own else kept
             scale, zero = (take_entries(p, self.codes.ndim, axis, own, entries) for p in (scale, zero))
         return replace(self, codes=codes, scale=scale, zero=zero)
 
     def quantize(self, array: AnyArray, scale: AnyArray | None = None) -> QuantizedArray:
-        """``array`` in the same scheme: range, axis, blocks, symmetric or not. ``scale``: where it is given; else those
-        of ``SHARES`` of the range with the least squared error, each where it is."""
+        """``array``, of the shape of the codes, in the same scheme: range, axis, blocks, symmetric or not.
+
+        ``scale``: where it is given. Else each scale is that with the least squared error among its own and those that
+        take in ``SHARES`` of the range: what did not change keeps its codes.
+        """
         values = array.astype(np.float32)
+        best = self.rounded(values, self.scale if scale is None else scale, self.zero)
         if scale is not None:
-            return self.rounded(values, scale, self.zero)
-        best = self.rounded(values, *self.fitted(values, SHARES[0]))
+            return best
         error = best.error(values)
-        for share in SHARES[1:] if self.high - self.low < FEW_CODES else ():
+        for share in SHARES if self.high - self.low < FEW_CODES else SHARES[:1]:
             other = self.rounded(values, *self.fitted(values, share))
             found = other.error(values)
-            better = found < error
-            scale, zero = (np.where(better, a, b).astype(b.dtype) for a, b in
-                           ((other.scale, best.scale), (other.zero, best.zero)))  # fmt: skip
-            best, error = self.rounded(values, scale, zero), np.minimum(found, error)
+            scales = np.where(found < error, other.scale, best.scale).astype(self.scale.dtype)
+            zeros = np.where(found < error, other.zero, best.zero)
+            best, error = self.rounded(values, scales, zeros), np.minimum(found, error)
         return best
 
     def rounded(self, values: AnyArray, scale: AnyArray, zero: AnyArray) -> QuantizedArray:
@@ -101,16 +99,6 @@ class QuantizedArray:
             return np.reshape(operation.reduce(values, axis=None), self.scale.shape)
         others = tuple(k for k in range(values.ndim) if k != self.axis % values.ndim)
         return np.asarray(operation.reduce(values, axis=others))
-
-
-def whole_blocks(kept: IntArray, block: int, size: int) -> IntArray | None:
-    """The blocks that positions ``kept`` are, of an axis of ``size`` entries; None where one is kept in part, or moves
-    behind a shorter one."""
-    blocks = list(dict.fromkeys((kept // block).tolist()))
-    ends = [(b * block, min((b + 1) * block, size)) for b in blocks]
-    wanted = np.concatenate([np.arange(*end) for end in ends]) if ends else np.zeros(0, np.int64)
-    is_whole = np.array_equal(wanted, kept) and all(end - start == block for start, end in ends[:-1])
-    return np.asarray(blocks, np.int64) if is_whole else None
 
 
 def take_entries(parameter: AnyArray, rank: int, axis: int, own: int, entries: IntArray) -> AnyArray:

@@ -29,7 +29,12 @@ Files
 
 from __future__ import annotations
 
-from snpc.passes.canonicalization.canonicalize import CANONICALIZATION_PASSES, FORK_SHARED_CONSTANTS, canonicalize
+from snpc.passes.canonicalization.canonicalize import (
+    CANONICALIZATION_PASSES,
+    FORK_SHARED_CONSTANTS,
+    NameNodes,
+    canonicalize,
+)
 from snpc.passes.canonicalization.eliminate_dead_nodes import EliminateDeadNodes
 from snpc.passes.canonicalization.eliminate_dead_rows import ELIMINATE_DEAD_ROWS
 from snpc.passes.canonicalization.finalize import FINALIZATION_PASSES, finalize
@@ -45,6 +50,7 @@ __all__ = [
     "FORK_SHARED_CONSTANTS",
     "EliminateDeadNodes",
     "InlineFunctions",
+    "NameNodes",
     "canonicalize",
     "finalize",
     "infer_shapes",

@@ -25,25 +25,33 @@ class ExpandHeadNorms(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             form = ATTENTION_FORMS.get((node.domain, node.op_type))
-            gains = [node.inputs[k] for k in form.norms if k < len(node.inputs)] if form is not None else []
-            if form is None or not gains or any(gain is None or gain.const_value is None for gain in gains):
+            width = width_of_gains(node, form) if form is not None else None
+            if form is None or width is None:
                 continue
-            model.graph.insert_before(node, list(expansion(model.graph, node, form)))
+            model.graph.insert_before(node, list(expansion(model.graph, node, form, width)))
             node.attributes.pop(EPSILON, None)
             modified = True
         return ir.passes.PassResult(model, modified)
 
 
-def expansion(graph: ir.Graph, node: ir.Node, form: AttentionForm) -> Iterator[ir.Node]:
+def width_of_gains(node: ir.Node, form: AttentionForm) -> int | None:
+    """The width of a head, from the gains that a node holds; None where it holds none, or they are not stored."""
+    gains = [node.inputs[k] for k in form.norms if k < len(node.inputs)]
+    stored = [gain.const_value for gain in gains if gain is not None and gain.const_value is not None]
+    shapes = {static_shape(tensor) for tensor in stored}
+    if len(stored) < 2 or len(shapes) != 1 or "num_heads" not in node.attributes:
+        return None
+    shape = shapes.pop()
+    return shape[0] if len(shape) == 1 else None
+
+
+def expansion(graph: ir.Graph, node: ir.Node, form: AttentionForm, width: int) -> Iterator[ir.Node]:
     """The nodes in front of ``node``, which reads them from now on: one that splits packed columns, and three per
-    norm, over the last axis of [batch, tokens * heads, width]."""
-    prefix, attributes = (
-        unused_name(f"{node.name or node.outputs[0].name}__norm", graph.initializers),
-        attribute_values(node),
-    )
+    norm, over the last axis of [batch, tokens * heads, ``width``]."""
+    prefix = unused_name(f"{node.name or node.outputs[0].name}__norm", graph.initializers)
+    attributes = attribute_values(node)
     heads = int(attributes["num_heads"])
     key_heads = int(attributes.get("kv_num_heads", heads))
-    (width,) = static_shape(node.inputs[form.norms[0]].const_value)  # type: ignore[union-attr, arg-type]
     columns = [heads * width, key_heads * width, key_heads * width]
     if node.inputs[form.key] is None:
         sizes = add_constant(graph, np.array(columns, np.int64), f"{prefix}_columns")

@@ -4,6 +4,7 @@ A decoder comes as two models: one that reads a prompt, and one that goes on fro
 
 Files
   alignment   Which constants and nodes of two graphs are the same, by the contents of their weights.
+  branches    Merged decoders: two models as branches of one ``If``, taken apart and put together again.
   matching    Which groups of two models are the same, and can be cut alike.
   transfer    What was fitted to one model, as edits of the other.
 """
@@ -11,7 +12,17 @@ Files
 from __future__ import annotations
 
 from snpc.passes.companions.alignment import GraphAlignment, align_graphs
+from snpc.passes.companions.branches import merge_branches, split_branches
 from snpc.passes.companions.matching import GroupMatch, match_groups, restrict_groups
 from snpc.passes.companions.transfer import transferred_edits
 
-__all__ = ["GraphAlignment", "GroupMatch", "align_graphs", "match_groups", "restrict_groups", "transferred_edits"]
+__all__ = [
+    "GraphAlignment",
+    "GroupMatch",
+    "align_graphs",
+    "match_groups",
+    "merge_branches",
+    "restrict_groups",
+    "split_branches",
+    "transferred_edits",
+]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +12,7 @@ from snpc.errors import CheckFailed
 from snpc.ops import QuantizedArray, read_stored, write_stored
 from snpc.passes.canonicalization import original_name
 from snpc.passes.quantization.float_values import stored
-from snpc.types import AnyArray, IntArray, QuantizedForm, StoredConstant
+from snpc.types import AnyArray, IntArray, QuantizedForm, Shape, StoredConstant
 
 Keep = Mapping[int, IntArray]
 """Axis -> positions that stay, of the axes that are cut."""
@@ -21,31 +20,37 @@ Keep = Mapping[int, IntArray]
 
 @dataclass(frozen=True)
 class CutConstant:
-    """A constant after the cut. ``before``: what the file holds; ``array``: what it holds then. ``sliced``: its codes
-    and scales are among those of before."""
+    """A constant after the cut. ``parts``: those of its stored parts that are others now. ``shape``: of the float
+    constant. ``sliced``: its codes and scales are among those of the file. ``bias_scale``: of a bias, which has that of
+    its weight and its input."""
 
     constant: StoredConstant
-    before: Mapping[str, AnyArray]
-    array: QuantizedArray
+    parts: Mapping[str, AnyArray]
+    shape: Shape
     sliced: bool
+    bias_scale: AnyArray | None = None
 
-    @cached_property
-    def parts(self) -> dict[str, AnyArray]:
-        """Part -> what is written. Raises CheckFailed where entries do not fill bytes."""
-        stored_constant = self.constant
-        parts = write_stored(stored_constant.layout, self.array, self.before, stored_constant.attributes)
-        if stored_constant.layout == "table":
-            again = read_stored("table", parts, stored_constant.attributes, 0, 0)
-            if again.codes.shape != self.array.codes.shape:
-                raise CheckFailed(
-                    f"{stored_constant.parts['codes']}: {self.array.codes.shape[-1]} columns do not fill bytes; try "
-                    "--round-to 2, or --dequantize"
-                )
-        return parts
+    @property
+    def attributes(self) -> Mapping[str, int]:
+        """Those of its reader that the cut changes."""
+        return {"K": self.shape[0], "N": self.shape[1]} if self.constant.layout == "product" else {}
+
+    def part(self, form: QuantizedForm, part: str) -> AnyArray:
+        return self.parts[part] if part in self.parts else stored_array(form, self.constant.parts[part])
+
+    def floats(self, form: QuantizedForm) -> AnyArray:
+        """What it stands for."""
+        held = {part: self.part(form, part) for part in self.constant.parts}
+        layout, attributes = self.constant.layout, {**self.constant.attributes, **self.attributes}
+        if self.bias_scale is not None:
+            layout, held = "tensor", {"codes": held["codes"], "scale": self.bias_scale}
+        return read_stored(layout, held, attributes, self.constant.axis, self.constant.block).dequantize()
 
 
-def cut_constants(form: QuantizedForm, model: ir.Model, keep: Mapping[str, Keep]) -> dict[str, CutConstant]:
-    """Float constant of the rewritten ``model`` -> what the quantized file holds for it.
+def cut_constants(
+    form: QuantizedForm, whole: ir.Model, model: ir.Model, keep: Mapping[str, Keep]
+) -> dict[str, CutConstant]:
+    """Float constant of ``model``, a cut of the float graph ``whole`` -> what the quantized file holds for it.
 
     ``keep``: by constant, what stays of those that are cut. Codes are cut as they are wherever they then stand for the
     constant exactly; else, as where weights were refitted or a cut goes through blocks that share a scale, they are
@@ -58,19 +63,20 @@ def cut_constants(form: QuantizedForm, model: ir.Model, keep: Mapping[str, Keep]
     }
     cut: dict[str, CutConstant] = {}
     for name, (value, constant) in sorted(found.items(), key=lambda entry: shares_scale(form, entry[1][1])):
-        tensor = value.const_value
+        tensor, weight = value.const_value, weight_of(value, cut)
         assert tensor is not None
-        before = {part: stored_array(form, initializer) for part, initializer in constant.parts.items()}
-        whole = read_stored(constant.layout, before, constant.attributes, constant.axis, constant.block)
-        cut[name] = cut_array(
-            CutConstant(constant, before, whole, True), tensor.numpy(), keep.get(name, {}), weight_of(value, cut)
-        )
+        before = whole.graph.initializers.get(name)
+        moved = shares_scale(form, constant) and weight is not None and not weight.sliced
+        if before is not None and before.const_value is tensor and not moved:
+            cut[name] = CutConstant(constant, {}, tuple(int(n) for n in tensor.shape), True)  # type: ignore[arg-type]
+        else:
+            cut[name] = cut_constant(form, constant, tensor.numpy(), keep.get(name, {}), weight)
     return cut
 
 
 def shares_scale(form: QuantizedForm, constant: StoredConstant) -> bool:
-    """Whether a constant has the scale of a weight, which has to be known first."""
-    return constant.layout == "bias" or stored_array(form, constant.parts["codes"]).dtype == np.int32
+    """Whether a constant is a bias, which has the scale of a weight: that has to be known first."""
+    return form.graph.graph.initializers[constant.parts["codes"]].dtype == ir.DataType.INT32
 
 
 def stored_array(form: QuantizedForm, name: str) -> AnyArray:
@@ -79,27 +85,45 @@ def stored_array(form: QuantizedForm, name: str) -> AnyArray:
     return np.asarray(tensor.numpy())
 
 
-def cut_array(whole: CutConstant, wanted: AnyArray, keep: Keep, weight: CutConstant | None) -> CutConstant:
-    """``wanted`` as the cut of ``whole``. ``weight``: the one whose scale a bias shares."""
-    taken = whole.array.take(keep)
-    bias = whole.before["codes"].dtype == np.int32
-    moved = bias and weight is not None and not weight.sliced
-    if taken is not None and not moved and np.array_equal(taken.dequantize().astype(wanted.dtype), wanted):
-        return replace(whole, array=taken)
-    scheme = taken or whole.array
-    scale = bias_scale(scheme.scale, weight, keep) if bias else None
-    return replace(whole, array=scheme.quantize(wanted, scale), sliced=False)
+def cut_constant(
+    form: QuantizedForm, constant: StoredConstant, wanted: AnyArray, keep: Keep, weight: CutConstant | None
+) -> CutConstant:
+    """``wanted`` as what the file holds. ``weight``: the one whose scale a bias shares."""
+    before = {part: stored_array(form, initializer) for part, initializer in constant.parts.items()}
+    taken = read_stored(constant.layout, before, constant.attributes, constant.axis, constant.block).take(keep)
+    is_bias = shares_scale(form, constant)
+    scale = scale_of_bias(form, taken.scale, weight, keep) if is_bias else None
+    sliced = np.array_equal(taken.dequantize().astype(wanted.dtype), wanted)
+    sliced = sliced and (scale is None or np.array_equal(scale, taken.scale))
+    array = taken if sliced else taken.quantize(wanted, scale)
+    parts = write_stored(constant.layout, array, before, constant.attributes)
+    check_bytes_are_full(constant, array, parts)
+    changed = {part: contents for part, contents in parts.items() if not np.array_equal(contents, before[part])}
+    return CutConstant(constant, changed, array.codes.shape, sliced, scale)
 
 
-def bias_scale(own: AnyArray, weight: CutConstant | None, keep: Keep) -> AnyArray:
-    """The scale of a bias, which is that of its weight times that of the input: it changes as the weight's does."""
+def check_bytes_are_full(constant: StoredConstant, array: QuantizedArray, parts: Mapping[str, AnyArray]) -> None:
+    """Raise CheckFailed where the columns of a packed table fill their last byte in part: then it would have more."""
+    if constant.layout != "table":
+        return
+    columns = read_stored("table", parts, constant.attributes, 0, 0).codes.shape[-1]
+    if columns != array.codes.shape[-1]:
+        raise CheckFailed(
+            f"{constant.parts['codes']}: {array.codes.shape[-1]} columns do not fill bytes; try --round-to 2, or "
+            "--dequantize, which takes the float model"
+        )
+
+
+def scale_of_bias(form: QuantizedForm, own: AnyArray, weight: CutConstant | None, keep: Keep) -> AnyArray:
+    """The scale of a bias is that of its weight times that of the input: it changes as the weight's does."""
     if weight is None or weight.sliced:
         return own
-    old, new = (part["scale"].astype(np.float32).reshape(-1) for part in (weight.before, weight.parts))
-    if old.size > 1:
-        old = old.take(next(iter(keep.values()))) if keep else old
+    old = stored_array(form, weight.constant.parts["scale"]).astype(np.float32).reshape(-1)
+    new = weight.part(form, "scale").astype(np.float32).reshape(-1)
+    if old.size > 1 and keep:
+        old = old.take(next(iter(keep.values())))
     ratio = new / np.where(old == 0, 1, old)
-    return (own * (ratio if ratio.size > 1 else ratio[0])).astype(own.dtype)
+    return np.asarray(own * (ratio if ratio.size > 1 else ratio[0]), own.dtype)
 
 
 def weight_of(value: ir.Value, cut: Mapping[str, CutConstant]) -> CutConstant | None:

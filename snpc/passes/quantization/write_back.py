@@ -7,16 +7,17 @@ that output again. Nodes that the cut has put in between stay where they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from snpc.errors import CheckFailed
 from snpc.graph import attribute_values, copy_node, make_node, replace_graph_output, run_library_pass, unused_name
-from snpc.ops import DEQUANTIZE_LINEAR, DYNAMIC_QUANTIZERS, QUANTIZE_LINEAR, float_form
+from snpc.ops import DEQUANTIZE_LINEAR, DYNAMIC_QUANTIZERS, QUANTIZE_LINEAR, Quantized, float_form
+from snpc.passes.canonicalization import NameNodes
 from snpc.passes.quantization.cut_constants import CutConstant
 from snpc.passes.quantization.float_values import stored
 from snpc.types import QuantizedForm
@@ -35,8 +36,13 @@ def write_back(form: QuantizedForm, whole: ir.Model, model: ir.Model, constants:
     writer.connect()
     model.graph.sort()
     run_library_pass(common.RemoveUnusedNodesPass(), model)
+    NameNodes()(model)  # what is put back may have the name of a float node that stays
     writer.check_all_back()
     return model
+
+
+class ValueGone(Exception):
+    """Raised for a value that the cut graph does not have any more, as parts of a packed projection are cut apart."""
 
 
 class Writer:
@@ -53,6 +59,8 @@ class Writer:
         self.replaced = dict(self.find_replaced())
         self.outputs: dict[str, ir.Value] = {}
         self.wrapped: dict[str, ir.Value] = {}
+        self.float_codes: dict[str, ir.Value] = {}
+        self.gone: set[str] = set()
         self.held: dict[tuple[str, object], ir.Value] = {}
         self.places = {
             (node, index): (name, part)
@@ -93,9 +101,9 @@ class Writer:
             if not cut.constant.reader:
                 continue
             reader, value = stored_nodes[cut.constant.reader], self.graph.initializers[name]
-            part_of = {initializer: part for part, initializer in cut.constant.parts.items()}
-            inputs = [None if v is None else self.part(name, part_of[str(v.name)]) for v in reader.inputs]
-            node = copy_node(reader, inputs, name=self.free_name(str(reader.name)), outputs=[f"{name}_dequantized"])
+            places = {index: part for part, node, index in cut.constant.places if node == cut.constant.reader}
+            inputs = [None if v is None else self.part(name, places[k]) for k, v in enumerate(reader.inputs)]
+            node = copy_node(reader, inputs, name=str(reader.name), outputs=[f"{name}_dequantized"])
             self.graph.insert_before(self.graph[0], node)
             value.replace_all_uses_with(node.outputs[0])
             self.outputs[name] = node.outputs[0]
@@ -103,9 +111,9 @@ class Writer:
     def part(self, name: str, part: str) -> ir.Value:
         """The initializer with a part of a constant."""
         cut = self.constants[name]
-        array, label = cut.parts[part], cut.constant.parts[part]
-        before = self.form.graph.graph.initializers[label]
-        if np.array_equal(array, cut.before[part]):
+        label = cut.constant.parts[part]
+        before, array = self.form.graph.graph.initializers[label], cut.parts.get(part)
+        if array is None:
             return self.initializer(before)
         key = (label, array.tobytes() if array.size < 4096 else id(array))
         if key not in self.held:
@@ -142,20 +150,18 @@ class Writer:
     # -- nodes -------------------------------------------------------------------------------------------------------
 
     def put_back(self, node: ir.Node) -> None:
-        """A copy of a stored node."""
-        inputs = [self.input(node, index) for index in range(len(node.inputs))]
+        """A copy of a stored node; none where what it reads is gone, which its float node shows if it is needed."""
         names = [str(v.name) for v in node.outputs]
-        clone = copy_node(node, inputs, name=self.free_name(str(node.name)), outputs=names)
+        try:
+            inputs = [self.input(node, index) for index in range(len(node.inputs))]
+        except ValueGone:
+            self.gone.update(names)
+            return
+        clone = copy_node(node, inputs, name=str(node.name), outputs=names)
         for name, value in self.new_attributes(node).items():
             clone.attributes[name] = ir.convenience.convert_attribute(name, value)
         self.graph.append(clone)
         self.outputs |= dict(zip(names, clone.outputs, strict=True))
-
-    def free_name(self, name: str) -> str:
-        """``name`` where only the float node that stands for it has that, or none."""
-        while (node := self.nodes.get(name)) is not None and (name in self.form.nodes or self.is_new(node)):
-            name += "_"
-        return name
 
     def stand_in(self, node: ir.Node) -> ir.Node | None:
         """The float node in the place of a stored one."""
@@ -172,9 +178,8 @@ class Writer:
             found = {old: given[new] for old, new in keep.items() if new in given and given[new] != own.get(old)}
         for index in range(len(node.inputs)):
             name, _ = self.places.get((str(node.name), index), ("", ""))
-            if name and self.constants[name].constant.layout == "product":
-                rows, columns = self.constants[name].array.codes.shape
-                found |= {"K": rows, "N": columns}
+            if name:
+                found |= self.constants[name].attributes
         return found
 
     def input(self, node: ir.Node, index: int) -> ir.Value | None:
@@ -188,7 +193,30 @@ class Writer:
             return stand_in.inputs[index]
         if value.is_initializer():
             return self.initializer(value)
-        return self.value(value)
+        if str(node.name) in self.form.stand_ins and stand_in is None:
+            raise ValueGone
+        try:
+            return self.value(value)
+        except ValueGone:
+            return self.rounded_again(node, index)
+
+    def rounded_again(self, node: ir.Node, index: int) -> ir.Value:
+        """The codes that a stored node reads, made of what its float node reads, where their source is gone."""
+        stand_in, form = self.stand_in(node), float_form(node.domain, node.op_type)
+        operands = () if form is None else form.operands_of(len(node.inputs))
+        for operand, value in zip(operands, () if stand_in is None else stand_in.inputs, strict=False):
+            if (
+                isinstance(operand, Quantized)
+                and operand.data == index
+                and operand.scale is not None
+                and value is not None
+            ):
+                scaling = [self.input(node, k) for k in (operand.scale, operand.zero_point)]
+                label = f"{node.name}_{index}_rounded"
+                made = make_node(QUANTIZE_LINEAR, [value, *scaling], name=label, outputs=[label])
+                self.graph.append(made)
+                return made.outputs[0]
+        raise ValueGone
 
     def value(self, value: ir.Value) -> ir.Value:
         """What a stored value is now: with the bias behind it, if there is a new one."""
@@ -197,6 +225,8 @@ class Writer:
             return self.kept_value(value)
         if self.is_reader(producer):
             return self.outputs[self.form.values[name]]
+        if name in self.gone:
+            raise ValueGone
         if is_conversion(producer):
             return self.outputs[name]
         stand_in = self.stand_in(producer)
@@ -212,10 +242,7 @@ class Writer:
             name = str(self.before[self.float_names[str(producer.name)]].outputs[value.index() or 0].name)
         found = self.replaced.get(name) or self.floats.get(name)
         if found is None:
-            raise CheckFailed(
-                f"{name} is gone after this cut, and quantized nodes read it; try --uniform, or --dequantize, which "
-                "takes the float model"
-            )
+            raise ValueGone
         return found
 
     def with_bias(self, value: ir.Value, made: str) -> ir.Value:
@@ -223,22 +250,33 @@ class Writer:
         them."""
         name = str(value.name)
         if name not in self.wrapped:
-            codes, node, form = self.outputs[name], value.producer(), None
-            if node is not None:
-                form = float_form(node.domain, node.op_type)
-            clone = codes.producer()
-            if form is None or form.output is None or clone is None:
-                raise CheckFailed(f"{name}: its bias cannot be written quantized; use --method select or --dequantize")
-            scaling = [clone.inputs[index] for index in form.output]
-            label = self.free_name(f"{name}_float")
-            floats = make_node(DEQUANTIZE_LINEAR, [codes, *scaling], name=label, outputs=[label])
+            floats = self.floats_of(value)
             (add, index), *_ = self.floats[made].uses()
-            add.replace_input_with(index, floats.outputs[0])
-            label = self.free_name(f"{name}_biased")
-            again = make_node(QUANTIZE_LINEAR, [add.outputs[0], *scaling], name=label, outputs=[label])
-            self.graph.extend([floats, again])
+            add.replace_input_with(index, floats)
+            label = f"{name}_biased"
+            again = make_node(QUANTIZE_LINEAR, [add.outputs[0], *self.scaling(value)], name=label, outputs=[label])
+            self.graph.append(again)
             self.wrapped[name] = again.outputs[0]
         return self.wrapped[name]
+
+    def floats_of(self, value: ir.Value) -> ir.Value:
+        """Codes that a node on quantized values makes, as floats."""
+        name = str(value.name)
+        if name not in self.float_codes:
+            label = f"{name}_as_float"
+            codes = [self.outputs[name], *self.scaling(value)]
+            node = make_node(DEQUANTIZE_LINEAR, codes, name=label, outputs=[label])
+            self.graph.append(node)
+            self.float_codes[name] = node.outputs[0]
+        return self.float_codes[name]
+
+    def scaling(self, value: ir.Value) -> list[ir.Value | None]:
+        """Scale and zero point of the codes that a stored node makes."""
+        node, clone = value.producer(), self.outputs[str(value.name)].producer()
+        form = None if node is None else float_form(node.domain, node.op_type)
+        if form is None or form.output is None or clone is None:
+            raise ValueGone
+        return [clone.inputs[index] for index in form.output]
 
     # -- edges -------------------------------------------------------------------------------------------------------
 
@@ -254,6 +292,16 @@ class Writer:
                     if str(v.name) in self.form.values and str(v.name) not in self.form.quantized
                 }
         return twins
+
+    @cached_property
+    def codes(self) -> dict[str, ir.Value]:
+        """Float value -> the stored codes that a node on quantized values makes for it."""
+        found: dict[str, ir.Value] = {}
+        for node in self.form.graph.graph:
+            if str(node.name) in self.form.stand_ins and not self.is_kept(node):
+                made = (v for v in node.outputs if str(v.name) in self.form.quantized and str(v.name) in self.outputs)
+                found |= {self.form.values[str(v.name)]: v for v in made}
+        return found
 
     def connect(self) -> None:
         """Let float nodes and outputs read what they read in the file."""
@@ -298,7 +346,8 @@ class Writer:
             if read is None:
                 continue
             if read.name in wanted:
-                reader.replace_input_with(at, self.value(value))
+                with suppress(ValueGone):
+                    reader.replace_input_with(at, self.value(value))
                 continue
             producer = read.producer()
             if producer is not None and self.is_new(producer) and str(producer.name) in self.nodes:
@@ -307,10 +356,14 @@ class Writer:
     def reconnect_new(self, node: ir.Node) -> None:
         """A node that the cut has added for others that are gone."""
         for index, read in enumerate(node.inputs):
-            value = None if read is None else self.converted.get(str(read.name))
-            is_bias = read is not None and self.replaced.get(str(read.name)) is node.outputs[0]
-            if value is not None and not is_bias:
-                node.replace_input_with(index, self.value(value))
+            name = "" if read is None else str(read.name)
+            if self.replaced.get(name) is node.outputs[0]:
+                continue
+            with suppress(ValueGone):
+                if name in self.converted:
+                    node.replace_input_with(index, self.value(self.converted[name]))
+                elif name in self.codes:
+                    node.replace_input_with(index, self.floats_of(self.codes[name]))
 
     def connect_outputs(self) -> None:
         """Outputs of the graph that quantized nodes give."""
@@ -318,7 +371,10 @@ class Writer:
             producer = before.producer()
             if producer is None or self.is_kept(producer):
                 continue
-            old, new = self.graph.outputs[index], self.value(before)
+            try:
+                old, new = self.graph.outputs[index], self.value(before)
+            except ValueGone:
+                raise left_float(producer) from None
             if new is not old:
                 self.replace_output(old, new)
 
@@ -328,15 +384,20 @@ class Writer:
         replace_graph_output(self.graph, old, new, f"{old.name}_float")
 
     def check_all_back(self) -> None:
-        """Raise CheckFailed where a float node is left in the place of a quantized one."""
-        present = {id(node) for node in self.graph}
-        kept = {id(node) for name, node in self.nodes.items() if name in self.form.nodes or self.is_new(node)}
-        left = [node for node in self.nodes.values() if id(node) in present and id(node) not in kept]
-        if left:
-            raise CheckFailed(
-                f"{left[0].op_type} {left[0].name} cannot be written quantized after this cut; try --uniform, or "
-                "--dequantize, which takes the float model"
-            )
+        """Raise CheckFailed where a float node is left in the place of one that computes with codes. Nodes that only
+        move them may move floats."""
+        for node in self.form.graph.graph:
+            stand_in = self.stand_in(node)
+            if stand_in is not None and stand_in.graph is self.graph and float_form(node.domain, node.op_type):
+                raise left_float(stand_in)
+
+
+def left_float(node: ir.Node) -> CheckFailed:
+    """The error about a node that does not get its codes back."""
+    return CheckFailed(
+        f"{node.op_type} {node.name} cannot be written quantized after this cut; try --uniform, or --dequantize, which "
+        "takes the float model"
+    )
 
 
 def is_conversion(node: ir.Node) -> bool:

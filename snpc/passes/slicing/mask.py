@@ -86,24 +86,25 @@ def can_be_zeroed(axis: LabeledAxis, trace: Trace) -> bool:
 
 
 def mask_model(
-    model: ir.Model, trace: Trace, removed: RemovedUnits, contents: Mapping[str, AnyArray] | None = None
+    model: ir.Model, trace: Trace, removed: RemovedUnits, contents: Mapping[str, ir.TensorProtocol] | None = None
 ) -> ir.Model:
     """A copy of ``model`` with the removed units masked; shapes stay. Masked weights are made when they are read, since
     all of them may not fit into memory. ``contents``: of constants, in place of their own."""
     copy = model.clone()
     nodes = {node.name: node for node in copy.graph}
-    for statistic in affected_statistics(trace, removed):
+    # A value that several weights make has a statistic for each; what stays of the value is taken once.
+    statistics = {(found.context.node, found.axes): found for found in affected_statistics(trace, removed)}
+    for statistic in statistics.values():
         mask_statistic(copy.graph, nodes[statistic.context.node.name], statistic, trace, removed)
     for comparison in trace.comparisons:
         if removed.affects(comparison.labels):
             lose_comparison(copy.graph, nodes[comparison.node.name], comparison, removed)
-    for name, array in (contents or {}).items():
-        value = copy.graph.initializers[name]
-        value.const_value = ir.Tensor(array, dtype=value.dtype, name=name)
+    for name, tensor in (contents or {}).items():
+        copy.graph.initializers[name].const_value = tensor
     for name, positions in zeroed_by_constant(trace, removed).items():
-        tensor = copy.graph.initializers[name].const_value
-        assert tensor is not None
-        copy.graph.initializers[name].const_value = lazy_mask(tensor, positions, name)
+        whole = copy.graph.initializers[name].const_value
+        assert whole is not None
+        copy.graph.initializers[name].const_value = lazy_mask(whole, positions, name)
     return copy
 
 

@@ -27,7 +27,7 @@ from snpc.passes.slicing.slice import (
     sliced_shapes,
 )
 from snpc.passes.slicing.split_packed import non_rectangular_values, split_packed
-from snpc.types import AnyArray, IntArray
+from snpc.types import IntArray
 
 MAX_SPLITS = 4  # splitting one packed value can leave another that is packed
 
@@ -43,7 +43,7 @@ class RewrittenModel:
     model: ir.Model
     source: TracedGraph
     removed: RemovedUnits
-    rounded: Mapping[str, AnyArray] | None = None
+    rounded: Mapping[str, ir.TensorProtocol] | None = None
     as_stored: int = 0
 
     def masked(self) -> ir.Model:

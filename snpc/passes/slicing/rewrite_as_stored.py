@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import PassObserver
+from snpc.graph import PassObserver, static_shape
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.quantization import CutConstant, cut_constants, write_back
 from snpc.passes.slicing.rewrite import RewrittenModel, rewrite_model
 from snpc.passes.slicing.slice import Cuts
-from snpc.types import AnyArray, IntArray, Model
+from snpc.types import IntArray, Model, QuantizedForm
 
 
 def rewrite_as_stored(
@@ -29,19 +29,25 @@ def rewrite_as_stored(
     if form is None:
         return rewritten, rewritten.model
     keep = rewritten.kept_positions()
-    constants = cut_constants(form, rewritten.model, keep)
+    constants = cut_constants(form, model.graph, rewritten.model, keep)
     rounded = {
-        name: full_size(rewritten, name, cut, keep.get(name, {})) for name, cut in constants.items() if not cut.sliced
+        name: full_size(form, cut, rewritten.source.model.graph.initializers[name], keep.get(name, {}))
+        for name, cut in constants.items()
+        if not cut.sliced
     }
     written = write_back(form, model.graph, rewritten.model.clone(), constants)
     return replace(rewritten, rounded=rounded, as_stored=len(constants) - len(rounded)), written
 
 
-def full_size(rewritten: RewrittenModel, name: str, cut: CutConstant, keep: Mapping[int, IntArray]) -> AnyArray:
-    """What a constant stands for after rounding, in the places that it has before the cut."""
-    tensor = rewritten.source.model.graph.initializers[name].const_value
+def full_size(form: QuantizedForm, cut: CutConstant, whole: ir.Value, keep: Mapping[int, IntArray]) -> ir.LazyTensor:
+    """What a constant stands for after rounding, in the places that it has in ``whole``, before the cut."""
+    tensor = whole.const_value
     assert tensor is not None
-    whole = np.array(tensor.numpy())
-    kept = [keep.get(axis, np.arange(size)) for axis, size in enumerate(whole.shape)]
-    whole[np.ix_(*kept)] = cut.array.dequantize().astype(whole.dtype)
-    return whole
+
+    def read() -> ir.TensorProtocol:
+        contents = np.array(tensor.numpy())
+        kept = [keep.get(axis, np.arange(size)) for axis, size in enumerate(contents.shape)]
+        contents[np.ix_(*kept)] = cut.floats(form).astype(contents.dtype)
+        return ir.Tensor(contents, dtype=tensor.dtype, name=whole.name)
+
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(static_shape(tensor)), name=whole.name)

@@ -141,10 +141,8 @@ def products_by_gain(
     for gain, norms in normalizations.items():
         for number, is_key in {pair for norm in norms for pair in products_behind(norm.output, products)}:
             made[number].append((is_key, gain))
-    chosen = {number: min(gains)[1] for number, gains in made.items()}
-    return {
-        gain: tuple(sorted(n for n, chosen_gain in chosen.items() if chosen_gain == gain)) for gain in normalizations
-    }
+    chosen = sorted((number, min(gains)[1]) for number, gains in made.items())
+    return {gain: tuple(number for number, of_gain in chosen if of_gain == gain) for gain in normalizations}
 
 
 def products_behind(value: ir.Value, products: Sequence[Contraction]) -> set[tuple[int, bool]]:

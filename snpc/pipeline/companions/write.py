@@ -9,6 +9,7 @@ from snpc.passes import Analysis, Companion
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import RewrittenModel
 from snpc.pipeline.companions.cut import FittedPlan
+from snpc.pipeline.companions.merge import write_merged
 from snpc.pipeline.verify import (
     check_cached_decoding,
     compare_with_reference,
@@ -42,10 +43,11 @@ def write_companions(fitted: FittedPlan, written: Path, execution: Execution) ->
 
 
 def write_companion(fitted: FittedPlan, companion: Companion, written: Path, execution: Execution) -> WrittenCompanion:
-    model, own = companion.analysis.model, fitted.of_companion(companion)
+    model, own, path = companion.analysis.model, fitted.of_companion(companion), written.parent / companion.name
+    if model.merged is not None:
+        return write_merged_companion(own, path, execution)
     rewritten, graph = own.rewrite()
     finalize(graph, execution.observer)
-    path = written.parent / companion.name
     save(graph, path, model.external)
     pruned = load(path)
     checks = (
@@ -55,10 +57,23 @@ def write_companion(fitted: FittedPlan, companion: Companion, written: Path, exe
     return WrittenCompanion(path, model, pruned.inputs, f"{companion.name}: {', '.join(checks)}")
 
 
+def write_merged_companion(fitted: FittedPlan, path: Path, execution: Execution) -> WrittenCompanion:
+    """Write a companion that is a merged decoder itself: both branches, which become one file."""
+    model, first = fitted.analysis.model, path.parent / f"{path.stem}_branches" / path.name
+    first.parent.mkdir()
+    rewritten, graph = fitted.rewrite()
+    finalize(graph, execution.observer)
+    save(graph, first, model.external)
+    check = masked_check(fitted.analysis, first, rewritten, execution)
+    (second, *_) = write_companions(fitted, first, execution)
+    holds = write_merged(model, (first, second.path), path, execution)
+    return WrittenCompanion(path, model, second.inputs, f"{holds}, {check}, {second.holds}")
+
+
 def masked_check(analysis: Analysis, path: Path, rewritten: RewrittenModel, execution: Execution) -> str:
     """What holds of a companion alone, in words. Raises CheckFailed."""
     structure = check_structure(analysis.model.path, path, rewritten.sliced_interface(), declared_interface(analysis))
     data = verification_data(analysis, None, execution=execution)
     reference = run_original(analysis, analysis.model.path, data, execution)
     verdict = compare_with_reference(analysis, path, rewritten, reference, structure, execution)
-    return f"sliced equals masked to {verdict.max_abs_diff:.1e} on {verdict.compared}"
+    return f"sliced equals masked to {verdict.max_abs_diff:.1e}"

@@ -6,7 +6,7 @@
 | ``position_ids`` | integer [batch, tokens] | 0, 1, 2, ... over the tokens that the mask shows |
 | ``token_type_ids``, ``segment_ids`` | integer [batch, tokens] | zeros |
 | ``encoder_attention_mask`` | integer or bool [batch, frames] | ones, as many as ``encoder_hidden_states`` has frames |
-| caches, but those of a cross attention | float, four axes, one of them dynamic beside the batch | nothing: length 0 |
+| caches of the decoder's own tokens | float, four axes, one dynamic beside the batch | nothing, or a window of zeros |
 | ``use_cache_branch`` | bool [1] | false |
 
 Data that has such an input is fed as it is. Any other input must be given.
@@ -148,7 +148,7 @@ def filled_shape(spec: TensorSpec, kind: FilledKind, samples: int, tokens: int, 
     lead = samples if spec.name in sampled else spec.shape[0]
     assert isinstance(lead, int)  # a dynamic leading axis is that of the samples
     if kind in ("empty", "false"):
-        return (lead, *(dim if isinstance(dim, int) else 0 for dim in spec.shape[1:]))
+        return (lead, *(dim if isinstance(dim, int) else spec.capacity for dim in spec.shape[1:]))
     return (lead, tokens)
 
 

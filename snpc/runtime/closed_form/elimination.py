@@ -116,7 +116,7 @@ def run_elimination(
         kept = compact_rows(kept, removed)
         widths.append(width)
         ridge_losses.append(sum(state.ridge_loss for state in states))
-    del states
+    del states, state  # a factorization takes as much again
     factors = tuple(factorize_in_order(system, np.array(order[::-1], np.int64), dtype) for system in systems)
     loss = np.sum([factor.losses[:: len(factor.columns) // size] for factor in factors], axis=0)
     loss = np.maximum(loss - np.interp(np.arange(size + 1), widths[::-1], ridge_losses[::-1]), 0.0)

@@ -90,10 +90,8 @@ def fit_normalizations_inside(
 def score_factors(losses: FloatArray, keep: Sequence[Sequence[int]], rows: float) -> FloatArray:
     """[blocks * kept]: the factors of the kept units, block by block. ``losses`` [blocks, size, size]."""
     ones, ridge = np.ones((losses.shape[1], 1)), relative_ridge(losses.shape[1], rows)
-    kept = [np.array(row, np.int64) for row in keep]
-    return np.concatenate(
-        [refit_rows(of_block, ones, row, ridge)[:, 0] for of_block, row in zip(losses, kept, strict=True)]
-    )
+    fitted = (refit_rows(of_block, ones, np.array(row), ridge) for of_block, row in zip(losses, keep, strict=True))
+    return np.concatenate([rows[:, 0] for rows in fitted])
 
 
 def constant_vector(value: ir.Value) -> FloatArray:

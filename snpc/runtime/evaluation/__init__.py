@@ -32,6 +32,7 @@ from snpc.runtime.evaluation.cached_decoding import (
     cache_interface,
     cached_decoding_error,
     decoder_interface,
+    likelihood_gap,
 )
 from snpc.runtime.evaluation.compare import (
     TOLERANCE,
@@ -92,6 +93,7 @@ __all__ = [
     "find_selectors",
     "groups_to_time",
     "latency_table",
+    "likelihood_gap",
     "max_drift",
     "max_relative",
     "measure_differences",

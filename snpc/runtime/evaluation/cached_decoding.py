@@ -36,15 +36,15 @@ class DecoderInterface:
     outputs: tuple[str, ...]
     logits: str
 
-    @property
-    def presents(self) -> dict[str, str]:
-        """Past input -> the output that continues it."""
-        return find_presents([spec.name for spec in self.pasts], self.outputs)
-
     def continues(self, first: DecoderInterface) -> bool:
         """Does it take caches, and are all of them outputs of ``first``?"""
         pasts = [spec.name for spec in self.pasts]
         return bool(pasts) and len(find_presents(pasts, first.outputs)) == len(pasts)
+
+    def caches_of(self, first: DecoderInterface, outputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """The caches to go on with from the ``outputs`` of ``first``."""
+        handed = find_presents([spec.name for spec in self.pasts], first.outputs)
+        return {past: outputs[present] for past, present in handed.items()}
 
     def feeds(self, ids: AnyArray, start: int, caches: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """The inputs for ``ids`` [1, tokens] behind ``start`` tokens in ``caches``."""
@@ -140,15 +140,14 @@ def cached_decoding_error(first: RunningDecoder, second: RunningDecoder) -> floa
     models do not run so."""
     ids = np.random.default_rng(0).integers(0, ID_LIMIT, (1, PROMPT + STEPS))
     start, step = first.interface, second.interface
-    handed = find_presents([spec.name for spec in step.pasts], start.outputs)
     try:
         whole = first.run(start.feeds(ids, 0, start.empty_caches()))[start.logits]
         outputs = first.run(start.feeds(ids[:, :PROMPT], 0, start.empty_caches()))
-        caches = {past: outputs[present] for past, present in handed.items()}
+        caches = step.caches_of(start, outputs)
         found = []
         for at in range(PROMPT, PROMPT + STEPS):
             outputs = second.run(step.feeds(ids[:, at : at + 1], at, caches))
-            caches |= {past: outputs[present] for past, present in step.presents.items()}
+            caches |= step.caches_of(step, outputs)
             found.append(outputs[step.logits][:, -1])
     except UserError:  # fixed lengths, or ids out of the vocabulary
         return None
@@ -157,3 +156,14 @@ def cached_decoding_error(first: RunningDecoder, second: RunningDecoder) -> floa
     expected = whole[:, PROMPT:].astype(np.float64)
     scale = max(float(np.sqrt(np.mean(expected**2))), 1e-30)
     return float(np.abs(np.stack(found, axis=1) - expected).max()) / scale
+
+
+def likelihood_gap(decoder: RunningDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """How far the tokens behind ``prompt`` are from the most likely ones, given those before them: the largest
+    difference of their logits, relative to the root mean square of all. 0 for greedy decoding."""
+    interface = decoder.interface
+    ids = np.array([[*prompt, *tokens]])
+    logits = decoder.run(interface.feeds(ids, 0, interface.empty_caches()))[interface.logits][0].astype(np.float64)
+    rows = logits[len(prompt) - 1 : -1]
+    gaps = rows.max(-1) - rows[np.arange(len(tokens)), list(tokens)]
+    return float(gaps.max(initial=0)) / max(float(np.sqrt(np.mean(rows**2))), 1e-30)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from snpc.runtime.io.atomic import atomic_write, check_target, recorded_publications, staging_folder, write_errors
 from snpc.runtime.io.examples import write_example
 from snpc.runtime.io.in_memory import read_back
-from snpc.runtime.io.load import file_bytes, load, local_model, model_files, read_model
+from snpc.runtime.io.load import file_bytes, load, local_model, model_files, read_model, refuse_branches
 from snpc.runtime.io.mapped_npz import ArrayHeader, map_npz, read_array_header
 from snpc.runtime.io.protobuf import read_without_weights
 from snpc.runtime.io.publish import discard_model, publish_files
@@ -66,6 +66,7 @@ __all__ = [
     "read_model",
     "read_without_weights",
     "recorded_publications",
+    "refuse_branches",
     "save",
     "staging_folder",
     "write_errors",

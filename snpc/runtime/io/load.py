@@ -16,15 +16,24 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from snpc.errors import UserError
-from snpc.graph import MalformedGraphError, PassObserver, error_summary, malformed_graph_errors, static_shape
+from snpc.graph import (
+    MalformedGraphError,
+    PassObserver,
+    attribute_values,
+    error_summary,
+    malformed_graph_errors,
+    static_shape,
+)
+from snpc.ops import rolling_pasts
 from snpc.passes.canonicalization import canonicalize
+from snpc.passes.companions import split_branches
 from snpc.passes.propagation import mark_shared_caches
 from snpc.remote import copy_beside, is_url, local_copy
 from snpc.runtime.io.duplicate_constants import merge_equal_constants
 from snpc.runtime.io.graph_checks import check_contractions, check_graph, check_producers
 from snpc.runtime.io.in_memory import kind_of, write_in_memory
 from snpc.runtime.io.protobuf import read_without_weights
-from snpc.runtime.io.save import proto_without_weights
+from snpc.runtime.io.save import proto_without_weights, save
 from snpc.runtime.io.tensor_checks import (
     all_tensors,
     check_tensors,
@@ -52,7 +61,9 @@ def load(model: ModelSource, observer: PassObserver | None = None, *, companions
     each graph pass.
 
     ``companions``: paths of models with the same weights, which are cut alike and may go on from this one's caches, as
-    ``decoder_with_past_model.onnx`` does. Raises UserError for anything that is not a readable ONNX model.
+    ``decoder_with_past_model.onnx`` does. A decoder with two branches, ``decoder_model_merged.onnx``, is loaded as its
+    branch without a past, with the other one as its companion. Raises UserError for anything that is not a readable
+    ONNX model.
     """
     if companions:
         return with_companions(load(model, observer), [load(Path(path)) for path in companions])
@@ -63,14 +74,14 @@ def load(model: ModelSource, observer: PassObserver | None = None, *, companions
     kind, folder = kind_of(model), TemporaryFolder()
     path = folder.path / "model.onnx"
     write_in_memory(model, path)
-    return replace(load_file(path, observer), kind=kind, folder=folder)
+    return replace(load_file(path, observer, folder), kind=kind, folder=folder)
 
 
 def with_companions(model: Model, companions: Sequence[Model]) -> Model:
     """The model with others that are cut alike; outputs of it that are their caches are marked as such."""
     for companion in companions:
         mark_shared_caches(model.graph, companion.graph)
-    return replace(model, companions=tuple(companions))
+    return replace(model, companions=(*model.companions, *companions))
 
 
 def local_model(url: str) -> Path:
@@ -82,7 +93,32 @@ def local_model(url: str) -> Path:
     return path
 
 
-def load_file(path: Path, observer: PassObserver | None) -> Model:
+def refuse_branches(model: Model, what: str) -> None:
+    """Raises UserError where ``model`` is a branch of a merged decoder. ``what`` is asked for, which is for one
+    graph."""
+    if model.merged is not None:
+        raise UserError(
+            f"{model.merged}: holds two decoders as branches, and {what} takes one graph: give decoder_model.onnx and "
+            "decoder_with_past_model.onnx in its place, one after the other"
+        )
+
+
+def load_branches(
+    path: Path, branches: Sequence[ir.Model], external: bool, folder: TemporaryFolder, observer: PassObserver | None
+) -> Model:
+    """The first branch of the merged decoder in ``path``, with the other one as its companion. Copies of both lie in
+    ``folder`` for as long as the model lives."""
+    models = []
+    for name, graph in zip((path.name, f"{path.stem}_with_past.onnx"), branches, strict=True):
+        copy = folder.path / "branches" / name
+        copy.parent.mkdir(exist_ok=True)
+        save(graph, copy, external)
+        models.append(replace(load_file(copy, observer), folder=folder))
+    return replace(with_companions(models[0], models[1:]), external=external, merged=path)
+
+
+def load_file(path: Path, observer: PassObserver | None, folder: TemporaryFolder | None = None) -> Model:
+    """``folder``: where copies of branches go; None: to one of their own."""
     check_name(path)
     try:
         is_file, exists = path.is_file(), path.exists()
@@ -96,11 +132,16 @@ def load_file(path: Path, observer: PassObserver | None) -> Model:
     external = any(location != path.name for location in external_data_files(proto))
     resolve_external_locations(proto, path)
     try:
-        graph = canonicalize(from_protobuf(proto), observer)
+        stored = from_protobuf(proto)
+        branches = split_branches(stored)
+        if branches is not None:
+            merged = load_branches(path, branches, external, folder or TemporaryFolder(), observer)
+            return replace(merged, digest=digest)
+        graph = canonicalize(stored, observer)
         check_producers(graph)
         check_contractions(graph)
         check_serializable(graph)
-        inputs, outputs = tensor_specs(graph.graph.inputs, graph), tensor_specs(graph.graph.outputs, graph)
+        inputs, outputs = input_specs(graph), tensor_specs(graph.graph.outputs, graph)
     except MalformedGraphError as error:
         raise UserError(f"{path}: {error}; run onnx.checker on it") from None
     except UserError as error:
@@ -198,6 +239,17 @@ def file_digest(path: Path, proto: onnx.ModelProto) -> str:
                     file.seek(start)
                     sha.update(file.read(1 << 20))
     return sha.hexdigest()
+
+
+def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Of the inputs, with the capacities of caches of sliding windows."""
+    capacities = {
+        str(value.name): capacity
+        for node in model.graph
+        for index, capacity in rolling_pasts(node.domain, node.op_type, attribute_values(node)).items()
+        if index < len(node.inputs) and (value := node.inputs[index]) is not None
+    }
+    return tuple(replace(s, capacity=capacities.get(s.name, 0)) for s in tensor_specs(model.graph.inputs, model))
 
 
 def tensor_specs(values: Any, model: ir.Model) -> tuple[TensorSpec, ...]:

@@ -13,7 +13,7 @@ from snpc.passes import Analysis, analyze
 from snpc.pipeline import apply, plan
 from snpc.planning import Budget, PruningMethod, ResourceTarget, parse_target
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.io import check_target, load, model_files, publish_files, staging_folder
+from snpc.runtime.io import check_target, load, model_files, publish_files, refuse_branches, staging_folder
 from snpc.torch.finetune import finetune
 from snpc.torch.pruning.objectives import AccuracyDrop, PruningObjective, max_output_drift
 from snpc.torch.pruning.round_log import PruningRound, RoundLog, open_round_log
@@ -130,6 +130,7 @@ def open_round_runner(
 ) -> Iterator[RoundRunner]:
     """A runner whose log is that of this run: of the same model, data, rounds, objective and schedule."""
     dense = analyze(load(source))
+    refuse_branches(dense.model, "training")
     objective_fingerprint = None if objective is None else objective.fingerprint
     run_id = run_fingerprint(data, dense.model.digest, *rounds.fingerprint_parts(), schedule, objective_fingerprint)
     with open_round_log(rounds.checkpoints, run_id) as log:

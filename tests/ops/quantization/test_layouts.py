@@ -74,6 +74,12 @@ def test_tensors_of_codes(kind: Any, layout: Any) -> None:
     assert_same(write_stored(layout, array, stored, {}), stored)
 
 
+def test_scalars_stay_scalars() -> None:
+    """Operators on bytes take no vectors of one entry."""
+    stored = {"codes": np.ones((2, 3), np.int8), "scale": np.asarray(0.5, np.float32), "zero": np.asarray(1, np.int8)}
+    assert_same(write_stored("tensor", read_stored("tensor", stored, {}, 1, 0), stored, {}), stored)
+
+
 def test_the_scale_of_a_bias_is_a_product() -> None:
     stored = {
         "codes": np.array([100, -50], np.int32),
@@ -88,5 +94,5 @@ def test_the_scale_of_a_bias_is_a_product() -> None:
 def assert_same(written: dict[str, Array], stored: dict[str, Array]) -> None:
     assert written.keys() == stored.keys()
     for name, array in written.items():
-        assert array.dtype == stored[name].dtype
+        assert (array.dtype, array.shape) == (stored[name].dtype, stored[name].shape)
         np.testing.assert_array_equal(array, stored[name])

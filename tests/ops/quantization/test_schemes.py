@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from snpc.ops.quantization.schemes import SHARES, QuantizedArray, whole_blocks
+from snpc.ops.quantization.schemes import SHARES, QuantizedArray
 
 Array = npt.NDArray[Any]
 RNG = np.random.default_rng(0)
@@ -32,32 +32,23 @@ def test_codes_that_are_taken_stand_for_what_is_taken(kind: str) -> None:
     rows = np.concatenate([np.arange(32, 48), np.arange(16)])
     keep = {0: rows, 1: np.array([5, 0, 2])}
     taken = array.take(keep)
-    assert taken is not None
     np.testing.assert_array_equal(taken.dequantize(), array.dequantize()[rows][:, [5, 0, 2]])
     np.testing.assert_array_equal(taken.codes, array.codes[rows][:, [5, 0, 2]])
 
 
-def test_a_cut_through_blocks_takes_no_codes() -> None:
+def test_a_cut_through_blocks_changes_what_codes_stand_for() -> None:
     array = make("blocks")
-    assert array.take({0: np.arange(1, 64)}) is None
-    assert array.take({1: np.array([1])}) is not None
+    assert not np.array_equal(array.take({0: np.arange(1, 64)}).dequantize(), array.dequantize()[1:])
 
 
-@pytest.mark.parametrize(
-    ("kept", "blocks"),
-    [
-        ([0, 1, 2, 3], [0]),
-        ([4, 5, 6, 7, 0, 1, 2, 3], [1, 0]),
-        ([0, 1, 2, 3, 8, 9], [0, 2]),
-        ([8, 9, 0, 1, 2, 3], None),  # the short block would lie in front
-        ([0, 1, 2], None),
-        ([1, 0, 2, 3], None),
-        ([], []),
-    ],
-)
-def test_whole_blocks_of_four(kept: list[int], blocks: list[int] | None) -> None:
-    found = whole_blocks(np.array(kept, np.int64), 4, 10)
-    assert (None if found is None else found.tolist()) == blocks
+def test_blocks_of_unchanged_values_keep_their_codes() -> None:
+    """The first block stays as it is, the next ones consist of parts of two."""
+    array, rows = make("blocks"), np.r_[0:16, 24:64]
+    wanted = array.dequantize()[rows]
+    found = array.take({0: rows}).quantize(wanted)
+    np.testing.assert_array_equal(found.codes[:16], array.codes[:16])
+    np.testing.assert_array_equal(found.scale[0], array.scale[0])
+    assert not np.array_equal(found.dequantize()[16:], wanted[16:])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

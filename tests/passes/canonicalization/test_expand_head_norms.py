@@ -48,6 +48,17 @@ def test_they_are_cut_like_any_norm_on_heads(packed: bool, tmp_path: Path) -> No
     assert [list(gain.dims) for gain in gains] == [[16]] * 2 * fused.layers
 
 
+def test_gains_of_a_damaged_file_stay_and_hold_the_heads(tmp_path: Path) -> None:
+    path = BuilderDecoder(head_norms="fused").write(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "l0.k_norm":
+            tensor.dims[:] = [2, 16]
+    onnx.save(model, path)
+    analysis = analyze(load(path), prune_kv_cache=True)
+    assert {g.id for g in prunable(analysis.groups, "qk", "vo")} == {"l1.qk", "l1.vo"}
+
+
 def test_a_gain_that_is_computed_holds_the_heads(tmp_path: Path) -> None:
     path = BuilderDecoder(head_norms="fused").write(tmp_path / "m.onnx")
     model = onnx.load(path)

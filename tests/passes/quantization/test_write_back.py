@@ -14,13 +14,14 @@ import numpy.typing as npt
 import onnx
 import pytest
 from onnx import numpy_helper
+from onnxruntime.quantization import QuantFormat, QuantType
 
 import snpc
 from snpc.ops import Layout, QuantizedArray, write_stored
 from snpc.passes.analyze import Analysis
 from snpc.planning import cuts_of
 from tests.models.exports import export, load_feeds
-from tests.models.quantized import FORMS
+from tests.models.quantized import FORMS, statically
 from tests.oracle import run
 from tests.patching import patch
 from tests.quantized_oracle import relative, silenced
@@ -178,3 +179,22 @@ def test_other_models(name: str, form: str, tmp_path: Path) -> None:
         masked = silenced(tmp_path / "q.onnx", analysis, plan.slices, tmp_path / "masked.onnx")
         feeds = load_feeds(name)
         assert max(map(relative, run(result.path, feeds), run(masked, feeds))) < 1e-6
+
+
+ALL_OPERATORS: dict[str, Any] = {"op_types_to_quantize": None}
+BYTES_ONLY = {**ALL_OPERATORS, "quant_format": QuantFormat.QOperator, "activation_type": QuantType.QUInt8}
+
+
+@pytest.mark.parametrize("options", [ALL_OPERATORS, BYTES_ONLY], ids=["pairs", "operators"])
+def test_packed_projections_among_bytes_are_cut_apart(options: dict[str, Any], tmp_path: Path) -> None:
+    """What splits query, key and value works on floats then: movement between them has no codes to move."""
+    name, path = "vit_timm__ts17", tmp_path / "q.onnx"
+    statically(export(name), path, load_feeds(name), **options)
+    analysis = snpc.analyze(snpc.load(path))
+    plan = snpc.plan(analysis, snpc.Budget(ratio=0.3), **SELECT)
+    assert len({plan.slices.kept_width(g) for g in analysis.groups if g.role in ("qk", "vo")}) > 1
+    result = snpc.apply(plan, tmp_path / "pruned.onnx")
+    masked = silenced(path, analysis, plan.slices, tmp_path / "masked.onnx")
+    assert relative(run(result.path, load_feeds(name))[0], run(masked, load_feeds(name))[0]) < 1e-6
+    counts = [Counter(n.op_type for n in onnx.load(p).graph.node if "MatMul" in n.op_type) for p in (path, result.path)]
+    assert counts[0] == counts[1]

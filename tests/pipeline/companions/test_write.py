@@ -108,6 +108,10 @@ def test_companions_are_given_by_an_option(tmp_path: Path) -> None:
     assert (tmp_path / SECOND).is_file()
     refused = invoke("prune", first, "--companion", second, *options, "-o", second.parent / "out.onnx", code=2)
     assert f"{SECOND}: is the input itself" in refused.stderr
+    with pytest.raises(UserError, match="dequantize is for one model"):
+        snpc.prune(first, companions=[second], ratio=0.4, dequantize=True)
+    refused = invoke("prune", first, "--companion", second, *options, "--last-logits", code=2)
+    assert "restrict both first" in " ".join(refused.stderr.split())
     refused = invoke("prune", first, "--companion", second, *options, "--dequantize", code=2)
     assert "--dequantize is for one model" in refused.stderr
 

@@ -14,9 +14,10 @@ import pytest
 
 import snpc
 from snpc.errors import UserError
-from snpc.runtime.calibration import Calibration, find_ids, load_calibration
+from snpc.runtime.calibration import Calibration, find_ids, find_mask, load_calibration
 from snpc.types import TensorSpec
 from tests.command_line import invoke
+from tests.models.builder_decoders import BuilderDecoder
 from tests.models.language import Language
 
 SAMPLES, TOKENS = 6, 5
@@ -185,3 +186,25 @@ def test_a_decoder_with_caches_is_pruned_on_ids_alone(tmp_path: Path) -> None:
         "lacks inputs that follow from its ids; filled in: attention_mask (ones), position_ids (counted), "
         "past_key_values.0.key and 1 more (empty)"
     ) in run.stderr
+
+
+def test_caches_of_a_sliding_window_are_filled_with_room_for_it(tmp_path: Path) -> None:
+    path = BuilderDecoder(window=24, rolling=True).write(tmp_path / "decoder.onnx")
+    model = snpc.load(path)
+    assert {spec.capacity for spec in model.inputs if "past" in spec.name} == {24}
+    arrays = joined(load_calibration({"input_ids": IDS}, model.inputs))
+    assert arrays["past_key_values.0.key"].shape == (SAMPLES, 2, 24, 32)
+    found = snpc.prune(path, tmp_path / "half.onnx", ratio=0.4, calibration={"input_ids": IDS})
+    assert found.after.params < found.before.params
+
+
+def test_a_mask_of_encoder_states_is_as_long_as_they_are() -> None:
+    states = spec("encoder_hidden_states", np.float32, "batch", "frames", 4)
+    mask = spec("encoder_attention_mask", np.int64, "batch", "frames")
+    values = np.zeros((SAMPLES, 9, 4), np.float32)
+    given = {"input_ids": IDS, "encoder_hidden_states": values}
+    arrays = joined(load_calibration(given, (TOKEN_IDS, mask, states)))
+    np.testing.assert_array_equal(arrays["encoder_attention_mask"], np.ones((SAMPLES, 9), np.int64))
+    assert find_mask((TOKEN_IDS, mask, MASK)) == MASK, "the decoder's own"
+    with pytest.raises(UserError, match="no data for input encoder_attention_mask, encoder_hidden_states"):
+        load_calibration({"input_ids": IDS}, (TOKEN_IDS, mask, states))

@@ -23,7 +23,7 @@ DECODERS = ("llama_cached__dyn20", "gpt2_cached__ts14")
 def test_an_export_decodes_step_by_step_as_at_once(name: str) -> None:
     model = analysis_of(name).model
     interface = cache_interface(model)
-    assert interface is not None and len(interface.presents) == 4
+    assert interface is not None and len(interface.pasts) == 4
     with file_session(model.path) as run:
         decoder = RunningDecoder(interface, run)
         error = cached_decoding_error(decoder, decoder)
