@@ -192,7 +192,7 @@ class PlanningArguments(ArgumentGroup):
             target=target or amount.resource_target,
             uniform=amount.uniform,
             round_to=widths.multiple,
-            min_width=max(widths.minimum, selection.min_width),
+            min_width=selection.min_width if selection.min_width < 1 else max(widths.minimum, selection.min_width),
             include=selection.include,
             exclude=selection.exclude,
             max_ratio=parse_max_ratios(selection.max_ratio) if selection.max_ratio is not None else None,
