@@ -338,33 +338,6 @@ class TestPinned:
         path = build(tmp_path / "m.onnx", nodes, {"w": (8, 8)}, inputs=[flag])
         refused("nothing to prune .*h axis 1: control flow", "prune", path, *RATIO)
 
-    def quantised(self, path: Path, *, also_float: bool) -> Path:
-        """Both weights of an MLP behind DequantizeLinear; ``also_float``: a plain MLP follows."""
-        rng = np.random.default_rng(2)
-        held, nodes = [], []
-        for name, shape in FFN.items():
-            weight = rng.integers(-127, 127, shape, dtype=np.int8)
-            scale = np.full(shape[1], 0.01, np.float32)
-            for suffix, array in (("q", weight), ("s", scale), ("z", np.zeros(shape[1], np.int8))):
-                held.append(numpy_helper.from_array(array, f"{name}_{suffix}"))
-            parts = [f"{name}_{suffix}" for suffix in "qsz"]
-            nodes.append(helper.make_node("DequantizeLinear", parts, [name], axis=1))
-        nodes += mlp("x", "m" if also_float else "y")
-        more = mlp("m", "y", "plain_") if also_float else []
-        weights = {f"plain_{n}": s for n, s in FFN.items()} if also_float else {}
-        return build(path, nodes + more, weights, held=held)
-
-    def test_beside_quantised_weights(self, tmp_path: Path) -> None:
-        path = self.quantised(tmp_path / "m.onnx", also_float=True)
-        report = json.loads(invoke("prune", path, *RATIO, "--json", "-").stdout)
-        assert [g["kept"] for g in report["groups"]] == [16]
-        assert {s["tensor"] for g in report["groups"] for s in g["sites"]} == {"plain_up", "plain_down"}
-
-    def test_only_quantised_weights(self, tmp_path: Path) -> None:
-        path = self.quantised(tmp_path / "m.onnx", also_float=False)
-        assert any("DequantizeLinear" in reason or "quanti" in reason for reason in pins_of(path).values())
-        refused("nothing to prune .*(DequantizeLinear|quanti)", "prune", path, *RATIO)
-
 
 # -- options ---------------------------------------------------------------------------------------------------------
 
