@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from snpc.graph import is_cache_name
 from snpc.runtime.calibration import find_ids, find_mask
 from snpc.runtime.evaluation.distances import Domain, log_probabilities
 from snpc.runtime.execution import RunFunction
@@ -119,13 +120,16 @@ def find_language_head(
     ``rows``: embedding rows by name of the input of ids. ``outputs``: what the original makes of ``feeds``; it is run
     on changed ids too.
     """
+    decodes = any(is_cache_name(spec.name) for spec in model.inputs)  # what is read from a cache saw no later token
     for ids, mask in predicted_ids(model.inputs):
         if ids not in feeds:
             continue
         vocabulary = max(int(feeds[ids].max(initial=0)) + 1, rows.get(ids, 0))
         for spec in sorted(model.outputs, key=lambda spec: spec.name != "logits"):
             head = LanguageHead(spec.name, ids, mask)
-            if has_logits(spec, outputs[spec.name], feeds[ids], vocabulary) and is_causal(head, run, feeds, outputs):
+            if not has_logits(spec, outputs[spec.name], feeds[ids], vocabulary):
+                continue
+            if decodes or is_causal(head, run, feeds, outputs):
                 return head
     return None
 

@@ -14,10 +14,11 @@ import pytest
 
 import snpc
 from snpc.runtime.evaluation import LanguageHead, perplexity
-from snpc.runtime.evaluation.perplexity import Surprise, find_language_head
-from snpc.types import Perplexity
+from snpc.runtime.evaluation.perplexity import Surprise, find_language_head, is_causal
+from snpc.types import Feeds, Perplexity
 from tests.command_line import invoke, reported
 from tests.models.language import Language, as_text, negative_log_likelihoods, write_language_folder
+from tests.models.quantized import dynamically
 from tests.oracle import analysis_of
 from tests.oracle import feeds_of as export_feeds
 from tests.patching import patch
@@ -212,6 +213,22 @@ def test_samples_whose_outputs_are_not_kept_count_too(monkeypatch: pytest.Monkey
     assert every.quality.perplexity is not None
     assert every.quality.perplexity.tokens == 8 * calibration.held_out.samples
     assert few.quality.perplexity == every.quality.perplexity
+
+
+def test_a_decoder_with_caches_needs_no_trial(tmp_path: Path) -> None:
+    """Scales of dynamic int8 depend on all tokens, so its earlier logits move with the last token a little."""
+    source, path = tmp_path / "float.onnx", tmp_path / "int8.onnx"
+    onnx.save(Language(cached=True, sharpness=3).model(), source)
+    dynamically(source, path, {})
+    empty = {f"past_key_values.0.{part}": np.zeros((24, 2, 0, 8), np.float32) for part in ("key", "value")}
+    feeds = feeds_of(IDS) | empty
+    outputs = run(path, feeds)
+
+    def changed(other: Feeds) -> dict[str, Any]:
+        return run(path, dict(other))
+
+    assert find_language_head(snpc.load(path), {}, changed, feeds, outputs) is not None
+    assert not is_causal(LanguageHead("logits", "input_ids", "attention_mask"), changed, feeds, outputs)
 
 
 def test_of_an_encoder_and_decoder_the_decoder_predicts(tmp_path: Path) -> None:
