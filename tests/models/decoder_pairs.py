@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from snpc.temporary import TemporaryFolder
+from tests.models.exports import quiet_export
 
 if TYPE_CHECKING:
     import torch
@@ -111,16 +112,17 @@ class PairExport:
         }
         inputs = {"input_ids": torch.zeros(2, 1 if past else 5, dtype=torch.int64), **mask, **states, **pasts}
         presents = [f"present.{cache}" for cache in self.caches if not (past and "encoder" in cache)]
-        torch.onnx.export(
-            decoder_module(self.model, list(inputs)),
-            tuple(inputs.values()),
-            str(self.folder / name),
-            dynamo=False,
-            opset_version=17,
-            input_names=list(inputs),
-            output_names=["logits", *presents],
-            dynamic_axes={key: self.dynamic_axes(key) for key in (*inputs, "logits", *presents)},
-        )
+        with quiet_export():
+            torch.onnx.export(
+                decoder_module(self.model, list(inputs)),
+                tuple(inputs.values()),
+                str(self.folder / name),
+                dynamo=False,
+                opset_version=17,
+                input_names=list(inputs),
+                output_names=["logits", *presents],
+                dynamic_axes={key: self.dynamic_axes(key) for key in (*inputs, "logits", *presents)},
+            )
 
     @staticmethod
     def dynamic_axes(name: str) -> dict[int, str]:

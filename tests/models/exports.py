@@ -123,7 +123,7 @@ class Export:
         # The seed is the model's, not the export's: exports of one model have the same weights and can be compared.
         seed = zlib.crc32(self.model.encode())
         torch.manual_seed(seed)
-        with _quiet():
+        with quiet_export():
             model = self.builder(self.attention)
         model.module.eval().requires_grad_(False)
         fixed_length = model.trace_fixes_length and self.exporter == "ts"
@@ -808,7 +808,7 @@ def _build_encdec(attention: str) -> Model:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """Keep the exporters' progress lines, tracer warnings and log records off the test output."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -899,7 +899,7 @@ def write(name: str, directory: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=directory, prefix=f".{name}.") as scratch:
         draft = Path(scratch) / path.name
         built = spec.build()
-        with _quiet():
+        with quiet_export():
             _EXPORTERS[spec.exporter](built, spec.opset, draft)
         np.savez(draft.with_suffix(".npz"), allow_pickle=False, **built.feeds)
         draft.with_suffix(".npz").replace(path.with_suffix(".npz"))
