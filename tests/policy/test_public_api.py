@@ -15,7 +15,7 @@ NAMES = {
     *("prune_folder", "PrunedFolder"),
     # before planning: inputs, tokens, statistics, scores
     *("random_calibration", "reduce_tokens", "score", "measure_statistics", "load_statistics", "save_statistics"),
-    *("dequantize",),
+    *("dequantize", "restrict"),
     *("solve_closed_forms", "make_slice_plan", "parse_target", "widths_for_target", "timed_artifact"),
     # plans as files
     *("complete_plan", "load_plan", "save_plan", "plan_from_json", "plan_to_json"),
