@@ -11,7 +11,7 @@ import pytest
 import snpc
 from snpc.errors import UserError
 from snpc.pipeline.planner import FILLED_CACHE_REASON
-from snpc.runtime.evaluation.cached_decoding import cache_interface, cached_decoding_error
+from snpc.runtime.evaluation.cached_decoding import RunningDecoder, cache_interface, cached_decoding_error
 from snpc.runtime.execution import file_session
 from tests.models.builder_decoders import VOCABULARY, BuilderDecoder
 from tests.models.language import Language
@@ -43,7 +43,8 @@ def test_a_file_with_caches_is_fitted_as_the_one_without(tmp_path: Path) -> None
         expected, found = run_plain(feeds)["logits"], run_cached({**feeds, **empty})["logits"]
         interface = cache_interface(snpc.load(cached.path))
         assert interface is not None
-        error = cached_decoding_error(interface, run_cached)
+        decoder = RunningDecoder(interface, run_cached)
+        error = cached_decoding_error(decoder, decoder)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert error is not None and error < 1e-5
 
@@ -105,5 +106,6 @@ def test_values_inside_a_fused_node_are_rotated(form: BuilderDecoder, tmp_path: 
     interface = cache_interface(snpc.load(rotated.path))
     assert interface is not None
     with file_session(rotated.path) as run:
-        error = cached_decoding_error(interface, run)
+        decoder = RunningDecoder(interface, run)
+        error = cached_decoding_error(decoder, decoder)
     assert error is not None and error < 1e-5
