@@ -158,6 +158,9 @@ class StreamedMeasurement:
         source, kept = self.analysis.traced_graph, part.kept if is_last else ()
         instrument = Instrument(extract_segment(source.model, part.segment, source.facts), self.padding.row_masks)
         values = dict.fromkeys((*kept, *(part.dense if is_last else ())))
+        if not values and not requests:  # nothing reads what it makes, and onnxruntime takes no empty graph
+            advance(len(self.states))
+            return
         model = add_requests(instrument, requests, tuple(values), source.facts.types_by_name)
         at_once = [request for request in requests if request.group.id not in self.together]
         carried = (*kept, *(request.output for request in requests if request.group.id in self.together))

@@ -104,12 +104,9 @@ def count_runs(trials: PlanTrials, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return runs
 
 
-def test_samples_come_in_small_batches_and_no_more_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_come_in_small_batches_and_no_more_than_asked() -> None:
     analysis = analysis_of(NAMES[0])
     feeds = {name: np.concatenate([array] * 8)[:11] for name, array in feeds_of(NAMES[0]).items()}
-    monkeypatch.setattr(plan_trials, "TRIAL_SAMPLES", 8)
-    sizes = [
-        len(next(iter(f.values())))
-        for f in small_batches(snpc.load_calibration(feeds, analysis.model.inputs, batch=4, held_out=0))
-    ]
+    data = snpc.load_calibration(feeds, analysis.model.inputs, batch=4, held_out=0)
+    sizes = [len(next(iter(f.values()))) for f in small_batches(data, samples=8)]
     assert sum(sizes) <= 8 and max(sizes) <= plan_trials.BATCH_SAMPLES

@@ -34,4 +34,4 @@ def test_what_cannot_be_measured_is_refused_with_what_can(text: str) -> None:
 
 
 def test_criteria_and_closed_forms_take_different_statistics() -> None:
-    assert set(get_args(StatisticKind)) - CLOSED_FORM_STATISTICS == {"energy", "gram"}
+    assert set(get_args(StatisticKind)) - CLOSED_FORM_STATISTICS == {"energy", "gram", "routed"}
