@@ -281,6 +281,7 @@ def test_a_limit_that_is_too_small_is_refused() -> None:
 
 
 def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for rounding: with so little memory the dense model runs in segments, which onnxruntime fuses otherwise."""
     analysis = analysis_of(NAME)
     data = calibration_of(analysis, random_feeds(NAME, 6), 2)
     made = snpc.plan(analysis, Budget(0.5, uniform=True), calibration=data, method="auto")
@@ -300,7 +301,7 @@ def test_layers_are_fitted_the_same_from_temporary_files(monkeypatch: pytest.Mon
         found.append(initializers_of(written(finalize(source.model))))
         assert bool(files) == (limit == 1)
     for key, array in found[0].items():
-        np.testing.assert_array_equal(found[1][key], array)
+        np.testing.assert_allclose(found[1][key], array, rtol=1e-4, atol=1e-6)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
