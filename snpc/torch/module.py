@@ -18,6 +18,7 @@ import torch
 
 from snpc.errors import UserError
 from snpc.graph import attribute_values, opset_version
+from snpc.ops import is_quantized_operator
 from snpc.passes.canonicalization import original_name
 from snpc.runtime.io import load, refuse_branches
 from snpc.torch.operators import Implementation, OperatorCall, Result, Tensor, find_implementation, to_tensor
@@ -346,9 +347,12 @@ def compile_instructions(model: ir.Model, nodes: Sequence[ir.Node]) -> Iterator[
         subgraphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
         if implementation is None or any(a.type in subgraphs for a in node.attributes.values()):
             label = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            advice = "export it without that operator, or train it where it came from"
+            if is_quantized_operator(node.domain, node.op_type):
+                advice = "give its float model: snpc dequantize FILE -o float.onnx"
             raise UserError(
                 f"{node.name}: there is no torch implementation of {label}, so this model cannot be trained here; "
-                "export it without that operator, or train it where it came from"
+                + advice
             )
         inputs = tuple(None if v is None else str(v.name) for v in node.inputs)
         outputs = tuple(str(v.name) for v in node.outputs)

@@ -186,6 +186,14 @@ def test_an_operator_without_an_implementation_is_named(tmp_path: Path) -> None:
         snpc.torch.load(tmp_path / "d.onnx")
 
 
+def test_quantized_operators_name_the_command_that_makes_floats(tmp_path: Path) -> None:
+    graph = onnx.parser.parse_graph("quantized (uint8[N, 4] x) => (float[N, 4] y) { y = DequantizeLinear(x, scale) }")
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.5), "scale"))
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "q.onnx")
+    with pytest.raises(UserError, match=r"DequantizeLinear.*snpc dequantize FILE"):
+        snpc.torch.load(tmp_path / "q.onnx")
+
+
 # -- operators -------------------------------------------------------------------------------------------------------
 
 NOT_TRAINED = {
