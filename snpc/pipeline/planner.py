@@ -321,8 +321,7 @@ def with_selected_caches(
     A rotation changes what a cache holds, and the data's caches hold what the original computes. Caches that begin
     empty are filled by the rotated model itself. ``statistics`` that were measured before decide for each group.
     """
-    caches = {str(value.name) for value in analysis.traced_graph.trace.caches}
-    filled = calibration is not None and calibration.fills(caches)
+    filled = calibration is not None and fills_caches(analysis, calibration)
     selected = {
         g.id: replace(g, freedom="select", freedom_reason=FILLED_CACHE_REASON)
         for g in analysis.groups
@@ -332,6 +331,11 @@ def with_selected_caches(
     if not selected:
         return analysis
     return replace(analysis, groups=tuple(selected.get(g.id, g) for g in analysis.groups))
+
+
+def fills_caches(analysis: Analysis, calibration: Calibration) -> bool:
+    """Whether a KV cache that may get narrower is not empty in some sample."""
+    return calibration.fills({str(value.name) for value in analysis.traced_graph.trace.caches})
 
 
 def lacks_statistics(statistics: Statistics, analysis: Analysis, group: Group) -> bool:

@@ -14,7 +14,7 @@ from snpc.errors import CheckFailed, UserError
 from snpc.graph import DimSizes
 from snpc.passes import Analysis, analyze, partly_written_outputs
 from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
-from snpc.pipeline.planner import PruningPlan
+from snpc.pipeline.planner import PruningPlan, fills_caches
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.token_decisions import check_token_reduction
 from snpc.planning import cuts_of
@@ -340,8 +340,9 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
 def check_caches_fit(plan: PruningPlan, calibration: Calibration | None) -> None:
     """Raise UserError where the data fills caches whose channels the plan rotates."""
     rotated = plan.closed_forms.bases if plan.closed_forms is not None else {}
-    caches = {str(value.name) for value in plan.analysis.traced_graph.trace.caches}
-    if calibration is None or not any(plan.analysis.group(g).cached for g in rotated) or not calibration.fills(caches):
+    if calibration is None or not any(plan.analysis.group(name).cached for name in rotated):
+        return
+    if not fills_caches(plan.analysis, calibration):
         return
     raise UserError(
         f"{calibration.source}: its caches hold keys and values of the original, and the pruned model's caches have "
