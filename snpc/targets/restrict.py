@@ -140,7 +140,9 @@ def read_vocabulary(source: Sequence[int] | IntArray | Path | str) -> IntArray:
     try:
         text = path.read_text(encoding="utf-8")
         values: Any = json.loads(text) if path.suffix.lower() == ".json" else [int(word) for word in text.split()]
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a .json or .txt file of token ids") from None
+    except ValueError as error:
         raise UserError(
             f"{path}: holds no token ids ({str(error) or type(error).__name__}): a .json list, or .txt"
         ) from None

@@ -150,3 +150,8 @@ class TestRefused:
         (tmp_path / "ids.txt").write_text("0 1 2")
         shown = invoke("prune", tmp_path / "folder", "--vocabulary", tmp_path / "ids.txt", code=2).output
         assert "its tokenizer gives the old ids" in " ".join(shown.split())
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(snpc.UserError, match=r"missing\.json: cannot be read \(No such file"):
+        read_vocabulary(tmp_path / "missing.json")
