@@ -79,6 +79,13 @@ COMMAND_PLACES = {
 }
 
 
+def command_named(name: str) -> click.Command:
+    """The command of that name, imported now."""
+    place = COMMAND_PLACES[name]
+    command: click.Command = getattr(importlib.import_module(f"snpc.cli.{place.module}"), place.function)
+    return command
+
+
 class LazyGroup(click.Group):
     """Imports a command when it is asked for: all of them take a second, and most need only one.
 
@@ -89,12 +96,7 @@ class LazyGroup(click.Group):
         return sorted(COMMAND_PLACES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMAND_PLACES:
-            return None
-        place = COMMAND_PLACES[cmd_name]
-        command = getattr(importlib.import_module(f"snpc.cli.{place.module}"), place.function)
-        assert isinstance(command, click.Command)
-        return command
+        return command_named(cmd_name) if cmd_name in COMMAND_PLACES else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
