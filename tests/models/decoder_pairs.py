@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from snpc.temporary import TemporaryFolder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 40, 48, 2, 24, 3, 8, 32
+PROMPT = 4  # tokens that are read at once
 ENCODER = "encoder_model.onnx"
 FIRST, SECOND, MERGED = "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"
 
@@ -250,6 +252,30 @@ def feed_forward(part: Any, x: torch.Tensor) -> torch.Tensor:
 
     made: torch.Tensor = part["fc2"](torch.nn.functional.gelu(part["fc1"](part["norm"](x))))
     return made
+
+
+# -- what they make --------------------------------------------------------------------------------------------------
+
+
+def logits_at_once(path: Path, data: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], data)[0])
+
+
+def logits_in_steps(first: Path, second: Path, data: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Of the tokens behind the prompt, which ``first`` reads; ``second`` reads the others one by one."""
+    start, step = (ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (first, second))
+    ids = data["input_ids"]
+    names = [output.name for output in start.get_outputs()]
+    values = dict(zip(names, start.run(names, {**data, "input_ids": ids[:, :PROMPT]}), strict=True))
+    caches = {name.replace("present", "past_key_values"): value for name, value in values.items() if name != "logits"}
+    rest = {k: v for k, v in data.items() if k in {i.name for i in step.get_inputs()}}
+    found, names = [], [output.name for output in step.get_outputs()]
+    for at in range(PROMPT, ids.shape[1]):
+        values = dict(zip(names, step.run(names, {**rest, **caches, "input_ids": ids[:, at : at + 1]}), strict=True))
+        caches |= {k.replace("present", "past_key_values"): v for k, v in values.items() if k != "logits"}
+        found.append(values["logits"][:, -1])
+    return np.stack(found, 1)
 
 
 # -- merged ----------------------------------------------------------------------------------------------------------
