@@ -61,8 +61,7 @@ from snpc.targets import (
 from snpc.targets import BuildOptions as BuildOptions
 from snpc.tokens import reduce_tokens
 from snpc.types import Cost, Dequantization, Difference, Group, Model, Pin, Probe, Quality, Site, Verdict
-
-__version__ = "0.1.0"
+from snpc.version import __version__
 
 __all__ = [
     "TARGETS",

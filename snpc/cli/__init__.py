@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 a check failed, 2 the request cannot be served; 128 and th
 after Ctrl-C).
 
 arguments  the options, as groups
-inspect, prune, plan, verify, build, bench, dequantize, sweep, finetune, listings  the commands
+inspect, prune, plan, verify, build, bench, card, dequantize, sweep, finetune, listings  the commands
 tables     what is printed
 advice     what is said before the long part, and what to try next
 progress   what is under way
@@ -15,6 +15,7 @@ Files
                  describe.
   bench          ``snpc bench``: latency of models, side by side.
   build          ``snpc build``: what a runtime loads fastest.
+  card           ``snpc card``: a model card for the Hugging Face hub.
   dequantize     ``snpc dequantize``: the float model of a quantized file.
   finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
   inspect        ``snpc inspect``: what a model can lose, and why not the rest.
@@ -27,7 +28,6 @@ Files
   prune          ``snpc prune``: score, plan, write and verify in one step.
   sweep          ``snpc sweep``: one model at several sizes, and which of them are worth having.
   tables         Results as text: rich tables on a terminal, plain aligned lines in a pipe.
-  torch_package  snpc.torch, which is imported only when it is needed.
   verify         ``snpc verify``: a pruned file against its original.
 """
 
@@ -40,6 +40,7 @@ import click
 
 from snpc.cli.bench import bench_command
 from snpc.cli.build import build_command
+from snpc.cli.card import card_command
 from snpc.cli.dequantize import dequantize_command
 from snpc.cli.finetune import export_torch_command, finetune_command
 from snpc.cli.inspect import inspect_command
@@ -91,6 +92,7 @@ for _command in (
     sweep_command,
     finetune_command,
     export_torch_command,
+    card_command,
     example_command,
     criteria_command,
     passes_command,
