@@ -185,7 +185,7 @@ class ObsState:
         change = half @ lost
         for rows in row_blocks(len(self.current)):  # the whole product would be as large as the weight
             self.current[rows] -= factor[rows] @ change
-        return np.sum(change.astype(np.float64).reshape(len(units), -1) ** 2, axis=1)
+        return np.asarray(np.sum(change.astype(np.float64).reshape(len(units), -1) ** 2, axis=1))
 
     @property
     def ridge_loss(self) -> float:
