@@ -19,7 +19,7 @@ from snpc.version import __version__
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-PREFIX = "snpc."
+KEY_PREFIX = "snpc."
 PREVIOUS = "previous"  # the entry with the provenance of the source, where that has one
 
 
@@ -70,15 +70,15 @@ def write_provenance(graph: ir.Model, source: Model, entries: Mapping[str, str])
         **entries,
         **({PREVIOUS: compact_json(before)} if before else {}),
     }
-    others = {key: value for key, value in source.graph.metadata_props.items() if not key.startswith(PREFIX)}
+    others = {key: value for key, value in source.graph.metadata_props.items() if not key.startswith(KEY_PREFIX)}
     graph.metadata_props.clear()
-    graph.metadata_props.update({**others, **{PREFIX + key: value for key, value in complete.items() if value}})
+    graph.metadata_props.update({**others, **{KEY_PREFIX + key: value for key, value in complete.items() if value}})
     graph.producer_name, graph.producer_version = "snpc", __version__
 
 
 def read_provenance(graph: ir.Model) -> dict[str, str]:
     """What a file says of how snpc made it, without the prefix of its keys; empty where snpc did not."""
-    return {key[len(PREFIX) :]: value for key, value in graph.metadata_props.items() if key.startswith(PREFIX)}
+    return {key[len(KEY_PREFIX) :]: value for key, value in graph.metadata_props.items() if key.startswith(KEY_PREFIX)}
 
 
 def compact_json(value: object) -> str:

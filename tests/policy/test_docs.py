@@ -177,7 +177,9 @@ def test_every_command_is_shown() -> None:
 
 def public_names(package: str) -> set[str]:
     """``__all__`` of a package with the package in front, without an import: that of torch takes seconds."""
-    tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text())
+    folder = ROOT / package.replace(".", "/")
+    listing = folder / "__init__.pyi"  # of a package that imports its names when they are first used
+    tree = ast.parse((listing if listing.exists() else folder / "__init__.py").read_text())
     [names] = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
     return {f"{package}.{name}" for name in ast.literal_eval(names)}
 
