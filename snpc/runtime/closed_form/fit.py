@@ -125,12 +125,7 @@ def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: 
     check_statistics_match(statistics, analysis)
     kinds = closed_form_kinds(analysis.weights, groups)
     for group in groups:
-        sums = statistics.sums.get(group.id, {})
-        missing = [
-            str(key)
-            for key in required_statistics(analysis.weights[group.id])
-            if str(key) not in sums or not has_expected_shape(group, key, sums[str(key)])
-        ]
+        missing = missing_statistics(analysis, statistics, group)
         if missing:
             raise UserError(
                 f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
@@ -138,6 +133,16 @@ def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: 
             )
     moments, skipped = LazyMoments(kinds, statistics.sums, statistics.odd), refusal_reasons(analysis.weights, groups)
     return MomentSet(kinds, moments, skipped, statistics.samples, statistics.describe_sources())
+
+
+def missing_statistics(analysis: Analysis, statistics: Statistics, group: Group) -> list[str]:
+    """What the group's closed form takes and was not measured of it, or not in its shape."""
+    sums = statistics.sums.get(group.id, {})
+    return [
+        str(key)
+        for key in required_statistics(analysis.weights[group.id])
+        if str(key) not in sums or not has_expected_shape(group, key, sums[str(key)])
+    ]
 
 
 def has_expected_shape(group: Group, key: StatisticKey, sums: FloatArray) -> bool:
