@@ -101,7 +101,7 @@ class StoredConstant:
     of the node that reads it. ``reader``: the node whose output the constant is, where it is one of its own.
     """
 
-    layout: Literal["tensor", "product", "table", "bias"]
+    layout: Literal["tensor", "product", "table", "experts", "bias"]
     parts: Mapping[str, str]
     places: tuple[tuple[str, str, int], ...]
     attributes: Mapping[str, Any]

@@ -34,7 +34,7 @@ from snpc.passes.grouping import (
     trace_graph,
 )
 from snpc.passes.propagation import LabelFlag
-from snpc.passes.quantization import with_float_graph
+from snpc.passes.quantization import with_float_graph, with_stored_widths
 from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
@@ -249,6 +249,8 @@ def analyze_graph(
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)
     groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
+    if model.quantized is not None:
+        groups = with_stored_widths(model.quantized, groups)
     pins = collect_pins(traced_graph, groups, drafts)
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
     sizes, given = quoted.dim_sizes, sized.given

@@ -41,7 +41,13 @@ from snpc.planning import (
 )
 from snpc.runtime.batches import DenseValues
 from snpc.runtime.calibration import Calibration, find_ids
-from snpc.runtime.closed_form import ClosedForms, residual_error_values, solve_closed_forms, using_algebra
+from snpc.runtime.closed_form import (
+    ClosedForms,
+    missing_statistics,
+    residual_error_values,
+    solve_closed_forms,
+    using_algebra,
+)
 from snpc.runtime.evaluation import (
     MetricRequest,
     OutputMetrics,
@@ -65,7 +71,6 @@ from snpc.runtime.statistics import (
     Statistics,
     check_finite_weights,
     measure_statistics,
-    required_statistics,
     unit_weight_energies,
 )
 from snpc.tokens import reduce_tokens
@@ -373,15 +378,15 @@ def measure_widths(
         roles = tuple(dict.fromkeys(g.role for g in groups))
         table = latency_table(analysis, roles, workload=request.workload, execution=execution)
         scores = replace(scores, latency=table.saved_times(groups_to_time(analysis, roles), groups))
-    if measures_curves:
+    widths = [g for g in groups if g.role != "experts"]  # zero weights do not keep tokens from an expert
+    if measures_curves and widths:
         assert calibration is not None
         near = None if request.full_curves else budget
         with using_algebra(execution.algebra):
-            widths = [g for g in groups if g.role != "experts"]  # zero weights do not keep tokens from an expert
             curves = measure_loss_curves(closed_forms, scores, calibration, widths, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
         scores = replace(scores, curves=curves, drift_exponent=exponent)
-    elif method != "select" and not budget.uniform:
+    elif not measures_curves and method != "select" and not budget.uniform:
         scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
     return WidthMeasurement(closed_forms, scores, groups, calibration, statistics, dense)
 
@@ -410,7 +415,7 @@ def with_selected_caches(
         g.id: replace(g, freedom="select", freedom_reason=FILLED_CACHE_REASON)
         for g in analysis.groups
         if g.cached and g.freedom == "basis"
-        if filled or (statistics is not None and lacks_statistics(statistics, analysis, g))
+        if filled or (statistics is not None and missing_statistics(analysis, statistics, g))
     }
     if not selected:
         return analysis
@@ -420,12 +425,6 @@ def with_selected_caches(
 def fills_caches(analysis: Analysis, calibration: Calibration) -> bool:
     """Whether a KV cache that may get narrower is not empty in some sample."""
     return calibration.fills({str(value.name) for value in analysis.traced_graph.trace.caches})
-
-
-def lacks_statistics(statistics: Statistics, analysis: Analysis, group: Group) -> bool:
-    """Whether something that the group's closed form takes was not measured."""
-    measured = statistics.sums.get(group.id, {})
-    return any(str(key) not in measured for key in required_statistics(analysis.weights[group.id]))
 
 
 def dense_values_for(

@@ -17,7 +17,7 @@ import pytest
 
 from snpc.cli import main
 from snpc.ops import lookup, operator_table
-from tests.command_line import invoke
+from tests.command_line import COMMANDS, invoke
 from tests.models.language import Language, as_text, write_language_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,7 +162,7 @@ def documented_commands(page: Path) -> list[list[str]]:
 def test_commands_and_flags_exist(page: Path) -> None:
     for words in documented_commands(page):
         assert isinstance(main, click.Group)
-        command = main.commands.get(words[0])
+        command = COMMANDS.get(words[0])
         assert command is not None, f"snpc {words[0]}"
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         for word in words[1:]:
@@ -170,9 +170,38 @@ def test_commands_and_flags_exist(page: Path) -> None:
                 assert word.split("=")[0] in flags, f"snpc {' '.join(words)}: no {word}"
 
 
-def test_the_readme_shows_every_command() -> None:
-    shown = {words[0] for words in documented_commands(ROOT / "README.md")}
-    assert shown == set(main.commands)
+def test_every_command_is_shown() -> None:
+    shown = {words[0] for page in PAGES for words in documented_commands(page)}
+    assert shown == set(COMMANDS)
+
+
+def public_names(package: str) -> set[str]:
+    """``__all__`` of a package with the package in front, without an import: that of torch takes seconds."""
+    folder = ROOT / package.replace(".", "/")
+    listing = folder / "__init__.pyi"  # of a package that imports its names when they are first used
+    tree = ast.parse((listing if listing.exists() else folder / "__init__.py").read_text())
+    [names] = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    return {f"{package}.{name}" for name in ast.literal_eval(names)}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    entries = re.findall(
+        r"^(?:   |\.\. py:data:: )(snpc\.[\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE
+    )
+    assert len(entries) == len(set(entries))
+    assert set(entries) == public_names("snpc") | public_names("snpc.torch")
+
+
+def test_every_page_is_in_the_contents() -> None:
+    """Sphinx says so, too, where it is installed."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {
+        name
+        for block in re.findall(r"^```{toctree}\n(.*?)^```$", index, re.DOTALL | re.MULTILINE)
+        for name in block.splitlines()
+        if name and not name.startswith(":")
+    }
+    assert listed == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
 
 
 @pytest.mark.parametrize("module", sorted((ROOT / "snpc").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

@@ -42,7 +42,7 @@ def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str
 def parse_algebra(ctx: click.Context, param: click.Parameter, name: AlgebraName) -> AlgebraName:
     """Import the package that brings an algebra other than numpy's."""
     if name == "torch":
-        from snpc.cli.torch_package import import_torch_package
+        from snpc.cli.arguments.torch_package import import_torch_package
 
         import_torch_package("--algebra torch", ", or leave --algebra out")
     return name
