@@ -38,7 +38,7 @@ from snpc.planning import (
     token_reduction_in,
     without_removed_layers,
 )
-from snpc.runtime.batches import DenseValues
+from snpc.runtime.batches import DenseValues, check_runs_whole
 from snpc.runtime.calibration import Calibration, find_ids
 from snpc.runtime.closed_form import (
     ClosedForms,
@@ -244,6 +244,9 @@ def make_plan(
 ) -> PruningPlan:
     """``plan``, by a request."""
     budget = request.budget
+    has_data = calibration is not None or statistics is not None
+    method = request.method or default_method(calibration, has_data and request.criterion is None)
+    check_memory(analysis, budget, method, execution)
     if LAYER_ROLE in budget.roles:
         analysis = remove_layers(analysis, budget, calibration, execution)
         if set(budget.roles) == {LAYER_ROLE}:
@@ -252,8 +255,6 @@ def make_plan(
     groups = groups_to_prune(analysis, budget)
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution)
-    has_data = calibration is not None or statistics is not None
-    method = request.method or default_method(calibration, has_data and request.criterion is None)
     check_refit_data(method, calibration, statistics)
     check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
@@ -394,6 +395,22 @@ def check_request(request: PlanRequest, calibration: Calibration | None) -> None
     if request.workload is not None and not request.budget.is_latency:
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
     check_effort(request, calibration)
+
+
+def check_memory(analysis: Analysis, budget: Budget, method: PruningMethod, execution: Execution) -> None:
+    """Raise UserError where the budget asks for what runs the whole model at once, and there is no memory for that."""
+    requests: list[tuple[str, str]] = []
+    if LAYER_ROLE in budget.roles:
+        requests.append(("--roles layer tries layers on", "leave the role out, so that widths are cut"))
+    if budget.is_latency:
+        requests.append(("--target latency times", "give --target macs=R"))
+    if execution.executor is not None and execution.memory_limit is not None:  # each worker has that much
+        requests.append(("each worker of --cluster runs", "leave --cluster out, so that it runs segment by segment"))
+    if "residual" in budget.roles and method != "select":
+        instead = "give --method select, or leave the role residual out"
+        requests.append(("refitting normalizations (--roles residual) runs", instead))
+    for subject, instead in requests:
+        check_runs_whole(analysis.traced_graph.model, execution, f"{analysis.name}: {subject}", instead)
 
 
 def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
