@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import lazy_loader
 
-__version__ = "0.1.0"
+from snpc.version import __version__
 
 __getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__ = [*_names, "__version__"]

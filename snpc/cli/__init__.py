@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 the request cannot be served; 128 and th
 after Ctrl-C).
 
 arguments  the options, as groups
-inspect, prune, plan, verify, build, bench, dequantize, sweep, finetune, listings  the commands
+inspect, prune, plan, verify, build, bench, card, dequantize, sweep, finetune, listings  the commands
 tables     what is printed
 advice     what is said before the long part, and what to try next
 progress   what is under way
@@ -17,6 +17,7 @@ Files
                  describe.
   bench          ``snpc bench``: latency of models, side by side.
   build          ``snpc build``: what a runtime loads fastest.
+  card           ``snpc card``: a model card for the Hugging Face hub.
   dequantize     ``snpc dequantize``: the float model of a quantized file.
   finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
   inspect        ``snpc inspect``: what a model can lose, and why not the rest.
@@ -29,7 +30,6 @@ Files
   prune          ``snpc prune``: score, plan, write and verify in one step.
   sweep          ``snpc sweep``: one model at several sizes, and which of them are worth having.
   tables         Results as text: rich tables on a terminal, plain aligned lines in a pipe.
-  torch_package  snpc.torch, which is imported only when it is needed.
   verify         ``snpc verify``: a pruned file against its original.
 """
 
@@ -59,6 +59,7 @@ COMMAND_PLACES = {
     "apply": CommandPlace("plan", "apply_command", "Apply a plan to a model, write the result and verify it."),
     "bench": CommandPlace("bench", "bench_command", "Time models side by side on the same inputs."),
     "build": CommandPlace("build", "build_command", "Make a model into what a runtime loads fastest."),
+    "card": CommandPlace("card", "card_command", "Write a Hugging Face model card from a JSON report."),
     "criteria": CommandPlace("listings", "criteria_command", "List the criteria and their options."),
     "dequantize": CommandPlace("dequantize", "dequantize_command", "Write the float model of a quantized one."),
     "example": CommandPlace("listings", "example_command", "Write an example that ships with snpc into a folder."),

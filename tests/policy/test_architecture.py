@@ -25,8 +25,8 @@ name_of = SNPC.name_of
 
 # Each may import those before it, and itself.
 LAYERS = (
-    "temporary", "types", "errors", "remote", "ops", "graph", "criteria", "passes", "planning", "tokens", "runtime",
-    "targets", "pipeline", "folders", "report", "torch", "cli",
+    "temporary", "types", "errors", "version", "remote", "ops", "graph", "criteria", "passes", "planning", "tokens",
+    "runtime", "targets", "pipeline", "folders", "report", "torch", "cli",
 )  # fmt: skip
 
 # The same inside two of them: members of a row may import what stands in the rows before it, and themselves. Rows are
