@@ -27,6 +27,7 @@ IDENTITY = "Identity"
 LESS = "Less"
 LOG = "Log"
 LP_NORMALIZATION = "LpNormalization"
+ELU = "Elu"
 MATMUL = "MatMul"
 MOD = "Mod"  # since opset 10
 MUL = "Mul"
