@@ -24,8 +24,11 @@ from snpc.tokens.step import TokenStep, Unmerge
 OfflineScores = Mapping[int, Sequence[float]]
 TokenRequest = Mapping[int, tuple[TokenMethod, "TokenAmount"]]
 NO_SHARES: Mapping[int, float] = MappingProxyType({})
-TOKENS_SYNTAX = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9; where all tokens have to be back: merge:13@1-6/9"
-SPEC_PART = re.compile(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?(?:/(\d+)(?::(delta|copy))?)?\s*")
+TOKENS_SYNTAX = (
+    "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9; with merge:13@1-6/9 all tokens are back behind "
+    "block 9"
+)
+SPEC_PART = re.compile(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?(?:/(\d+))?(?::(delta|copy))?\s*")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ class TokenReductionPlan:
             amount = setting.removed if setting.share is None else setting.share
             parts.setdefault((f"{step.method.name}:{amount}", unmerge_text(step.unmerge)), []).append(step.point.block)
         return "+".join(f"{what}@{','.join(map(str, blocks))}{back}" for (what, back), blocks in parts.items())
+
+    @property
+    def summary(self) -> str:
+        """How many tokens are left where, and by which steps."""
+        steps = self.quoted_steps or self.steps
+        back = ", ".join(str(block) for block in dict.fromkeys(s.unmerge.block for s in steps if s.unmerge is not None))
+        behind = f", all back behind block{'s' if ',' in back else ''} {back}" if back else ""
+        return f"{steps[0].settings.count} to {min(s.remaining for s in steps)} by {self.spec}{behind}"
 
     @property
     def decisions(self) -> tuple[str, ...]:
@@ -165,8 +176,9 @@ def parse_unmerge(analysis: Analysis, block: int, back: str | None, form: str | 
     point = analysis.tokens.at(block)
     assert point is not None
     if not point.exits:
-        if back is not None:
-            raise UserError(f"--tokens: no output needs all tokens, so none have to be back: leave out /{back}")
+        said = (f"/{back[:20]}" if back is not None else "") + (f":{form}" if form is not None else "")
+        if said:
+            raise UserError(f"--tokens: no output needs all tokens, so none have to be back: leave out {said}")
         return None
     if back is not None and (len(back) > MAX_DIGITS or point.exit_at(int(back)) is None):
         last = point.exits[-1].block
@@ -188,6 +200,11 @@ def check_spans(request: TokenRequest) -> None:
                 f"give /{back} there too, or merge again behind a later block"
             )
         back = unmerge.block
+
+
+def exit_blocks(request: TokenRequest) -> frozenset[int]:
+    """The blocks at whose end all tokens are back."""
+    return frozenset(amount.unmerge.block for _, amount in request.values() if amount.unmerge is not None)
 
 
 def unmerge_text(unmerge: Unmerge | None) -> str:

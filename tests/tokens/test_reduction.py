@@ -196,7 +196,6 @@ def test_merging_conserves_the_weighted_mean_in_the_graph(tmp_path: Path) -> Non
 # -- what is left alone ----------------------------------------------------------------------------------------------
 
 PINNED = {
-    "it keeps all tokens": (Encoder(exit="all"), "has all tokens"),
     "it reads the last token": (Encoder(exit="last"), "is read at a fixed position"),
     "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
     "the largest of all": (Encoder(exit="max"), "it is reduced over"),

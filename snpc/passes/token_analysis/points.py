@@ -114,6 +114,8 @@ def count_constant_tokens(facts: ShapeFacts, data_dependent: frozenset[ir.Value]
         shape = facts.shape.get(node.outputs[0]) or ()
         if lookup(node.domain, node.op_type).kind != "concat" or len(shape) != 3 or shape[TOKEN_AXIS] != count:
             continue
+        if node.outputs[0] not in data_dependent:  # a table of positions
+            continue
         axis = int(node.attributes["axis"].value) % 3
         if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
             most = max(most, sum(leading_constant_lengths(facts, data_dependent, node)))

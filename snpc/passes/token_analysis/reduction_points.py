@@ -49,6 +49,11 @@ class TokenReduction(Protocol):
         ...
 
     @property
+    def summary(self) -> str:
+        """How many tokens are left, and by which steps."""
+        ...
+
+    @property
     def decisions(self) -> tuple[str, ...]:
         """Names of the tensors that say which tokens are removed: graph inputs until decisions are embedded."""
         ...
@@ -105,8 +110,8 @@ def pins_by_reason(facts: ShapeFacts, pins: Iterable[TokenPin]) -> tuple[Pin, ..
 
 
 def find_point_after(search: PointSearch, block: AttentionBlock) -> TokenPoint | TokenPin | None:
-    """The first residual sum after the attention of ``block`` where tokens can be reduced, or the pin that says why there is
-    none; None where a reduction would save nothing."""
+    """The first residual sum after the attention of ``block`` where tokens can be reduced, or the pin that says why
+    there is none; None where a reduction would save nothing."""
     first_pin: TokenPin | None = None
     site = block.site
     for node in block.nodes:

@@ -1,8 +1,8 @@
 """Spans: stretches of blocks in which tokens can be merged where all of them have to be back behind (dense outputs).
 
-What is returned for every token (features, a segmentation, a depth map) needs all tokens, but the blocks in front of it
-do not: tokens are merged at a reduction point and are back at an exit, the end of a block. All that lies between the two
-has to work per token or attend to all tokens, and nothing may read merged tokens past the exit.
+What is returned for every token (features, a segmentation, a depth map) needs all tokens, but the blocks in front of
+it do not: tokens are merged at a reduction point and are back at an exit, the end of a block. All that lies between the
+two has to work per token or attend to all tokens, and nothing may read merged tokens past the exit.
 
 The stream is cut into segments, from the sum behind an attention to the end of its block, and on to the next such sum.
 A span is a chain of segments, so that a deep model is followed once.
@@ -65,7 +65,7 @@ def find_span_points(
     links: dict[int, TokenFlow] = {}
     for number, segment in segments.items():
         if number + 1 in segments:
-            flow = closed_flow(search, segment.end, segments[number + 1].start)
+            flow = link_flow(search, segment.end, segments[number + 1].start)
             if flow.pin is None:
                 links[number] = flow
             elif segment.flow is None:
@@ -112,6 +112,16 @@ def closed_flow(search: PointSearch, start: ir.Value, end: ir.Value) -> TokenFlo
     return flow
 
 
+def link_flow(search: PointSearch, start: ir.Value, end: ir.Value) -> TokenFlow:
+    """The tokens between two segments of one span: neither of the two values is returned."""
+    flow = closed_flow(search, start, end)
+    for value in (start, end):
+        if value.is_graph_output():
+            reason = f"graph output {value.name} has all tokens"
+            flow.pin = flow.pin or TokenPin(value.producer(), str(value.name), reason)
+    return flow
+
+
 def exits_of(
     segments: Mapping[int, BlockSegment], links: Mapping[int, TokenFlow], number: int
 ) -> tuple[TokenExit, ...]:
@@ -138,6 +148,10 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
     count = (graph.facts.shape[value] or (0, 0))[TOKEN_AXIS]
     constant = count_constant_tokens(graph.facts, graph.data_dependent, graph.model, count)
     leading = max([constant, *(k + 1 for k in flow.read_positions)])
+    if not search.fixed(value):
+        return TokenPin(
+            value.producer(), str(value.name), "inputs have different numbers of tokens, and the outputs need all"
+        )
     if leading > max(1, MAX_LEADING_SHARE * count):
         return TokenPin(value.producer(), str(value.name), f"token {leading - 1} is read at a fixed position")
     producer = value.producer()
@@ -150,7 +164,7 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
         leading,
         len(flow.read_positions),
         bool(flow.means),
-        search.fixed(value),
+        True,
         "",
         scores,
         value,
