@@ -14,7 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph import ShapeFacts, alternative_dim_sizes, infer_graph, infer_node, initial_facts, opset_version
+from snpc.graph import (
+    ShapeFacts,
+    alternative_dim_sizes,
+    infer_graph,
+    infer_node,
+    initial_facts,
+    opset_version,
+    replace_graph_output,
+)
 from snpc.ops import ADD, ATTENTION_FORMS, DIV, LOG, MUL, RESHAPE, SUB, TRANSPOSE, WHERE, TensorCut, lookup
 from snpc.passes.slicing import ShapeParameterEditor
 from snpc.passes.token_analysis import TokenPoint, TokenReduce
@@ -148,16 +156,8 @@ def replace_exits(
         for node, index in uses:
             node.replace_input_with(index, restored)
         if is_output and restored is not out:
-            replace_graph_output(copy, out, restored)
-
-
-def replace_graph_output(copy: ir.Model, out: ir.Value, restored: ir.Value) -> None:
-    """Make ``restored`` the graph output that ``out`` is, under its name."""
-    name, index = out.name, list(copy.graph.outputs).index(out)
-    restored.shape, restored.type = out.shape, out.type
-    copy.graph.outputs[index] = restored
-    out.name, out.shape = f"{name}__merged", None
-    restored.name = name
+            restored.shape, restored.type, out.shape = out.shape, out.type, None
+            replace_graph_output(copy.graph, out, restored, f"{name}__merged")
 
 
 # -- side inputs ------------------------------------------------------------------------------------------------------

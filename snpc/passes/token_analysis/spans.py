@@ -28,6 +28,8 @@ from snpc.passes.token_analysis.points import (
 from snpc.passes.token_analysis.propagate import BYPASS, follow_tokens
 from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenFlow, TokenPin
 
+DIFFERENT_LENGTHS = "inputs have different numbers of tokens, and the outputs need all"
+
 
 @dataclass(frozen=True)
 class AttentionBlock:
@@ -88,6 +90,8 @@ def segment_of(search: PointSearch, block: AttentionBlock) -> BlockSegment | Tok
     if not sums or (facts.shape[sums[0]] or (None,))[0] != input_batch_size(search.graph.model, facts):
         return None
     start, first_pin = sums[0], None
+    if not search.fixed(start):
+        return TokenPin(start.producer(), str(start.name), DIFFERENT_LENGTHS)
     for end in reversed(sums[1:]):
         if facts.shape[end] != facts.shape[start]:
             continue
@@ -148,10 +152,6 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
     count = (graph.facts.shape[value] or (0, 0))[TOKEN_AXIS]
     constant = count_constant_tokens(graph.facts, graph.data_dependent, graph.model, count)
     leading = max([constant, *(k + 1 for k in flow.read_positions)])
-    if not search.fixed(value):
-        return TokenPin(
-            value.producer(), str(value.name), "inputs have different numbers of tokens, and the outputs need all"
-        )
     if leading > max(1, MAX_LEADING_SHARE * count):
         return TokenPin(value.producer(), str(value.name), f"token {leading - 1} is read at a fixed position")
     producer = value.producer()

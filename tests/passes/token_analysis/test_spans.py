@@ -22,6 +22,10 @@ DENSE = Encoder(exit="all")
         (Encoder(exit="all", bias=True), {k: [k] for k in (1, 2, 3, 4)}, ""),
         (Encoder(exit="all", again=True), {k: [k] for k in (1, 2, 3, 4)}, ""),
         (Encoder(exit="all", mixing=True), {1: [1, 2, 3], 2: [2, 3], 3: [3]}, "mixes tokens by position"),
+        (Encoder(mixing=True), {1: [1, 2, 3], 2: [2, 3], 3: [3]}, ""),
+        # the last token, or the largest of all, is known when all tokens are
+        (Encoder(exit="last"), {1: [1, 2, 3, 4], 2: [2, 3, 4], 3: [3, 4], 4: [4]}, ""),
+        (Encoder(exit="max"), {1: [1, 2, 3, 4], 2: [2, 3, 4], 3: [3, 4], 4: [4]}, ""),
     ],
 )
 def test_tokens_are_back_where_all_are_read(
