@@ -87,7 +87,10 @@ def _values_per_entry(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int
 
 
 def _expert_weights(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int:
-    return _values_per_entry({"bits": attrs.get("expert_weight_bits", 4)}, stored, bits)
+    """Biases are floats."""
+    return (
+        math.prod(stored) if bits > 8 else _values_per_entry({"bits": attrs.get("expert_weight_bits", 4)}, stored, bits)
+    )
 
 
 def _routed_macs(call: OpCall) -> int:
@@ -119,6 +122,12 @@ def _attention_macs(call: OpCall) -> int:
     batch, length, width = call.shape(0)
     projected = call.shape(1)[1]
     return batch * length * width * projected + 2 * batch * length * length * (projected // 3)
+
+
+def _embedding_shapes(call: OpCall) -> list[Shape]:
+    """Of the embeddings, and of the number of tokens of each sample."""
+    batch, length = call.shape(0)
+    return [(batch, length, call.shape(2)[1]), (batch,)]
 
 
 def _nothing(call: OpCall) -> int:
@@ -153,10 +162,12 @@ COSTS: Mapping[tuple[str, str], QuantizedCost] = {
     (MICROSOFT, "QGemm"): QuantizedCost(_gemm_macs, (0, 3), 6),
     (MICROSOFT, "MatMulNBits"): QuantizedCost(_packed_matmul_macs, (1,), 5, _product_size, _packed_matmul_shape),
     (MICROSOFT, "MatMulBnb4"): QuantizedCost(_packed_matmul_macs, (1,), None, _product_size, _packed_matmul_shape),
-    (MICROSOFT, "QMoE"): QuantizedCost(_routed_macs, (2, 5, 8), None, _expert_weights, _first_shape),
+    (MICROSOFT, "QMoE"): QuantizedCost(_routed_macs, (2, 5, 8, 4, 7, 10), None, _expert_weights, _first_shape),
     (MICROSOFT, "QAttention"): QuantizedCost(_attention_macs, (1,), 2, None, _attention_shape, dtype_input=3),
     (MICROSOFT, "QLinearAdd"): QuantizedCost(None, (0, 3)),
     (MICROSOFT, "QLinearMul"): QuantizedCost(None, (0, 3)),
-    (MICROSOFT, "QEmbedLayerNormalization"): QuantizedCost(None, (2, 3, 4, 5, 6)),
+    (MICROSOFT, "QEmbedLayerNormalization"): QuantizedCost(
+        None, (2, 3, 4, 5, 6), out_shapes=_embedding_shapes, dtype_input=8
+    ),
     (NCHWC, "Conv"): convolution(0, 1, bias=2),
 }
