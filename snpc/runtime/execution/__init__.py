@@ -124,6 +124,8 @@ __all__ = [
     "file_session",
     "find_running_sizes",
     "first_lines",
+    "format_bytes",
+    "free_memory",
     "id_limits",
     "ignore_advance",
     "import_openvino",
