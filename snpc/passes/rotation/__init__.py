@@ -8,7 +8,7 @@ Files
 from __future__ import annotations
 
 from snpc.passes.rotation.find import ResidualStream, StreamKeepsChannels, StreamReader, find_stream
-from snpc.passes.rotation.turn import first_basis, reader_weight, turned_graph
+from snpc.passes.rotation.turn import first_basis, norm_vector, reader_weight, turned_graph
 
 __all__ = [
     "ResidualStream",
@@ -16,6 +16,7 @@ __all__ = [
     "StreamReader",
     "find_stream",
     "first_basis",
+    "norm_vector",
     "reader_weight",
     "turned_graph",
 ]
