@@ -253,7 +253,7 @@ def make_plan(
             return plan_of_layers(analysis, request, calibration, execution)
     analysis = with_selected_caches(analysis, calibration, statistics)
     calibration = with_token_decisions(analysis, calibration, execution)
-    if calibration is not None and statistics is None and refits_streams(request):
+    if calibration is not None and statistics is None and rotates_streams(request):
         with using_algebra(execution.algebra):
             analysis = with_stream_bases(analysis, calibration, execution)
     groups = groups_to_prune(analysis, budget)
@@ -314,10 +314,10 @@ def make_plan(
     )
 
 
-def refits_streams(request: PlanRequest) -> bool:
-    """May the width of residual streams be cut, and are weights refitted to data?"""
-    refits = request.method != "select" and (request.method is not None or request.criterion is None)
-    return refits and "residual" in request.budget.roles
+def rotates_streams(request: PlanRequest) -> bool:
+    """May the width of residual streams be cut in another basis? Not where a criterion is named, which scores channels,
+    nor where weights are sliced as they are."""
+    return "residual" in request.budget.roles and request.method != "select" and request.criterion is None
 
 
 def plan_of_layers(

@@ -71,7 +71,7 @@ KEPT_FORMS = {
 
 
 def write_stream(form: str) -> onnx.ModelProto:
-    """A model of ``STREAM_FORMS`` or ``KEPT_FORMS``. Its stream is nearly of rank 3."""
+    """A model of ``STREAM_FORMS`` or ``KEPT_FORMS``. Each direction of its stream has half of the last one's size."""
     embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS}[form]
     model = parser.parse_model(
         HEAD
@@ -91,10 +91,10 @@ def write_stream(form: str) -> onnx.ModelProto:
 
 def stream_weights() -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.default_rng(0)
-    directions = rng.normal(size=(3, WIDTH))
+    directions = 0.5 ** np.arange(WIDTH)[:, None] * np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
 
     def written(rows: int) -> npt.NDArray[np.float64]:
-        return rng.normal(size=(rows, 3)) @ directions + 0.02 * rng.normal(size=(rows, WIDTH))
+        return 3.0 * rng.normal(size=(rows, WIDTH)) @ directions
 
     arrays = {
         "table": written(VOCABULARY),
