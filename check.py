@@ -1,9 +1,10 @@
-"""Check all of snpc: python3 check.py [--fast] [arguments of pytest]
+"""Check all of snpc: python3 check.py [--fast | --docs] [arguments of pytest]
 
-Sets up an environment in .venv, then runs ruff, mypy --strict, the test suite, and snpc with the oldest versions of its
-dependencies. Without arguments this is what .ci/run runs: everything. --fast leaves out the last check, and tests that
-are slow, need torch or compare times: for the loop between two edits. Other arguments go to pytest in place of its
-usual ones. Exits with 1 if any of the checks fails.
+Sets up an environment in .venv, then runs ruff, mypy --strict, the test suite, builds the documentation, and runs snpc
+with the oldest versions of its dependencies. Without arguments this is what .ci/run runs: everything. --fast leaves out
+the last two checks, and tests that are slow, need torch or compare times: for the loop between two edits. --docs only
+builds the documentation into build/docs; warnings and broken internal links are errors. Other arguments go to pytest in
+place of its usual ones. Exits with 1 if any of the checks fails.
 """
 
 import subprocess
@@ -18,22 +19,26 @@ if sys.version_info < (3, 10):  # noqa: UP036  whoever runs this may have an old
 from scripts import environment
 
 STEPS = [
-    ("installing snpc and the tools of its tests; torch makes this some minutes", ["--editable", ".[dev]"]),
+    ("installing snpc and the tools of its tests; torch makes this some minutes", ["--editable", ".[dev,docs]"]),
     # timm's image models are used, not its data pipeline: torchvision, which only that needs, stays away.
     ("installing timm", ["--no-deps", "timm>=1.0.20"]),
 ]
-SOURCES = ["snpc", "tests", "benchmarks", "examples", "scripts", "check.py", "demo.py"]
+SOURCES = ["snpc", "tests", "benchmarks", "examples", "scripts", "docs/conf.py", "check.py", "demo.py"]
 HELPERS = (
     "-p tests.models -m tests.oracle -m tests.command_line -m tests.closed_forms -m tests.golden -m tests.patching"
 )
 # One worker per core. Tests of one export stay together, and so do the others of a file: see tests/conftest.py.
 PARALLEL = ["-n", "auto", "--dist", "loadgroup"]
 FAST = "--fast"
+DOCS = "--docs"
+DOCS_CHECK = ("docs", ["-m", "sphinx", "--builder", "html", "--quiet", "--fail-on-warning", "docs", "build/docs"])
 FAST_TESTS = ["-m", "not slow and not torch and not timing"]
 
 
 def checks(arguments):
     """(name, arguments of python) of every check."""
+    if arguments == [DOCS]:
+        return [DOCS_CHECK]
     fast = [*PARALLEL, *FAST_TESTS] if FAST in arguments else []
     given = [word for word in arguments if word != FAST]
     return [
@@ -42,7 +47,7 @@ def checks(arguments):
         ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS.split()]),
         ("mypy, example", ["-m", "mypy", "--strict", "examples/prune_digits.py"]),
         ("pytest", ["-m", "pytest", *(fast + given or PARALLEL)]),
-        *([] if arguments else [("oldest versions", ["scripts/oldest_dependencies.py"])]),
+        *([] if arguments else [DOCS_CHECK, ("oldest versions", ["scripts/oldest_dependencies.py"])]),
     ]
 
 

@@ -1,7 +1,7 @@
 """Prune the digits ViT that ships with snpc, and put the written files side by side.
 
     python examples/prune_digits.py            # a few settings: what the commands are, and one table
-    python examples/prune_digits.py --all      # everything at three ratios, as the Markdown table of the README
+    python examples/prune_digits.py --all      # everything at three ratios, as the Markdown table of the documentation
 
 Files go to build/digits. Parameters and MACs are read from each written file, accuracy is that of onnxruntime on the
 500 labelled images in eval.npz, which were neither trained on nor calibrated with, and the latencies of all models are

@@ -16,13 +16,14 @@ from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
 import snpc
-from snpc.cli import main
+from snpc.cli import COMMAND_PLACES, command_named, main
 
 Array = npt.NDArray[Any]
 Report = dict[str, Any]
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB = DATA / "digits_vit.onnx", DATA / "calib.npz"
+COMMANDS = {name: command_named(name) for name in COMMAND_PLACES}
 
 
 def invoke(*arguments: object, code: int | None = 0) -> Result:

@@ -1,10 +1,12 @@
 """The command line: each command parses, calls one verb, prints.
 
+A command is imported when it is called: ``snpc --help`` answers at once.
+
 Exit codes: 0 done, 1 a check failed, 2 the request cannot be served; 128 and the signal's number after a signal (130
 after Ctrl-C).
 
 arguments  the options, as groups
-inspect, prune, plan, verify, build, bench, dequantize, sweep, finetune, listings  the commands
+inspect, prune, plan, verify, build, bench, card, dequantize, sweep, finetune, listings  the commands
 tables     what is printed
 advice     what is said before the long part, and what to try next
 progress   what is under way
@@ -15,6 +17,7 @@ Files
                  describe.
   bench          ``snpc bench``: latency of models, side by side.
   build          ``snpc build``: what a runtime loads fastest.
+  card           ``snpc card``: a model card for the Hugging Face hub.
   dequantize     ``snpc dequantize``: the float model of a quantized file.
   finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
   inspect        ``snpc inspect``: what a model can lose, and why not the rest.
@@ -27,39 +30,83 @@ Files
   prune          ``snpc prune``: score, plan, write and verify in one step.
   sweep          ``snpc sweep``: one model at several sizes, and which of them are worth having.
   tables         Results as text: rich tables on a terminal, plain aligned lines in a pipe.
-  torch_package  snpc.torch, which is imported only when it is needed.
   verify         ``snpc verify``: a pruned file against its original.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from snpc.cli.bench import bench_command
-from snpc.cli.build import build_command
-from snpc.cli.dequantize import dequantize_command
-from snpc.cli.finetune import export_torch_command, finetune_command
-from snpc.cli.inspect import inspect_command
 from snpc.cli.interruption import Interrupted, interruptible
-from snpc.cli.listings import criteria_command, example_command, passes_command
-from snpc.cli.plan import apply_command, plan_command
-from snpc.cli.prune import prune_command
-from snpc.cli.sweep import sweep_command
-from snpc.cli.tables import print_error
-from snpc.cli.verify import verify_command
 from snpc.errors import CheckFailed, SnpcError
-from snpc.runtime.io import recorded_publications
 
 __all__: list[str] = []
 
 
-class ErrorReportingGroup(click.Group):
-    """Turns snpc's own errors into one line and an exit code; a bug keeps its traceback."""
+class CommandPlace(NamedTuple):
+    """Where a command is defined, and the line about it in ``snpc --help``."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMAND_PLACES = {
+    "apply": CommandPlace("plan", "apply_command", "Apply a plan to a model, write the result and verify it."),
+    "bench": CommandPlace("bench", "bench_command", "Time models side by side on the same inputs."),
+    "build": CommandPlace("build", "build_command", "Make a model into what a runtime loads fastest."),
+    "card": CommandPlace("card", "card_command", "Write a Hugging Face model card from a JSON report."),
+    "criteria": CommandPlace("listings", "criteria_command", "List the criteria and their options."),
+    "dequantize": CommandPlace("dequantize", "dequantize_command", "Write the float model of a quantized one."),
+    "example": CommandPlace("listings", "example_command", "Write an example that ships with snpc into a folder."),
+    "export-torch": CommandPlace(
+        "finetune", "export_torch_command", "Write the weights as safetensors, and the widths as JSON."
+    ),
+    "finetune": CommandPlace(
+        "finetune", "finetune_command", "Train a pruned model towards the outputs of the dense one."
+    ),
+    "inspect": CommandPlace("inspect", "inspect_command", "Show what can be made narrower, and why the rest cannot."),
+    "passes": CommandPlace("listings", "passes_command", "List the graph passes in the order in which they run."),
+    "plan": CommandPlace("plan", "plan_command", "Score a model and write a plan, which can be read and edited."),
+    "prune": CommandPlace("prune", "prune_command", "Prune a model, verify the result, show before and after."),
+    "sweep": CommandPlace(
+        "sweep", "sweep_command", "Prune a model to several sizes: a table, a plot, the best models."
+    ),
+    "verify": CommandPlace("verify", "verify_command", "Check a pruned model against its original."),
+}
+
+
+def command_named(name: str) -> click.Command:
+    """The command of that name, imported now."""
+    place = COMMAND_PLACES[name]
+    command: click.Command = getattr(importlib.import_module(f"snpc.cli.{place.module}"), place.function)
+    return command
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is asked for: all of them take a second, and most need only one.
+
+    Turns snpc's own errors into one line and an exit code; a bug keeps its traceback.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMAND_PLACES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return command_named(cmd_name) if cmd_name in COMMAND_PLACES else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMAND_PLACES[name].summary) for name in self.list_commands(ctx)])
 
     def invoke(self, ctx: click.Context) -> Any:
+        from snpc.cli.tables import print_error
+        from snpc.runtime.io import recorded_publications
+
         with recorded_publications() as written:
             try:
                 with interruptible():
@@ -73,26 +120,7 @@ class ErrorReportingGroup(click.Group):
                 sys.exit(interruption.exit_code)
 
 
-@click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="snpc")
 def main() -> None:
     """Make exported attention models small and fast: structured pruning of ONNX files, without training code."""
-
-
-for _command in (
-    inspect_command,
-    prune_command,
-    plan_command,
-    apply_command,
-    verify_command,
-    build_command,
-    dequantize_command,
-    bench_command,
-    sweep_command,
-    finetune_command,
-    export_torch_command,
-    example_command,
-    criteria_command,
-    passes_command,
-):
-    main.add_command(_command)

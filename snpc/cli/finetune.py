@@ -25,12 +25,12 @@ from snpc.cli.arguments import (
     argument,
     check_output_paths,
     command,
+    import_torch_package,
     load_and_analyze,
     option,
     subgroup,
 )
 from snpc.cli.progress import print_round, training_progress
-from snpc.cli.torch_package import import_torch_package
 from snpc.errors import UserError
 from snpc.planning import parse_target
 from snpc.runtime.calibration import Calibration

@@ -25,10 +25,10 @@ from snpc.cli.arguments import (
     argument,
     check_output_paths,
     command,
+    import_gradient_provider,
     option,
     subgroup,
 )
-from snpc.cli.torch_package import import_gradient_provider
 from snpc.errors import UserError
 from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch, completion_stages, run_stages
 from snpc.runtime.calibration import Calibration

@@ -19,7 +19,7 @@ from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation, describe_stream
-from snpc.planning import SlicePlan
+from snpc.planning import SlicePlan, read_provenance
 from snpc.report import (
     dequantization_text,
     describe_method,
@@ -27,6 +27,7 @@ from snpc.report import (
     format_count,
     format_share,
     output_lines,
+    provenance_text,
     quality_text,
     quality_warning,
     requantization_text,
@@ -188,6 +189,9 @@ def print_groups(analysis: Analysis) -> None:
         f"{analysis.model.source}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
         f"{cost.nodes} nodes"
     )
+    made = provenance_text(read_provenance(analysis.model.graph))
+    if made:
+        print_line(made)
     quantization = describe_quantization(analysis.model, cost)
     if quantization:
         print_line(quantization)

@@ -152,7 +152,7 @@ def node_macs(call: OpCall, domain: str) -> int | None:
     """Multiply-accumulates of a node; None where a node that multiplies cannot be counted."""
     spec = lookup(domain, call.op)
     if spec.macs is not None:
-        needed = [k for k in (0, *spec.weights) if k < len(call.shapes)]
+        needed = [k for k in (0, *spec.weights[:2]) if k < len(call.shapes)]  # further ones may be left out
         return spec.macs(call) if all(call.has(k) for k in needed) and call.out_shapes[0] else None
     sizes = [count_macs(sizes) for _, _, sizes in contraction_sizes(call, domain)]
     return sum(sizes) if sizes or spec.kind not in ("contraction", "attention", "experts") else None

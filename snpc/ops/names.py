@@ -28,6 +28,7 @@ LESS = "Less"
 LOG = "Log"
 LP_NORMALIZATION = "LpNormalization"
 MATMUL = "MatMul"
+MIXTURE_OF_EXPERTS = "MoE"  # com.microsoft
 MOD = "Mod"  # since opset 10
 MUL = "Mul"
 MULTI_HEAD_ATTENTION = "MultiHeadAttention"  # com.microsoft

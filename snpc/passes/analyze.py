@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -35,7 +34,7 @@ from snpc.passes.grouping import (
     trace_graph,
 )
 from snpc.passes.propagation import LabelFlag
-from snpc.passes.quantization import with_float_graph
+from snpc.passes.quantization import with_float_graph, with_stored_widths
 from snpc.passes.rotation import ResidualStream, turned_graph
 from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
@@ -129,12 +128,17 @@ class Analysis:
         """The layers beside the residual stream, in the order of the graph, and why some cannot go."""
         return self.sublayer_graph.sublayers
 
-    def saved_before(self, kind: Literal["macs", "params", "bytes"]) -> int:
-        """What is saved at any widths: MACs of dead rows and removed tokens, and what went with removed sublayers."""
+    def saved_before(self, kind: str) -> int:
+        """What is saved of "macs", "params" or "bytes" at any widths: MACs of dead rows and removed tokens, and what
+        went with removed sublayers."""
         if kind == "macs" or self.removal is None:
             return self.dead_macs if kind == "macs" else 0
         before, after = (cost_of(traced.model, traced.facts) for traced in (self.removal.source, self.traced_graph))
         return int(getattr(before, kind) - getattr(after, kind))
+
+    def share_left(self, kind: str) -> float:
+        """What is left of the model's "macs", "params" or "bytes" at full widths."""
+        return 1 - self.saved_before(kind) / float(max(getattr(self.cost, kind), 1))
 
     def stream_loss(self, group: Group) -> FloatArray | None:
         """[size + 1]: what a rotated residual stream loses by its width; None of any other group."""
@@ -264,6 +268,8 @@ def analyze_graph(
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)
     groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
+    if model.quantized is not None:
+        groups = with_stored_widths(model.quantized, groups)
     pins = collect_pins(traced_graph, groups, drafts)
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
     sizes, given = quoted.dim_sizes, sized.given

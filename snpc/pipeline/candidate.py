@@ -185,17 +185,19 @@ def write_candidate(
     if refits:
         with stopwatch.stage("refit"):
             slices, source = with_refitted_weights(plan)
+    fitted = FittedPlan(slices, source, plan.data_source)
     with stopwatch.stage("rewrite"):
         rewritten, graph = rewrite_as_stored(analysis.model, source, cuts_of(slices), plan.execution.observer)
         if analysis.reduction is not None:
             analysis.reduction.finalize(graph)
         finalize(graph, plan.execution.observer)
+        fitted.sign(graph)
     with stopwatch.stage("write"):
         save(graph, temporary, analysis.model.external)
     with stopwatch.stage("verify"):
         reference = reference or candidate_reference(plan)
         verdict = verify_candidate(temporary, rewritten, reference, plan)
-        companions = write_companions(FittedPlan(slices, source), temporary, plan.execution)
+        companions = write_companions(fitted, temporary, plan.execution)
         verdict = replace(verdict, structure=(*verdict.structure, *(c.holds for c in companions)))
     with stopwatch.stage("report"):
         written = load(temporary)

@@ -25,6 +25,7 @@ from snpc.planning import (
     Effort,
     PlanOutlook,
     PruningMethod,
+    ResourceTarget,
     SlicePlan,
     UnitScores,
     check_ranked_streams,
@@ -43,6 +44,7 @@ from snpc.runtime.batches import DenseValues
 from snpc.runtime.calibration import Calibration, find_ids
 from snpc.runtime.closed_form import (
     ClosedForms,
+    missing_statistics,
     residual_error_values,
     solve_closed_forms,
     using_algebra,
@@ -59,12 +61,18 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measure_loss_curves, predicted_curves, remove_layers, search_widths
+from snpc.runtime.sensitivity import (
+    check_layer_budget,
+    measure_loss_curves,
+    predicted_curves,
+    remove_layers,
+    remove_layers_beside_widths,
+    search_widths,
+)
 from snpc.runtime.statistics import (
     Statistics,
     check_finite_weights,
     measure_statistics,
-    required_statistics,
     unit_weight_energies,
 )
 from snpc.tokens import reduce_tokens
@@ -247,10 +255,98 @@ def make_plan(
 ) -> PruningPlan:
     """``plan``, by a request."""
     budget = request.budget
-    if LAYER_ROLE in budget.roles:
+    if LAYER_ROLE not in budget.roles:
+        return plan_widths(analysis, request, calibration, statistics, execution)
+    check_layer_budget(analysis, budget, calibration)
+    if set(budget.roles) == {LAYER_ROLE}:
+        return plan_of_layers(remove_layers(analysis, budget, calibration, execution), request, calibration, execution)
+    if budget.target is None:
         analysis = remove_layers(analysis, budget, calibration, execution)
-        if set(budget.roles) == {LAYER_ROLE}:
-            return plan_of_layers(analysis, request, calibration, execution)
+        return plan_widths(analysis, request, calibration, statistics, execution)
+    return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+
+
+def plan_layers_and_widths(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    execution: Execution,
+) -> PruningPlan:
+    """The plan for a target that layers and widths serve together: widths are measured with all layers, to decide which
+    layers go, and again without those."""
+    measured = measure_widths(analysis, replace(request, full_curves=True), calibration, statistics, execution)
+    target = target_in_macs(request.budget, measured.scores)
+    budget = replace(request.budget, target=target)
+    assert calibration is not None
+    with using_algebra(execution.algebra):
+        shorter = remove_layers_beside_widths(
+            measured.closed_forms, measured.scores, calibration, measured.groups, budget, execution=execution
+        )
+    if shorter.removal is None:
+        return measured.plan_for(request, execution)
+    if not request.budget.is_latency and shorter.share_left(target.kind) <= target.share:
+        return plan_of_layers(shorter, request, calibration, execution)
+    return plan_widths(shorter, request, calibration, None, execution)
+
+
+def target_in_macs(budget: Budget, scores: UnitScores) -> ResourceTarget:
+    """The target, or for a latency the same share of the MACs."""
+    assert budget.target is not None
+    if scores.latency is None:
+        return budget.target
+    return ResourceTarget("macs", min(budget.target.milliseconds(scores.latency.dense) / scores.latency.dense, 1.0))
+
+
+def plan_widths(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    execution: Execution,
+) -> PruningPlan:
+    """The plan that cuts widths alone."""
+    return measure_widths(analysis, request, calibration, statistics, execution).plan_for(request, execution)
+
+
+@dataclass(frozen=True)
+class WidthMeasurement:
+    """What plans of widths are made from, for any budget like the one that it was made for. ``dense``: what the
+    layer-wise fit reads of the dense model."""
+
+    closed_forms: ClosedForms
+    scores: UnitScores
+    groups: Sequence[Group]
+    calibration: Calibration | None
+    statistics: Statistics | None
+    dense: DenseValues | None
+
+    def plan_for(self, request: PlanRequest, execution: Execution) -> PruningPlan:
+        closed_forms, scores = self.closed_forms, self.scores
+        return PruningPlan(
+            choose_units(closed_forms, scores, self.calibration, request.budget, execution),
+            closed_forms.without_factors() if scores.method != "select" else None,
+            scores.curves,
+            request.budget,
+            tuple(self.groups),
+            scores,
+            request.workload,
+            self.statistics,
+            self.calibration,
+            execution,
+            self.dense,
+        )
+
+
+def measure_widths(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    execution: Execution,
+) -> WidthMeasurement:
+    """Statistics, closed forms, scores and loss curves of the groups that the budget names."""
+    budget = request.budget
     analysis = with_selected_caches(analysis, calibration, statistics)
     calibration = with_token_decisions(analysis, calibration, execution)
     if calibration is not None and statistics is None and rotates_streams(request):
@@ -289,35 +385,25 @@ def make_plan(
         roles = tuple(dict.fromkeys(g.role for g in groups))
         table = latency_table(analysis, roles, workload=request.workload, execution=execution)
         scores = replace(scores, latency=table.saved_times(groups_to_time(analysis, roles), groups))
-    if measures_curves:
+    widths = [g for g in groups if g.role != "experts"]  # zero weights do not keep tokens from an expert
+    if measures_curves and widths:
         assert calibration is not None
         near = None if request.full_curves else budget
         with using_algebra(execution.algebra):
-            widths = [g for g in groups if g.role != "experts"]  # zero weights do not keep tokens from an expert
             curves = measure_loss_curves(closed_forms, scores, calibration, widths, near, execution=execution)
         exponent = OutputMetrics.of(analysis).drift_exponent
         scores = replace(scores, curves=curves, drift_exponent=exponent)
-    elif method != "select" and not budget.uniform:
+    elif not measures_curves and method != "select" and not budget.uniform:
         scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
-    return PruningPlan(
-        choose_units(closed_forms, scores, calibration, budget, execution),
-        closed_forms.without_factors() if method != "select" else None,
-        scores.curves,
-        budget,
-        tuple(groups),
-        scores,
-        request.workload,
-        statistics,
-        calibration,
-        execution,
-        dense,
-    )
+    return WidthMeasurement(closed_forms, scores, groups, calibration, statistics, dense)
 
 
 def rotates_streams(request: PlanRequest) -> bool:
     """May the width of residual streams be cut in another basis? Not where a criterion is named, which scores channels,
-    nor where weights are sliced as they are."""
-    return "residual" in request.budget.roles and request.method != "select" and request.criterion is None
+    nor where weights are sliced as they are, or layers go."""
+    roles = request.budget.roles
+    named = request.method == "select" or request.criterion is not None
+    return "residual" in roles and LAYER_ROLE not in roles and not named
 
 
 def plan_of_layers(
@@ -344,7 +430,7 @@ def with_selected_caches(
         g.id: replace(g, freedom="select", freedom_reason=FILLED_CACHE_REASON)
         for g in analysis.groups
         if g.cached and g.freedom == "basis"
-        if filled or (statistics is not None and lacks_statistics(statistics, analysis, g))
+        if filled or (statistics is not None and missing_statistics(analysis, statistics, g))
     }
     if not selected:
         return analysis
@@ -354,12 +440,6 @@ def with_selected_caches(
 def fills_caches(analysis: Analysis, calibration: Calibration) -> bool:
     """Whether a KV cache that may get narrower is not empty in some sample."""
     return calibration.fills({str(value.name) for value in analysis.traced_graph.trace.caches})
-
-
-def lacks_statistics(statistics: Statistics, analysis: Analysis, group: Group) -> bool:
-    """Whether something that the group's closed form takes was not measured."""
-    measured = statistics.sums.get(group.id, {})
-    return any(str(key) not in measured for key in required_statistics(analysis.weights[group.id]))
 
 
 def dense_values_for(

@@ -15,7 +15,7 @@ from snpc.passes import Analysis
 from snpc.passes.canonicalization import original_name
 from snpc.passes.slicing import Cuts
 from snpc.pipeline.candidate import PrunedModel
-from snpc.planning import SlicePlan, cuts_of
+from snpc.planning import SlicePlan, cuts_of, read_provenance
 from snpc.runtime.io import atomic_write
 from snpc.types import ClosedFormKind, FloatArray, Model, Quality, StreamBasis, Verdict
 
@@ -269,6 +269,7 @@ def analysis_json(analysis: Analysis, curves: Mapping[str, FloatArray]) -> dict[
         "snpc_inspect": 1,
         "model": str(analysis.model.source),
         "digest": analysis.model.digest,
+        "provenance": read_provenance(analysis.model.graph),
         "dequantized": dequantization_json(analysis.model),
         "quantized": [asdict(entry) for entry in analysis.cost.quantized],
         "params": analysis.cost.params,

@@ -10,6 +10,7 @@ Files
                are safe.
   plan         Scores of units, and the slice plan made of them: which units each group keeps.
   plan_file    A plan as a file: JSON that can be read, edited and applied again.
+  provenance   Provenance: what a written file says of how it was made, as entries of its ``metadata_props``.
   tied_widths  Tied widths: groups of one tie, such as keys and values of a fused node, keep equally many channels per
                head.
 """
@@ -50,6 +51,7 @@ from snpc.planning.plan_file import (
     token_reduction_in,
     without_removed_layers,
 )
+from snpc.planning.provenance import pruning_provenance, read_provenance, write_provenance
 
 __all__ = [
     "DEFAULT_ROLES",
@@ -83,9 +85,12 @@ __all__ = [
     "predicted_drift",
     "predicted_surprise",
     "prunes_kv_cache",
+    "pruning_provenance",
+    "read_provenance",
     "savings_by_width",
     "select_units",
     "token_reduction_in",
     "top_units",
     "without_removed_layers",
+    "write_provenance",
 ]

@@ -65,7 +65,7 @@ def check_ranked_streams(analysis: Analysis, groups: Sequence[Group], budget: Bu
     for group in groups if budget.ratio is None else ():
         stream = known.get(group.id)
         if group.approximate and not group.normalized_inside and (stream is None or not stream.rotated):
-            why = "no data say what it loses (--calib DATA, with refitted weights)"
+            why = "it is rotated with --calib DATA, and without --criterion, --method select and the role layer"
             if stream is not None:
                 why = stream.reason or "its channels lose less than a rotation"
             raise UserError(

@@ -3,6 +3,7 @@
 data            everything that the page shows, as one value
 page            that value as HTML
 sweep_plot      quality against latency of a sweep, as SVG
+card            the report as a model card of the Hugging Face hub
 charts          bars and curves, as shapes with coordinates
 attention_maps  where the heads of a vision model look, before and after
 token_maps      which patches of a picture are left where tokens get fewer
@@ -14,6 +15,8 @@ png             pictures as ``data:`` URLs
 Files
   attention_maps  Attention maps: the attention weights of a vision model over the patches of a few pictures, before and
                   after.
+  card            A model card: the ``README.md`` of a model on the Hugging Face hub, from the JSON report of a pruned
+                  model.
   charts          The charts of the page, as shapes with coordinates in CSS pixels; ``templates/chart.svg.j2`` writes
                   them as SVG.
   data            Everything that the report shows, as one value.
@@ -29,12 +32,14 @@ Files
 
 from __future__ import annotations
 
+from snpc.report.card import BaseModelRelation, CardOptions, model_card
 from snpc.report.format import describe_method, format_count, format_share
 from snpc.report.page import write_report
 from snpc.report.quality_text import (
     dequantization_text,
     drift_text,
     output_lines,
+    provenance_text,
     quality_text,
     quality_warning,
     requantization_text,
@@ -44,12 +49,16 @@ from snpc.report.quality_text import (
 from snpc.report.sweep_plot import write_sweep_plot
 
 __all__ = [
+    "BaseModelRelation",
+    "CardOptions",
     "dequantization_text",
     "describe_method",
     "drift_text",
     "format_count",
     "format_share",
+    "model_card",
     "output_lines",
+    "provenance_text",
     "quality_text",
     "quality_warning",
     "requantization_text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from snpc.passes.quantization import operator_counts
 from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Requantization, Restriction, Verdict
@@ -13,6 +13,7 @@ MEANINGS: dict[Grade, str] = {
     "fair": "outputs differ from the original's: measure the accuracy on your own task",
     "poor": "outputs no longer resemble the original's",
 }
+SHOWN_ENTRIES = ("target", "method", "calibration", "tokens", "layers")  # of provenance, beside the source
 LARGE_ON_NOISE = 0.5  # relative change: so far, outputs differ on any inputs
 
 
@@ -26,6 +27,17 @@ def rewrite_text(verdict: Verdict) -> str:
     largest = max(d.relative for d in verdict.equals_mask)
     same = f"sliced equals masked to {largest:.1e} relative on {verdict.compared}"
     return f"rewrite: correct ({same}; {checks})"
+
+
+def provenance_text(entries: Mapping[str, str]) -> str:
+    """How snpc made a file, by what it says itself (``read_provenance``); "" where it says nothing."""
+    if "step" not in entries:
+        return ""
+    made = f"made by snpc {entries.get('version', '')} ({entries['step']}) from {entries.get('source', 'another file')}"
+    digest = entries.get("source_sha256", "")
+    details = [f"sha256 {digest[:12]}"] if digest else []
+    details += [f"{key} {entries[key]}" for key in SHOWN_ENTRIES if key in entries]
+    return f"{made}: {'; '.join(details)}"
 
 
 def restriction_text(record: Restriction) -> str:

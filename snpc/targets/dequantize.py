@@ -13,6 +13,7 @@ from snpc.errors import UserError
 from snpc.graph import choose_dim_sizes, run_passes
 from snpc.passes.canonicalization import finalize
 from snpc.passes.quantization import DEQUANTIZATION_PASSES, operator_counts, quantized_operators
+from snpc.planning import write_provenance
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import VERIFICATION_BATCHES, OutputMetrics, batch_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, embedding_rows, random_feeds
@@ -64,7 +65,9 @@ def dequantize(
         raise UserError(f"{loaded.path}: it cannot be dequantized: no rule fits its {operator_counts(left)}{where}")
     with write_place(loaded, path) as (target, folder):
         try:
-            save(finalize(graph), target, external=loaded.external)
+            finalize(graph)
+            write_provenance(graph, loaded, {"step": "dequantize"})
+            save(graph, target, external=loaded.external)
         except UserError as error:
             raise UserError(f"{loaded.path}: {error}") from None
     written = Path(path) if path is not None else target

@@ -15,6 +15,7 @@ from snpc.graph import choose_dim_sizes
 from snpc.passes.canonicalization import finalize
 from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.slicing import find_logits, keep_last_row, rewrite_model, vocabulary_cuts
+from snpc.planning import write_provenance
 from snpc.runtime.calibration import find_ids
 from snpc.runtime.evaluation import batch_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, random_feeds
@@ -73,7 +74,9 @@ def restrict(
         entries = int((traced.facts.shape[logits] or (0,))[-1])
         cut = restricted_graph(traced, ids.name, str(logits.name), kept, last_logits)
         with write_place(loaded, path) as (target, folder):
-            save(finalize(cut), target, external=loaded.external)
+            finalize(cut)
+            write_provenance(cut, loaded, {"step": "restrict"})
+            save(cut, target, external=loaded.external)
     except UserError as error:
         raise UserError(f"{loaded.path}: {error}") from None
     written = Path(path) if path is not None else target

@@ -34,7 +34,7 @@ class TorchAlgebra:
             device = self.device_for(left.shape[0], right.shape[0], right.shape[1])
             return to_array(tensor_on(device, left) @ tensor_on(device, right))
 
-    def cholesky(self, matrix: FloatArray) -> FloatArray:
+    def cholesky(self, matrix: FloatArray, overwrite: bool = False) -> FloatArray:
         with self.numpy_errors(matrix):
             return to_array(self.factor(matrix))
 
@@ -44,12 +44,12 @@ class TorchAlgebra:
             columns, matrix = tensor_on(lower.device, right), lower.mT if transposed else lower
             return to_array(torch.linalg.solve_triangular(matrix, columns, upper=transposed))
 
-    def solve_positive_definite(self, matrix: FloatArray, right: FloatArray) -> FloatArray:
+    def solve_positive_definite(self, matrix: FloatArray, right: FloatArray, overwrite: bool = False) -> FloatArray:
         with self.numpy_errors(matrix):
             factor = self.factor(matrix)
             return to_array(torch.cholesky_solve(tensor_on(factor.device, right), factor))
 
-    def invert_positive_definite(self, matrix: FloatArray) -> FloatArray:
+    def invert_positive_definite(self, matrix: FloatArray, overwrite: bool = False) -> FloatArray:
         with self.numpy_errors(matrix):
             return to_array(torch.cholesky_inverse(self.factor(matrix)))
 

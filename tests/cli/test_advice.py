@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.pipeline import candidate
 from snpc.planning import Effort
 from snpc.types import Difference, Quality
-from tests.command_line import CALIB, VIT, invoke, reported, write_tiny
+from tests.command_line import CALIB, COMMANDS, VIT, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export
 
 FEW = ("--calib", CALIB, "--calib-samples", 64)
@@ -42,7 +42,7 @@ def run_as_printed(words: list[str]) -> None:
 
 class TestTyped:
     def parsed(self, *words: str) -> TypedCommand:
-        return TypedCommand.parse("prune", main.commands["prune"], words)
+        return TypedCommand.parse("prune", COMMANDS["prune"], words)
 
     def test_flags_and_values(self) -> None:
         typed = self.parsed(

@@ -24,8 +24,8 @@ from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.text import TextArguments
 from snpc.errors import UserError
 from snpc.passes.pass_list import PASS_NAMES
+from tests.command_line import COMMANDS
 
-COMMANDS = sorted(main.commands)
 MAX_PARAMETERS = 8
 
 
@@ -79,7 +79,7 @@ def test_two_options_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_a_section_and_says_what_it_does(name: str) -> None:
-    listed = main.commands[name]
+    listed = COMMANDS[name]
     assert isinstance(listed, SectionedCommand)
     for parameter in listed.params:
         if isinstance(parameter, SectionOption):
@@ -93,7 +93,7 @@ def test_prune_plan_and_sweep_share_the_planning_options() -> None:
     shared = {parameter.name for parameter in PlanningArguments.options()}
     assert {"roles", "ratio", "target", "tokens", "criterion", "uniform"} <= shared
     for name in ("prune", "plan", "sweep"):
-        assert shared <= {parameter.name for parameter in main.commands[name].params}
+        assert shared <= {parameter.name for parameter in COMMANDS[name].params}
 
 
 def test_prune_has_the_sections() -> None:
@@ -154,7 +154,7 @@ def test_no_function_has_many_parameters() -> None:
 def test_flags_are_typed() -> None:
     """Fields of groups and parameters of commands name their types; Any would switch the type checker off."""
     for name in COMMANDS:
-        callback = main.commands[name].callback
+        callback = COMMANDS[name].callback
         assert callback is not None
         function = inspect.getclosurevars(callback).nonlocals["function"]
         groups = inspect.get_annotations(function, eval_str=True)
@@ -185,7 +185,7 @@ def test_commands_that_read_data_prepare_pictures_and_text_alike() -> None:
     images = {flag for parameter in groups for flag in parameter.opts}
     assert {"--image-mean", "--image-std", "--image-size", "--image-layout", "--tokenizer", "--seq-len"} <= images
     readers = []
-    for name, given in main.commands.items():
+    for name, given in COMMANDS.items():
         flags = {flag for parameter in given.params for flag in parameter.opts}
         if flags & {"--calib", "--data"}:
             readers.append(name)

@@ -14,8 +14,9 @@ import pytest
 from onnx import numpy_helper
 
 import snpc
-from snpc.cli import main
-from tests.command_line import CALIB, DATA, VIT, Array, Report, arrays, command, invoke, reported, write_tiny
+import snpc.cli
+from snpc.cli import COMMAND_PLACES
+from tests.command_line import CALIB, COMMANDS, DATA, VIT, Array, Report, arrays, command, invoke, reported, write_tiny
 from tests.models.exports import EXPORTS, export, load_feeds
 
 
@@ -691,11 +692,23 @@ def test_criteria_are_listed() -> None:
     assert "terms=0" in text
 
 
-@pytest.mark.parametrize("words", [[], *([name] for name in sorted(main.commands))], ids=" ".join)
+@pytest.mark.parametrize("words", [[], *([name] for name in sorted(COMMANDS))], ids=" ".join)
 def test_help(words: list[str]) -> None:
     text = invoke(*words, "-h").stdout
     assert text.startswith("Usage: ")
     assert "--help" in text
+
+
+def test_every_command_is_in_the_list() -> None:
+    """The list names the commands without importing them: what stands in it is what the files define."""
+    defined = {
+        (path.stem, name)
+        for path in Path(snpc.cli.__file__).parent.glob("*.py")
+        for name in re.findall(r"^def (\w+_command)\(", path.read_text(), re.MULTILINE)
+    }
+    assert {(place.module, place.function) for place in COMMAND_PLACES.values()} == defined
+    assert all(COMMANDS[name].name == name for name in COMMAND_PLACES)
+    assert all(place.summary in invoke("-h").stdout.replace("\n" + 16 * " ", " ") for place in COMMAND_PLACES.values())
 
 
 # -- as a process ----------------------------------------------------------------------------------------------------
@@ -723,7 +736,7 @@ READ_MODELS = ("inspect", "prune", "plan", "apply", "verify", "sweep", "bench", 
 
 @pytest.mark.parametrize("verb", READ_MODELS)
 def test_every_command_that_reads_a_model_takes_sizes(verb: str) -> None:
-    flags = {flag for parameter in main.commands[verb].params for flag in parameter.opts}
+    flags = {flag for parameter in COMMANDS[verb].params for flag in parameter.opts}
     assert {"--dim-param", "--input-shapes"} <= flags
 
 

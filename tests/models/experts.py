@@ -156,16 +156,16 @@ def longer_feeds() -> dict[str, Any]:
     return {name: value.numpy() for name, value in feeds.items()}
 
 
-def fused_model(activation: str, seed: int = 0) -> Any:
+def fused_model(activation: str, seed: int = 0, width: int = 12, hidden: int = HIDDEN) -> Any:
     """x [tokens, 8] -> a layer -> com.microsoft.MoE with a router in front -> a layer -> y [tokens, 8]."""
     import numpy as np
     from onnx import helper, numpy_helper
 
     rng = np.random.default_rng(seed)
-    width, rows = 12, 2 * HIDDEN if activation == "swiglu" else HIDDEN
+    rows = 2 * hidden if activation == "swiglu" else hidden
     shapes = {"enter": (8, width), "router": (width, COUNT), "router_bias": (COUNT,), "leave": (width, 8)}
     shapes |= {"inner": (COUNT, rows, width), "inner_bias": (COUNT, rows)}
-    shapes |= {"outer": (COUNT, width, HIDDEN), "outer_bias": (COUNT, width)}
+    shapes |= {"outer": (COUNT, width, hidden), "outer_bias": (COUNT, width)}
     fusion: dict[str, Any] = {"swiglu_fusion": 1} if activation == "swiglu" else {}
     nodes = [
         helper.make_node("MatMul", ["x", "enter"], ["h"], "enter"),
@@ -189,3 +189,40 @@ def fused_model(activation: str, seed: int = 0) -> Any:
     graph = helper.make_graph(nodes, "experts", ends[:1], ends[1:], held)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def quantized_experts(model: Any, bits: int, block: int = 0, zero_points: bool = False) -> Any:
+    """``fused_model`` with QMoE: codes of so many bits, a scale per row, or per ``block`` along it."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    (node,) = (node for node in model.graph.node if node.op_type == "MoE")
+    center, parts = 1 << (bits - 1), dict[str, Any]()
+    for name in ("inner", "outer"):
+        weights = held[name].reshape(*held[name].shape[:2], -1, block or held[name].shape[2])
+        scale = (np.abs(weights).max(-1, keepdims=True) / (center - 1)).astype(np.float32)
+        zero = np.full(scale.shape, center) - (np.arange(scale.size).reshape(scale.shape) % 3 if zero_points else 0)
+        codes = np.clip(np.rint(weights / scale) + zero, 0, 2 * center - 1).reshape(held[name].shape)
+        flat = scale.shape[:3] if block else scale.shape[:2]
+        parts |= {name: packed(codes, bits), f"{name}_scale": scale.reshape(flat)}
+        if zero_points:
+            parts[f"{name}_zero"] = packed(zero.reshape(flat), bits)
+    zeros = [f"{name}_zero" if zero_points else "" for name in ("inner", "outer")]
+    inputs = ["h", "logits", "inner", "inner_scale", "inner_bias", "outer", "outer_scale", "outer_bias", "", "", ""]
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes |= {"expert_weight_bits": bits, **({"block_size": block} if block else {})}
+    node.CopyFrom(helper.make_node("QMoE", inputs + zeros, ["made"], "experts", domain="com.microsoft", **attributes))
+    stored = {**held, **parts}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
+    return model
+
+
+def packed(codes: Any, bits: int) -> Any:
+    """Bytes of codes along the last axis, lowest bits first."""
+    import numpy as np
+
+    flat = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits]
+    flat = flat.reshape(*codes.shape[:-1], -1)
+    return np.packbits(flat, axis=-1, bitorder="little")

@@ -17,7 +17,7 @@ import pytest
 
 from snpc.cli import main
 from snpc.ops import lookup, operator_table
-from tests.command_line import invoke
+from tests.command_line import COMMANDS, invoke
 from tests.models.language import Language, as_text, write_language_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +81,51 @@ def test_the_commands_for_text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for words in commands:
         invoke(*words)
     run_page(ROOT / "docs" / "text.md", {})
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands in their order, then its Python, which prints what is there."""
+    monkeypatch.chdir(tmp_path)
+    for words in documented_commands(ROOT / "docs" / "tutorial.md"):
+        invoke(*words, *(["--effort", "quick"] if words[0] == "prune" else []))
+    run_page(ROOT / "docs" / "tutorial.md", {})
+
+
+def test_files_are_as_their_schemas_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    monkeypatch.chdir(tmp_path)
+    invoke("example", "digits", "digits")
+    options = ("--ratio", "0.5", "--method", "select", "--calib", "digits/calib.npz", "--calib-samples", "16")
+    invoke(
+        "prune", "digits/digits_vit.onnx", *options, "--json", "report.json", "--plan", "plan.json", "-o", "half.onnx"
+    )
+    for name in ("report", "plan"):
+        schema = json.loads((ROOT / "docs" / "_static" / "schemas" / f"{name}-1.json").read_text())
+        written = json.loads(Path(f"{name}.json").read_text())
+        jsonschema.validate(written, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**written, f"snpc_{name}": 2}, schema)
+
+
+def test_calibration_data_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "calibration-data.md", {})
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    """Each heading of a message is a part of a string in the source."""
+    headings = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) >= 15
+    source = "\n".join(
+        "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+        if isinstance(node, ast.JoinedStr)
+        else str(node.value)
+        for path in (ROOT / "snpc").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    )
+    assert [heading for heading in headings if heading not in source] == []
 
 
 def test_the_documented_pass_works_as_printed() -> None:
@@ -162,7 +207,7 @@ def documented_commands(page: Path) -> list[list[str]]:
 def test_commands_and_flags_exist(page: Path) -> None:
     for words in documented_commands(page):
         assert isinstance(main, click.Group)
-        command = main.commands.get(words[0])
+        command = COMMANDS.get(words[0])
         assert command is not None, f"snpc {words[0]}"
         flags = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         for word in words[1:]:
@@ -170,9 +215,38 @@ def test_commands_and_flags_exist(page: Path) -> None:
                 assert word.split("=")[0] in flags, f"snpc {' '.join(words)}: no {word}"
 
 
-def test_the_readme_shows_every_command() -> None:
-    shown = {words[0] for words in documented_commands(ROOT / "README.md")}
-    assert shown == set(main.commands)
+def test_every_command_is_shown() -> None:
+    shown = {words[0] for page in PAGES for words in documented_commands(page)}
+    assert shown == set(COMMANDS)
+
+
+def public_names(package: str) -> set[str]:
+    """``__all__`` of a package with the package in front, without an import: that of torch takes seconds."""
+    folder = ROOT / package.replace(".", "/")
+    listing = folder / "__init__.pyi"  # of a package that imports its names when they are first used
+    tree = ast.parse((listing if listing.exists() else folder / "__init__.py").read_text())
+    [names] = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    return {f"{package}.{name}" for name in ast.literal_eval(names)}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    entries = re.findall(
+        r"^(?:   |\.\. py:data:: )(snpc\.[\w.]+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE
+    )
+    assert len(entries) == len(set(entries))
+    assert set(entries) == public_names("snpc") | public_names("snpc.torch")
+
+
+def test_every_page_is_in_the_contents() -> None:
+    """Sphinx says so, too, where it is installed."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {
+        name
+        for block in re.findall(r"^```{toctree}\n(.*?)^```$", index, re.DOTALL | re.MULTILINE)
+        for name in block.splitlines()
+        if name and not name.startswith(":")
+    }
+    assert listed == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
 
 
 @pytest.mark.parametrize("module", sorted((ROOT / "snpc").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))

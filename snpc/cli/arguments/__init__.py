@@ -11,6 +11,7 @@ Files
   planning     What to cut, how much, and the tokens: the groups that ``prune``, ``plan`` and ``sweep`` share.
   running      How models are run, and the workload of a latency.
   text         How text becomes token ids.
+  torch_package  snpc.torch, which is imported only when it is needed.
   training     What a model is finetuned with: the fields of ``snpc.torch.TrainingOptions``, the data, and checkpoints.
   typed        The command as it was typed, and other commands made of it: for advice that can be pasted into a shell.
 """
@@ -47,6 +48,7 @@ from snpc.cli.arguments.running import (
     WorkloadArguments,
 )
 from snpc.cli.arguments.text import TextArguments
+from snpc.cli.arguments.torch_package import import_gradient_provider, import_torch_package
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
 from snpc.cli.arguments.typed import TypedCommand
 
@@ -85,6 +87,8 @@ __all__ = [
     "argument",
     "check_output_paths",
     "command",
+    "import_gradient_provider",
+    "import_torch_package",
     "load_and_analyze",
     "option",
     "parse_target_name",

@@ -61,7 +61,9 @@ class TypedCommand:
         """Another command with these arguments, and those of the options that it has too, without ``drop``."""
         context = click.get_current_context().find_root()
         assert isinstance(context.command, click.Group)
-        known = set(value_counts(context.command.commands[name])) - set(drop)
+        other = context.command.get_command(context, name)
+        assert other is not None
+        known = set(value_counts(other)) - set(drop)
         kept = tuple(option for option in self.options if option[0] in known)
         return TypedCommand(name, arguments or self.arguments, kept)
 

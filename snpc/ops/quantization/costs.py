@@ -87,7 +87,10 @@ def _values_per_entry(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int
 
 
 def _expert_weights(attrs: Mapping[str, Any], stored: Shape, bits: int) -> int:
-    return _values_per_entry({"bits": attrs.get("expert_weight_bits", 4)}, stored, bits)
+    """Biases are floats."""
+    return (
+        math.prod(stored) if bits > 8 else _values_per_entry({"bits": attrs.get("expert_weight_bits", 4)}, stored, bits)
+    )
 
 
 def _routed_macs(call: OpCall) -> int:
@@ -153,7 +156,7 @@ COSTS: Mapping[tuple[str, str], QuantizedCost] = {
     (MICROSOFT, "QGemm"): QuantizedCost(_gemm_macs, (0, 3), 6),
     (MICROSOFT, "MatMulNBits"): QuantizedCost(_packed_matmul_macs, (1,), 5, _product_size, _packed_matmul_shape),
     (MICROSOFT, "MatMulBnb4"): QuantizedCost(_packed_matmul_macs, (1,), None, _product_size, _packed_matmul_shape),
-    (MICROSOFT, "QMoE"): QuantizedCost(_routed_macs, (2, 5, 8), None, _expert_weights, _first_shape),
+    (MICROSOFT, "QMoE"): QuantizedCost(_routed_macs, (2, 5, 8, 4, 7, 10), None, _expert_weights, _first_shape),
     (MICROSOFT, "QAttention"): QuantizedCost(_attention_macs, (1,), 2, None, _attention_shape, dtype_input=3),
     (MICROSOFT, "QLinearAdd"): QuantizedCost(None, (0, 3)),
     (MICROSOFT, "QLinearMul"): QuantizedCost(None, (0, 3)),

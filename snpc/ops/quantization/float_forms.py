@@ -6,14 +6,14 @@ folder docs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from snpc.ops import names
 from snpc.ops.quantization.arrays import UNPACKED_BITS, dequantize_blocks, dequantize_table
 from snpc.ops.quantization.costs import unpacked_table_shape
-from snpc.ops.quantization.layouts import Layout
+from snpc.ops.quantization.layouts import Layout, read_stored
 from snpc.ops.spec import MICROSOFT
 from snpc.types import AnyArray, Shape
 
@@ -58,13 +58,18 @@ class Packed:
     """A constant that ``unpack`` makes of the stored inputs, weight and scales first (None: left out).
 
     ``shape``: of that constant, from the attributes, the stored shape of the weight, and the bits of its entries.
-    ``layout``: how the inputs lie.
+    ``layout``: how the inputs lie. ``bits``: attributes with the bits of a code, the first that is given.
     """
 
     inputs: tuple[int, ...]
     unpack: Callable[[Attributes, tuple[AnyArray | None, ...]], AnyArray]
     shape: Callable[[Attributes, Shape, int], Shape]
     layout: Layout
+    bits: tuple[str, ...] = ("bits",)
+
+    def attributes_of(self, attributes: Attributes) -> dict[str, Any]:
+        """Those of the node, with the bits of this constant as "bits"."""
+        return {**attributes, "bits": next((int(attributes[name]) for name in self.bits if name in attributes), 4)}
 
 
 Operand = Plain | Quantized | QuantizedBias | Packed
@@ -77,7 +82,7 @@ class FloatForm:
     ``op`` None: the first operand itself. ``keep``: attributes that stay, by their names there. ``bias`` is added, or
     is an operand of its own where ``adds_bias`` is False; ``output``: (scale, zero point) of the first output, which is
     float where they are not given. ``sums``: the output is the integer sum, which its reader casts and scales.
-    ``condition``: whether attributes have this meaning.
+    ``condition``: whether attributes, and the types of the inputs ("" of those left out), have this meaning.
     """
 
     op: str | None
@@ -88,7 +93,7 @@ class FloatForm:
     domain: str = ""
     sums: bool = False
     adds_bias: bool = True
-    condition: Callable[[Attributes], bool] | None = None
+    condition: Callable[[Attributes, Sequence[str]], bool] | None = None
     repeated: bool = False
     """The last operand stands for one after each three inputs, as many as there are."""
     written_back: bool = True
@@ -120,7 +125,7 @@ def _convolution() -> FloatForm:
     return FloatForm("Conv", operands, bias=bias, output=(6, 7), adds_bias=False, condition=_channels_first)
 
 
-def _channels_first(attributes: Attributes) -> bool:
+def _channels_first(attributes: Attributes, types: Sequence[str]) -> bool:
     return not attributes.get("channels_last", 0)
 
 
@@ -128,11 +133,11 @@ def _column_axis(attributes: Attributes) -> int:
     return 0 if attributes.get("transB", 0) else 1
 
 
-def _softmax_of_one_axis(attributes: Attributes) -> bool:
+def _softmax_of_one_axis(attributes: Attributes, types: Sequence[str]) -> bool:
     return int(attributes.get("opset", 0)) >= 13
 
 
-def _fills_bytes(attributes: Attributes) -> bool:
+def _fills_bytes(attributes: Attributes, types: Sequence[str]) -> bool:
     return attributes.get("bits", 4) in UNPACKED_BITS and not attributes.get("weight_prepacked", 0)
 
 
@@ -140,6 +145,39 @@ def _product_shape(attributes: Attributes, stored: Shape, bits: int) -> Shape:
     return int(attributes["K"]), int(attributes["N"])
 
 
+def _experts_in_order(attributes: Attributes, types: Sequence[str]) -> bool:
+    """Whether codes lie as they are multiplied: not where they may be laid out for one device, as files for CUDA in
+    half precision are that do not say so, and not where the gates are not what the router compares."""
+    layout, half = int(attributes.get("weights_prepacked", -1)), types[_EXPERT_SCALES] in ("FLOAT16", "BFLOAT16")
+    in_order = layout == 0 or (layout < 0 and not (half and not attributes.get("block_size", 0)))
+    bits = {attributes.get(name, 4) for name in _EXPERT_BITS if name == _EXPERT_BITS[0] or name in attributes}
+    integers = attributes.get("quant_type", "int") == "int" and bits.issubset(UNPACKED_BITS)
+    return in_order and integers and not any(types[_AFTER_ZERO_POINTS:])
+
+
+def _experts_weight(attributes: Attributes, stored: tuple[AnyArray | None, ...]) -> AnyArray:
+    parts = {name: array for name, array in zip(("codes", "scale", "zero"), stored, strict=True) if array is not None}
+    return read_stored("experts", parts, attributes, -1, 0).dequantize()
+
+
+def _experts_layer(layer: int, inputs: tuple[int, int, int]) -> Packed:
+    bits = (_EXPERT_BITS[layer], _EXPERT_BITS[0])
+    return Packed(inputs, _experts_weight, unpacked_table_shape, "experts", bits)
+
+
+_EXPERT_BITS = ("expert_weight_bits", *(f"fc{layer}_expert_weight_bits" for layer in (1, 2, 3)))
+_EXPERT_SCALES = 3
+_AFTER_ZERO_POINTS = 14  # inputs of QMoE from here on: gates of their own, scales of floats
+_EXPERTS = (
+    *(Plain(0), Plain(1)),
+    *(_experts_layer(1, (2, 3, 11)), Plain(4)),
+    *(_experts_layer(2, (5, 6, 12)), Plain(7)),
+    *(_experts_layer(3, (8, 9, 13)), Plain(10)),
+)
+_EXPERT_ATTRIBUTES = (
+    *("k", "activation_type", "activation_alpha", "activation_beta", "normalize_routing_weights"),
+    *("use_sparse_mixer", "swiglu_fusion", "swiglu_limit", "swiglu_limit_after_activation"),
+)
 _BLOCKED = Quantized(0, 1, 2, axis="axis", block="block_size")
 _ATTENTION = (Quantized(0, 3, 6), Quantized(1, 4, 7), Plain(2), Plain(5), Plain(8))
 
@@ -176,6 +214,13 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
         (Packed((0, 2, 3), dequantize_table, unpacked_table_shape, "table"), Plain(1)),
         {"gather_axis": "axis"},
         condition=_fills_bytes,
+    ),
+    (MICROSOFT, "QMoE"): FloatForm(
+        names.MIXTURE_OF_EXPERTS,
+        _EXPERTS,
+        {name: name for name in _EXPERT_ATTRIBUTES},
+        domain=MICROSOFT,
+        condition=_experts_in_order,
     ),
     (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT, written_back=False),
     (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from snpc.ops.quantization.arrays import unpack
+from snpc.ops.quantization.arrays import misfit, unpack
 from snpc.ops.quantization.schemes import QuantizedArray
 from snpc.types import AnyArray
 
-Layout = Literal["tensor", "product", "table", "bias"]
-"""Of a constant: codes in its shape; the weight [K, N] of a MatMulNBits; the table of a GatherBlockQuantized; a bias of
-int32, whose scale is a product of two."""
+Layout = Literal["tensor", "product", "table", "experts", "bias"]
+"""Of a constant: codes in its shape; the weight [K, N] of a MatMulNBits; the table of a GatherBlockQuantized; the
+weights [experts, N, K] of a QMoE; a bias of int32, whose scale is a product of two."""
 
 StoredParts = Mapping[str, AnyArray]
 """Part ("codes", "scale", "zero") -> what the file holds. A bias has the scale of its input too ("input_scale")."""
@@ -32,6 +32,8 @@ def read_stored(
             return read_product(stored, attributes)
         case "table":
             return read_table(stored, attributes)
+        case "experts":
+            return read_experts(stored, attributes)
         case "bias":
             alpha = np.float32(attributes.get("alpha", 1))
             scale: AnyArray = (
@@ -52,6 +54,8 @@ def write_stored(
             parts = write_product(array, stored, int(attributes.get("bits", 4)))
         case "table":
             parts = write_table(array, stored, int(attributes.get("bits", 4)))
+        case "experts":
+            parts = write_experts(array, stored, int(attributes["bits"]))
         case "bias":
             parts = {"codes": array.codes}
     return {name: np.array(parts[name], stored[name].dtype, order="C") for name in parts if name in stored}
@@ -131,6 +135,34 @@ def write_table(array: QuantizedArray, stored: StoredParts, bits: int) -> dict[s
         return parts
     packed = {name: pack(parts[name].astype(np.uint8), bits) for name in ("codes", "zero") if name in stored}
     return {**packed, "scale": array.scale}
+
+
+def read_experts(stored: StoredParts, attributes: Mapping[str, Any]) -> QuantizedArray:
+    """Where a row has one scale, it is one block."""
+    packed, bits = stored["codes"], int(attributes["bits"])
+    experts, rows, size = packed.shape
+    codes = unpack(packed, bits, size * 8 // bits)
+    scale = stored["scale"].reshape(experts, rows, -1)
+    block = int(attributes.get("block_size", 0)) if stored["scale"].ndim == 3 else codes.shape[-1]
+    if scale.shape[-1] * block != codes.shape[-1]:
+        raise misfit(stored["scale"].shape, codes.shape)
+    zero: AnyArray = np.full((), 1 << (bits - 1), np.float32)
+    if "zero" in stored:
+        count = scale.shape[-1] if stored["zero"].ndim == 3 else rows
+        zero = unpack(stored["zero"], bits, count).reshape(scale.shape).astype(np.float32)
+    return QuantizedArray(codes, scale, zero, 2, block, 0, (1 << bits) - 1, "zero" not in stored)
+
+
+def write_experts(array: QuantizedArray, stored: StoredParts, bits: int) -> dict[str, AnyArray]:
+    blocked = stored["scale"].ndim == 3
+    parts = {
+        "codes": pack(array.codes.astype(np.uint8), bits),
+        "scale": array.scale if blocked else array.scale[..., 0],
+    }
+    if "zero" in stored:
+        zero = array.zero.astype(np.uint8)
+        parts["zero"] = pack(zero if stored["zero"].ndim == 3 else zero[..., 0], bits)
+    return parts
 
 
 def pack(values: AnyArray, bits: int) -> AnyArray:

@@ -115,7 +115,13 @@ def merge_branches(merged: ir.Model, first: ir.Model, second: ir.Model) -> ir.Mo
     )
     graph.append(joined)
     graph.outputs.extend(results)
-    return ir.Model(graph, ir_version=merged.ir_version, producer_name=merged.producer_name)
+    return ir.Model(
+        graph,
+        ir_version=merged.ir_version,
+        producer_name=first.producer_name,
+        producer_version=first.producer_version,
+        metadata_props=dict(first.metadata_props),
+    )
 
 
 def merged_outputs(merged: ir.Model, parts: Sequence[ir.Model]) -> list[ir.Value]:

@@ -103,10 +103,10 @@ def cut_constant(
 
 
 def check_bytes_are_full(constant: StoredConstant, array: QuantizedArray, parts: Mapping[str, AnyArray]) -> None:
-    """Raise CheckFailed where the columns of a packed table fill their last byte in part: then it would have more."""
-    if constant.layout != "table":
+    """Raise CheckFailed where rows of packed codes fill their last byte in part: then it would have more."""
+    if constant.layout not in ("table", "experts"):
         return
-    columns = read_stored("table", parts, constant.attributes, 0, 0).codes.shape[-1]
+    columns = read_stored(constant.layout, parts, constant.attributes, 0, 0).codes.shape[-1]
     if columns != array.codes.shape[-1]:
         raise CheckFailed(
             f"{constant.parts['codes']}: {array.codes.shape[-1]} columns do not fill bytes; try --round-to 2, or "

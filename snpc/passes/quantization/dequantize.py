@@ -75,7 +75,15 @@ def has_float_form(node: ir.Node) -> bool:
     if (node.domain, node.op_type) in DYNAMIC_QUANTIZERS:
         return True
     form = float_form(node.domain, node.op_type)
-    return form is not None and (form.condition is None or form.condition(attribute_values(node)))
+    if form is None or form.condition is None:
+        return form is not None
+    return form.condition(attribute_values(node), [type_name(value) for value in node.inputs])
+
+
+def type_name(value: ir.Value | None) -> str:
+    """ "" of an input that is left out."""
+    dtype = None if value is None else value.dtype if value.const_value is None else value.const_value.dtype
+    return "" if value is None else "UNKNOWN" if dtype is None else dtype.name
 
 
 def is_written_back(node: ir.Node) -> bool:
@@ -85,8 +93,9 @@ def is_written_back(node: ir.Node) -> bool:
     if not has_float_form(node) or (form is not None and not form.written_back):
         return False
     tensors = [stored(value) for value in node.inputs]
-    is_packed = form is not None and any(isinstance(operand, Packed) for operand in form.operands)
-    has_groups = is_packed and len(tensors) > ROW_GROUPS and tensors[ROW_GROUPS] is not None
+    operands = () if form is None else form.operands
+    is_product = any(isinstance(operand, Packed) and operand.layout == "product" for operand in operands)
+    has_groups = is_product and len(tensors) > ROW_GROUPS and tensors[ROW_GROUPS] is not None
     return not has_groups and not any(t is not None and t.dtype.name.startswith("FLOAT8") for t in tensors)
 
 
@@ -222,16 +231,18 @@ def dequantized_bias(values: FloatValues, node: ir.Node, data: int, scales: tupl
     return made
 
 
-def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir.Value:
-    """The constant that several stored inputs are, such as a packed weight with its scales."""
+def unpacked_constant(values: FloatValues, node: ir.Node, operand: Packed) -> ir.Value | None:
+    """The constant that several stored inputs are, as a packed weight with its scales; None where none is given."""
     inputs = [given_input(node, index) for index in operand.inputs]
+    if all(value is None for value in inputs):
+        return None
     tensors = [stored(value) for value in inputs]
     if any(value is not None and tensor is None for value, tensor in zip(inputs, tensors, strict=True)):
         raise NoFloatForm(f"the weight of {node.name} is computed")
     weight, packed, scales = inputs[0], tensors[0], tensors[1]
     if weight is None or packed is None or scales is None:
         raise NoFloatForm(f"{node.op_type} {node.name} lacks its weight or its scales")
-    attributes = attribute_values(node)
+    attributes = operand.attributes_of(attribute_values(node))
 
     def contents() -> AnyArray:
         return operand.unpack(attributes, tuple(None if t is None else t.numpy() for t in tensors))

@@ -12,16 +12,17 @@ from snpc.passes.companions import transferred_edits
 from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
 from snpc.passes.weights import UnsupportedWeightForm, apply_edits
-from snpc.planning import SlicePlan, cuts_of
+from snpc.planning import SlicePlan, cuts_of, pruning_provenance, write_provenance
 
 
 @dataclass(frozen=True)
 class FittedPlan:
     """A plan and the full-size model that is sliced by it, whose weights were fitted to the plan or are the dense
-    model's."""
+    model's. ``calibration``: the data that they were fitted to, in words; "" without."""
 
     slices: SlicePlan
     source: TracedGraph
+    calibration: str = ""
 
     @property
     def analysis(self) -> Analysis:
@@ -36,8 +37,8 @@ class FittedPlan:
             for group_id, match in companion.matches.items()
             if group_id in self.slices.keep
         }
-        slices = SlicePlan(analysis, self.slices.criterion, self.slices.options, keep, "select")
-        return FittedPlan(slices, self.fitted_companion(companion))
+        slices = SlicePlan(analysis, self.slices.criterion, self.slices.options, keep, self.slices.method)
+        return FittedPlan(slices, self.fitted_companion(companion), self.calibration)
 
     def fitted_companion(self, companion: Companion) -> TracedGraph:
         traced = companion.analysis.traced_graph
@@ -55,3 +56,7 @@ class FittedPlan:
     def rewrite(self) -> tuple[RewrittenModel, ir.Model]:
         """See ``rewrite_as_stored``."""
         return rewrite_as_stored(self.analysis.model, self.source, cuts_of(self.slices))
+
+    def sign(self, graph: ir.Model) -> None:
+        """Say in ``graph``, which is the result, how it was made."""
+        write_provenance(graph, self.analysis.model, pruning_provenance(self.slices, self.calibration))

@@ -11,6 +11,7 @@ from snpc.passes.slicing import RewrittenModel
 from snpc.pipeline.companions.cut import FittedPlan
 from snpc.pipeline.companions.merge import write_merged
 from snpc.pipeline.verify import (
+    DecoderPair,
     check_cached_decoding,
     compare_with_reference,
     declared_interface,
@@ -48,11 +49,14 @@ def write_companion(fitted: FittedPlan, companion: Companion, written: Path, exe
         return write_merged_companion(own, path, execution)
     rewritten, graph = own.rewrite()
     finalize(graph, execution.observer)
+    own.sign(graph)
     save(graph, path, model.external)
     pruned = load(path)
     checks = (
         masked_check(companion.analysis, path, rewritten, execution),
-        *check_cached_decoding((fitted.analysis.model, model), (load(written), pruned), execution),
+        *check_cached_decoding(
+            DecoderPair(fitted.analysis.model, model), DecoderPair(load(written), pruned), execution
+        ),
     )
     return WrittenCompanion(path, model, pruned.inputs, f"{companion.name}: {', '.join(checks)}")
 
@@ -63,6 +67,7 @@ def write_merged_companion(fitted: FittedPlan, path: Path, execution: Execution)
     first.parent.mkdir()
     rewritten, graph = fitted.rewrite()
     finalize(graph, execution.observer)
+    fitted.sign(graph)
     save(graph, first, model.external)
     check = masked_check(fitted.analysis, first, rewritten, execution)
     (second, *_) = write_companions(fitted, first, execution)

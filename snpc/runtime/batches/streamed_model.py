@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from snpc.graph import Segment, ShapeFacts, extract_segment, infer_graph
+from snpc.graph import Segment, ShapeFacts, extract_segment, infer_graph, split_into_segments
 from snpc.passes.canonicalization import InlineFunctions
 from snpc.runtime.batches.partition import Span, partition, weights_of
 from snpc.runtime.execution import (
@@ -39,6 +39,7 @@ from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Feeds
 
 SEGMENT_SHARE = 3  # one part in so many of the memory is for the weights of a segment
+KNOWN_SHARE = 2  # the same for a segment of an earlier run, which had more memory
 BORDER_SHARE = 8  # the same for values at borders
 
 
@@ -54,10 +55,21 @@ def border_store(execution: Execution) -> SpillableStore:
 
 
 def stream_segments(
-    model: ir.Model, facts: ShapeFacts, execution: Execution, together: Iterable[Span] = ()
+    model: ir.Model,
+    facts: ShapeFacts,
+    execution: Execution,
+    together: Iterable[Span] = (),
+    known: Sequence[int] = (),
 ) -> list[Segment]:
-    """The segments in which ``model`` is streamed; see ``partition``."""
-    return partition(model, facts, weight_budget(execution.memory_limit) // SEGMENT_SHARE, together)
+    """The segments in which ``model`` is streamed; see ``partition``. ``known``: the ends of those of an earlier run,
+    whose results are lost with other segments: they stay while there is memory for them, and what lies behind them is
+    one more."""
+    budget, nodes = weight_budget(execution.memory_limit), list(model.graph)
+    segments = split_into_segments(model, known)
+    weights = (weights_of(nodes[segment.first : segment.last]) for segment in segments[: len(known)])
+    if known and all(session_bytes(tensors) <= budget // KNOWN_SHARE for tensors in weights):
+        return segments
+    return partition(model, facts, budget // SEGMENT_SHARE, together)
 
 
 def too_large_to_stream(model: ir.Model, facts: ShapeFacts, execution: Execution) -> str:

@@ -32,6 +32,7 @@ from snpc.runtime.closed_form.fit import (
     closed_form_edits,
     fit_parallel,
     in_rotated_order,
+    missing_statistics,
     solve_closed_forms,
 )
 from snpc.runtime.closed_form.layerwise import fit_layerwise
@@ -61,6 +62,7 @@ __all__ = [
     "fit_normalizations",
     "fit_parallel",
     "in_rotated_order",
+    "missing_statistics",
     "register_algebra",
     "residual_error_values",
     "residual_sums",

@@ -7,7 +7,7 @@ are symmetric and pseudo-inverted, so moments without full rank are allowed. ``e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -276,7 +276,9 @@ def refit_rows(moment: FloatArray, weight: FloatArray, keep: IntArray, ridge: fl
 
 def solve_ridge(moment: FloatArray, cross: FloatArray, ridge: float) -> FloatArray:
     """[kept, D]: ridge least squares from the second moment and the cross moment with the targets."""
-    return solve_symmetric(add_ridge(moment, ridge), cross)
+    with suppress(np.linalg.LinAlgError):
+        return current_algebra().solve_positive_definite(add_ridge(moment, ridge), cross, overwrite=True)
+    return np.linalg.solve(add_ridge(moment, ridge), cross).astype(np.float64)
 
 
 def solve_symmetric(matrix: FloatArray, right: FloatArray) -> FloatArray:

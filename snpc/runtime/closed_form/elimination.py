@@ -1,13 +1,13 @@
 """The order in which units are removed: structured optimal brain surgeon (OBS), and greedy selection by score loss.
 
 OBS removes, again and again, the unit whose removal costs least after all others are refitted (ZipLM,
-arXiv 2302.04089). One pass gives the order of the units, and one factorization in this order (``factorization.py``) the
-loss and the refitted weights of every width.
+arXiv 2302.04089). One pass gives the order of the units and the loss of every width, and one factorization in this
+order (``factorization.py``) the refitted weights of every width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -20,14 +20,14 @@ from snpc.runtime.closed_form.factorization import OrderedFactor, factorize
 from snpc.types import FloatArray, IntArray
 
 Entries = TypeVar("Entries", FloatArray, IntArray)
+Solution = TypeVar("Solution")
 
 ELIMINATION_STEPS = 48  # times that the costs of all remaining units are computed
 LARGE_STEPS = 24  # the same in large systems
 LARGE_ROWS = 1024  # rows from which on a system is large
 UPDATES_PER_STEP = 8  # in large systems: times that the costs of the cheapest units are updated within a step
-SINGLE_PRECISION_RIDGE = 1e-3  # share of the mean diagonal from which on the order of a large system is in float32
+SINGLE_PRECISION_RIDGE = 1e-3  # share of the mean diagonal from which on a large system is solved in float32
 BLOCK_ROWS = 256  # rows from which on matrix products pay
-DOUBLE: np.dtype[Any] = np.dtype(np.float64)
 MAX_RIDGE = 10.0  # share of the mean diagonal above which no larger ridge is tried
 
 
@@ -35,7 +35,7 @@ MAX_RIDGE = 10.0  # share of the mean diagonal above which no larger ridge is tr
 class EliminationOrder:
     """``order``: units in the order of their removal. ``loss`` [units + 1]: squared output error by units kept.
 
-    ``factors``: one per system, in the reverse order; none where units are not refitted.
+    ``factors``: one per system, in the reverse order; none where no refits are asked for.
     """
 
     order: IntArray
@@ -81,47 +81,67 @@ def eliminate(systems: Sequence[LeastSquaresSystem], size: int, steps: int | Non
     Removing unit i costs tr(w_i' ((H^-1)_ii)^-1 w_i), summed over the systems; w and H^-1 are updated after every
     removal. The costs of all units are computed ``steps`` times, in between those of the cheapest are updated exactly;
     in large systems after every few units, so that units that stand for each other do not go together unseen.
-    ``loss`` is the error on the moments themselves, without the ridge. Where rounding leaves a moment with its ridge
-    not positive definite, a ten times larger ridge is tried; above ``MAX_RIDGE``, LinAlgError is raised.
+    ``loss`` is the error on the moments themselves, without the ridge, which is as large as it has to be
+    (``with_enough_ridge``).
     """
-    large = max(len(system.moment) for system in systems) >= LARGE_ROWS
-    steps = steps or (LARGE_STEPS if large else ELIMINATION_STEPS)
-    if large and all(system.ridge >= SINGLE_PRECISION_RIDGE for system in systems):
+    steps = steps or (LARGE_STEPS if is_large(systems) else ELIMINATION_STEPS)
+    return with_enough_ridge(systems, lambda systems, dtype: run_elimination(systems, size, steps, dtype))
+
+
+def with_factors(order: EliminationOrder, systems: Sequence[LeastSquaresSystem]) -> EliminationOrder:
+    """The same with a factor per system, which gives the refitted weights of every width."""
+    columns = order.order[::-1]
+    factors = with_enough_ridge(
+        systems, lambda systems, dtype: tuple(factorize_in_order(system, columns, dtype) for system in systems)
+    )
+    return replace(order, factors=factors)
+
+
+def with_enough_ridge(
+    systems: Sequence[LeastSquaresSystem], solve: Callable[[Sequence[LeastSquaresSystem], np.dtype[Any]], Solution]
+) -> Solution:
+    """What ``solve`` finds in single precision where that is enough for large systems, else in double precision. Where
+    rounding leaves a moment with its ridge not positive definite, a ten times larger ridge is tried; above
+    ``MAX_RIDGE``, LinAlgError is raised."""
+    if is_large(systems) and all(system.ridge >= SINGLE_PRECISION_RIDGE for system in systems):
         with suppress(np.linalg.LinAlgError):
-            return run_elimination(systems, size, steps, np.dtype(np.float32))
+            return solve(systems, np.dtype(np.float32))
     try:
-        return run_elimination(systems, size, steps)
+        return solve(systems, np.dtype(np.float64))
     except np.linalg.LinAlgError:
         if max(system.ridge for system in systems) > MAX_RIDGE:
             raise
-        larger = [replace(system, ridge=10 * max(system.ridge, DEFAULT_RIDGE)) for system in systems]
-        return eliminate(larger, size, steps)
+    larger = [replace(system, ridge=10 * max(system.ridge, DEFAULT_RIDGE)) for system in systems]
+    return with_enough_ridge(larger, solve)
+
+
+def is_large(systems: Sequence[LeastSquaresSystem]) -> bool:
+    """Is one of the systems so large that its order is found in fewer, coarser steps?"""
+    return max(len(system.moment) for system in systems) >= LARGE_ROWS
 
 
 def run_elimination(
-    systems: Sequence[LeastSquaresSystem], size: int, steps: int, dtype: np.dtype[Any] = DOUBLE
+    systems: Sequence[LeastSquaresSystem], size: int, steps: int, dtype: np.dtype[Any]
 ) -> EliminationOrder:
     """``eliminate`` with the ridges as they are. Raises LinAlgError where a moment is not positive definite."""
     states = [ObsState(system, size, dtype) for system in systems]
-    large = max(len(system.moment) for system in systems) >= LARGE_ROWS
+    large = is_large(systems)
     kept = np.arange(size)
     widths, ridge_losses = [size], [0.0]
     order: list[int] = []
+    losses = [np.zeros(1)]
     for width in elimination_widths(size, steps):
         count = len(kept) - width
         removed = cheapest_units(states, len(kept), count, -(-count // UPDATES_PER_STEP) if large else 1)
         order += kept[removed].tolist()
-        for state in states:
-            state.remove(removed)
+        losses.append(np.sum([state.remove(removed) for state in states], axis=0))
         kept = compact_rows(kept, removed)
         widths.append(width)
         ridge_losses.append(sum(state.ridge_loss for state in states))
-    del states, state  # a factorization takes as much again
-    factors = tuple(factorize_in_order(system, np.array(order[::-1], np.int64), dtype) for system in systems)
-    loss = np.sum([factor.losses[:: len(factor.columns) // size] for factor in factors], axis=0)
+    loss = np.cumsum(np.concatenate(losses))[::-1]
     loss = np.maximum(loss - np.interp(np.arange(size + 1), widths[::-1], ridge_losses[::-1]), 0.0)
     loss[size] = 0.0
-    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1], factors)
+    return EliminationOrder(np.array(order, np.int64), np.maximum.accumulate(loss[::-1])[::-1])
 
 
 def factorize_in_order(system: LeastSquaresSystem, units: IntArray, dtype: np.dtype[Any]) -> OrderedFactor:
@@ -135,10 +155,10 @@ class ObsState:
     """One system during an elimination: the inverse Hessian of the remaining rows, their refitted weights ``current``,
     and their weights before, ``weight``."""
 
-    def __init__(self, system: LeastSquaresSystem, size: int, dtype: np.dtype[Any] = DOUBLE) -> None:
+    def __init__(self, system: LeastSquaresSystem, size: int, dtype: np.dtype[Any]) -> None:
         self.columns = len(system.moment) // size
         self.ridge = absolute_ridge(system.moment, system.ridge)
-        self.inverse = InverseHessian(current_algebra().invert_positive_definite(system.hessian(dtype)))
+        self.inverse = InverseHessian(current_algebra().invert_positive_definite(system.hessian(dtype), overwrite=True))
         self.current: FloatArray = system.weight.astype(dtype)
         self.weight = self.current.copy()
         self.removed_norm = 0.0
@@ -154,20 +174,24 @@ class ObsState:
         rows = unit_columns(units, self.columns)
         return ObsSubset(self.inverse.submatrix(rows), self.current[rows] @ self.current[rows].T, self.columns)
 
-    def remove(self, units: IntArray) -> None:
-        """Remove these units (positions among the remaining ones) and refit the others."""
+    def remove(self, units: IntArray) -> FloatArray:
+        """Remove these units (positions among the remaining ones) and refit the others. Returns [units]: the squared
+        error that each adds to that of those before it, the ridge's share included."""
         removed = unit_columns(units, self.columns)
         self.removed_norm += float(np.sum(self.weight[removed] ** 2))
         lost = self.current[removed]
         self.current, self.weight = compact_rows(self.current, removed), compact_rows(self.weight, removed)
         factor, half = self.inverse.remove(removed)
-        self.current -= factor @ (half @ lost)
+        change = half @ lost
+        for rows in row_blocks(len(self.current)):  # the whole product would be as large as the weight
+            self.current[rows] -= factor[rows] @ change
+        return np.asarray(np.sum(change.astype(np.float64).reshape(len(units), -1) ** 2, axis=1))
 
     @property
     def ridge_loss(self) -> float:
         """The part of the loss that is due to the ridge."""
-        change = self.weight - self.current
-        return self.ridge * (self.removed_norm + float(np.vdot(change, change)))
+        changes = (self.weight[rows] - self.current[rows] for rows in row_blocks(len(self.current)))
+        return self.ridge * (self.removed_norm + sum(float(np.vdot(change, change)) for change in changes))
 
 
 class InverseHessian:
@@ -201,11 +225,15 @@ class InverseHessian:
         if self.update.shape[1] >= BLOCK_ROWS:
             algebra = current_algebra()
             # on the CPU in blocks that stay in its cache
-            step = BLOCK_ROWS if algebra is NUMPY_ALGEBRA else max(len(self.base), 1)
-            for start in range(0, len(self.base), step):
-                self.base[start : start + step] -= algebra.product(self.update[start : start + step], self.update.T)
+            for rows in row_blocks(len(self.base)) if algebra is NUMPY_ALGEBRA else [slice(None)]:
+                self.base[rows] -= algebra.product(self.update[rows], self.update.T)
             self.update = self.update[:, :0]
         return factor, half
+
+
+def row_blocks(length: int) -> Iterator[slice]:
+    """Slices of ``BLOCK_ROWS`` rows each."""
+    return (slice(start, start + BLOCK_ROWS) for start in range(0, length, BLOCK_ROWS))
 
 
 def compact_rows(array: Entries, removed: IntArray) -> Entries:

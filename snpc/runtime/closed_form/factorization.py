@@ -48,6 +48,6 @@ def factorize(hessian: FloatArray, weight: FloatArray, columns: IntArray) -> Ord
 
     Raises LinAlgError where the Hessian is not positive definite.
     """
-    factor = current_algebra().cholesky(hessian[np.ix_(columns, columns)])
+    factor = current_algebra().cholesky(hessian[np.ix_(columns, columns)], overwrite=True)
     projected = current_algebra().product(factor.T, weight[columns])
     return OrderedFactor(columns, factor, projected)

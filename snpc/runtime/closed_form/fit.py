@@ -39,6 +39,7 @@ from snpc.runtime.closed_form.elimination import (
     LeastSquaresSystem,
     eliminate,
     eliminate_by_score_loss,
+    with_factors,
 )
 from snpc.runtime.closed_form.normalizations_inside import before_gain, fit_normalizations_inside, score_systems
 from snpc.runtime.closed_form.ridge import choose_refit_ridge, refit_regression
@@ -124,12 +125,7 @@ def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: 
     check_statistics_match(statistics, analysis)
     kinds = closed_form_kinds(analysis.weights, groups)
     for group in groups:
-        sums = statistics.sums.get(group.id, {})
-        missing = [
-            str(key)
-            for key in required_statistics(analysis.weights[group.id])
-            if str(key) not in sums or not has_expected_shape(group, key, sums[str(key)])
-        ]
+        missing = missing_statistics(analysis, statistics, group)
         if missing:
             raise UserError(
                 f"the statistics of {statistics.model} hold nothing of {group.id} ({', '.join(missing)}): measure "
@@ -137,6 +133,16 @@ def moments_from_statistics(analysis: Analysis, statistics: Statistics, groups: 
             )
     moments, skipped = LazyMoments(kinds, statistics.sums, statistics.odd), refusal_reasons(analysis.weights, groups)
     return MomentSet(kinds, moments, skipped, statistics.samples, statistics.describe_sources())
+
+
+def missing_statistics(analysis: Analysis, statistics: Statistics, group: Group) -> list[str]:
+    """What the group's closed form takes and was not measured of it, or not in its shape."""
+    sums = statistics.sums.get(group.id, {})
+    return [
+        str(key)
+        for key in required_statistics(analysis.weights[group.id])
+        if str(key) not in sums or not has_expected_shape(group, key, sums[str(key)])
+    ]
 
 
 def has_expected_shape(group: Group, key: StatisticKey, sums: FloatArray) -> bool:
@@ -173,10 +179,7 @@ def solve_closed_forms(
                 weights = analysis.weights[group.id]
                 bases[group.id] = low_rank_bases(analysis.traced_graph, weights, moment_set.moments[group.id])
             else:
-                orders[group.id] = tuple(
-                    store_factors(order, store)
-                    for order in elimination_orders(analysis, group, moment_set.moments[group.id])
-                )
+                orders[group.id] = elimination_orders(analysis, group, moment_set.moments[group.id], store)
     release_moments(moment_set.moments)
     return ClosedForms(
         analysis,
@@ -190,8 +193,10 @@ def solve_closed_forms(
     )
 
 
-def elimination_orders(analysis: Analysis, group: Group, moments: GroupMoments) -> tuple[EliminationOrder, ...]:
-    """One per block."""
+def elimination_orders(
+    analysis: Analysis, group: Group, moments: GroupMoments, store: SpillableStore | None
+) -> tuple[EliminationOrder, ...]:
+    """One per block. Those of consumers that are refitted have factors in ``store``, where there is one."""
     if analysis.weights[group.id].kind == "score_selection":
         (losses,) = moments.score_losses
         return tuple(eliminate_by_score_loss(of_block) for of_block in losses)
@@ -199,12 +204,12 @@ def elimination_orders(analysis: Analysis, group: Group, moments: GroupMoments) 
         return tuple(
             eliminate(score_systems(analysis, group, moments, block), group.size) for block in range(group.blocks)
         )
-    return (eliminate(least_squares_systems(analysis, group, moments), group.size),)
-
-
-def store_factors(order: EliminationOrder, store: SpillableStore | None) -> EliminationOrder:
-    """The same with its factors in ``store``; without them where there is none."""
-    return replace(order, factors=() if store is None else tuple(f.stored(store.keep) for f in order.factors))
+    systems = least_squares_systems(analysis, group, moments)
+    order = eliminate(systems, group.size)
+    if store is not None:
+        order = with_factors(order, systems)
+        order = replace(order, factors=tuple(factor.stored(store.keep) for factor in order.factors))
+    return (order,)
 
 
 def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoments) -> list[LeastSquaresSystem]:
@@ -218,8 +223,11 @@ def least_squares_systems(analysis: Analysis, group: Group, moments: GroupMoment
         )
         for consumer, inputs in zip(analysis.weights[group.id].consumers, moments.consumers[0], strict=True)
     ]
+    normalizations = analysis.weights[group.id].normalizations
+    if not normalizations:
+        return systems
     energy = sum(float(np.sum(system.weight * (system.moment @ system.weight))) for system in systems)
-    for norm, outputs in zip(analysis.weights[group.id].normalizations, moments.normalized, strict=True):
+    for norm, outputs in zip(normalizations, moments.normalized, strict=True):
         variances = statistic_variances(before_gain(analysis, norm, outputs), norm.positions)
         systems.append(LeastSquaresSystem(np.diag(variances), np.full((group.size, 1), np.sqrt(energy))))
     return systems
@@ -356,7 +364,9 @@ def refit_kept_rows(moments: ConsumerMoments, weight: FloatArray, columns: IntAr
         return refit_rows(moments.moment, weight, columns, relative_ridge(len(moments.moment), moments.count))
     choice = choose_refit_ridge(moments.moment, odd, weight, columns)
     del odd
-    return weight[columns] + refit_regression(moments.moment, weight, columns).solve(choice.ridge)
+    fitted = refit_regression(moments.moment, weight, columns).solve(choice.ridge, overwrite=True)
+    fitted += weight[columns]
+    return fitted
 
 
 def compensate_means(

@@ -48,14 +48,15 @@ class Regression:
     def __sub__(self, other: Regression) -> Regression:
         return Regression(self.moment - other.moment, self.cross - other.cross)
 
-    def solve(self, ridge: float) -> FloatArray:
+    def solve(self, ridge: float, overwrite: bool = False) -> FloatArray:
         """[k, D]: ridge least squares; ``ridge`` is a share of the mean diagonal, nil coefficients are for infinity.
-        Raises LinAlgError where the moment with its ridge is not positive definite."""
+        With ``overwrite`` the moment is destroyed, which saves a copy. Raises LinAlgError where the moment with its
+        ridge is not positive definite."""
         if math.isinf(ridge) or not len(self.moment):
             return np.zeros(self.cross.shape)
-        matrix = self.moment.copy()
+        matrix = self.moment if overwrite else self.moment.copy()
         matrix.flat[:: len(matrix) + 1] += ridge * self.mean_diagonal + 1e-12
-        return current_algebra().solve_positive_definite(matrix, self.cross)
+        return current_algebra().solve_positive_definite(matrix, self.cross, overwrite=True)
 
     def for_search(self) -> Regression:
         """What a search of the ridge needs of it: half of the memory, and few targets (``combine_targets``)."""
@@ -94,7 +95,8 @@ def refit_regression(moment: FloatArray, weight: FloatArray, keep: IntArray) -> 
     ``moment`` [n, n]: the second moment of the centered columns. ``weight`` [n, D]. ``keep``: indices of kept columns.
     """
     removed = np.setdiff1d(np.arange(len(moment)), keep)
-    return Regression(moment[np.ix_(keep, keep)], moment[np.ix_(keep, removed)] @ weight[removed])
+    cross = moment[np.ix_(keep, removed)] @ weight[removed]  # first: its columns are another large copy
+    return Regression(moment[np.ix_(keep, keep)], cross)
 
 
 def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, keep: IntArray) -> RidgeChoice:
@@ -104,9 +106,11 @@ def choose_refit_ridge(moment: FloatArray, odd: FloatArray, weight: FloatArray, 
     the same for all rows and all layers, and the outputs of the model feel it more than they feel noise.
     """
     targets = combine_targets(weight)
-    whole, half = (refit_regression(part, targets, keep) for part in (moment, odd))
-    halves = (whole - half).for_search(), half.for_search()
-    del whole, half  # as large as all else together
+    half, rest = refit_regression(odd, targets, keep), refit_regression(moment, targets, keep)
+    for of_rest, of_half in ((rest.moment, half.moment), (rest.cross, half.cross)):
+        of_rest -= of_half  # in place: each is as large as all else together
+    halves = rest.for_search(), half.for_search()
+    del half, rest
     choice = choose_ridge(halves)
     return replace(choice, ridge=choice.ridge * REFIT_SHARE)
 

@@ -46,6 +46,7 @@ from snpc.runtime.statistics.rows import SampledRows, choose_strides, seen_share
 from snpc.runtime.statistics.streamed_measure import StreamedMeasurement
 from snpc.types import AnyArray, FloatArray, Group
 
+SEGMENTS_ENTRY = "segments"  # where the segments end that a model was cut into
 SUM_BYTES = 256 << 20  # of each half's sums that stay in memory after the pass
 STATISTICS_FORMAT = 5  # 1 held whole squares, 2 other names for closed forms, 3 no parts of data, 4 no halves
 StatisticSums = Mapping[str, Mapping[str, FloatArray]]
@@ -189,16 +190,19 @@ def measure_statistics(
     if stored is not None and (dense is None or execution.executor is not None or restored(dense, stage, calibration)):
         return statistics_from(stored.record, stored.arrays)
     statistics = run_measurement(analysis, calibration, groups, method, criterion, execution, dense, stage)
-    if not is_streamed(analysis, execution):  # else each segment is stored, and a second copy would be large
+    if not is_streamed(analysis, execution, stage):  # else each segment is stored, and a second copy would be large
         if dense is not None and dense.batches:
             dense.keep_in(stage)
         stage.put("all", statistics_header(statistics), statistics_arrays(statistics))
     return statistics
 
 
-def is_streamed(analysis: Analysis, execution: Execution) -> bool:
-    """Whether statistics are measured segment after segment. Workers run whole models."""
-    return execution.executor is None and must_stream(analysis.traced_graph.model, execution)
+def is_streamed(analysis: Analysis, execution: Execution, stage: StoredStage = NOT_STORED) -> bool:
+    """Whether statistics are measured segment after segment: where memory is short, and where it was for an earlier run
+    that left its segments in ``stage``. Workers run whole models."""
+    if execution.executor is not None:
+        return False
+    return must_stream(analysis.traced_graph.model, execution) or stage.get(SEGMENTS_ENTRY) is not None
 
 
 def restored(dense: DenseValues, stage: StoredStage, calibration: Calibration) -> bool:
@@ -227,13 +231,16 @@ def run_measurement(
         analysis.traced_graph, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests)
     ).row_masks
     requests = choose_strides(analysis, calibration, requests, masked)
-    streamed = is_streamed(analysis, execution)
+    streamed = is_streamed(analysis, execution, stage)
     budget = memory_budget(execution.memory_limit)
     totals = StatisticAccumulator(
         frozenset(kinds), judge, SpillableStore(min(SUM_BYTES, budget // 4) if streamed else budget // 2)
     )
     if streamed:
-        measurement = StreamedMeasurement(analysis, calibration, requests, kinds, dense, execution)
+        entry = stage.get(SEGMENTS_ENTRY)
+        known = entry.record if entry is not None else ()
+        measurement = StreamedMeasurement(analysis, calibration, requests, kinds, dense, execution, known)
+        stage.put(SEGMENTS_ENTRY, [part.segment.last for part in measurement.segments])
         measure_segments(measurement, totals, stage)
     else:
         passes = list(split_by_memory(analysis, calibration, requests, budget // 2))
@@ -441,11 +448,11 @@ class StatisticAccumulator:
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
+def save_statistics(statistics: Statistics, path: Path | str) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
     sums that the header names by half ("both" or "odd"), group and statistic."""
     header = np.array(json.dumps(statistics_header(statistics)))
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez(file, header=header, **statistics_arrays(statistics))  # type: ignore[arg-type]
 
 
@@ -501,14 +508,14 @@ def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -
     )
 
 
-def load_statistics(path: Path, *more: Path) -> Statistics:
+def load_statistics(path: Path | str, *more: Path | str) -> Statistics:
     """Read a file that ``save_statistics`` wrote; of several files, the sum.
 
     Raises UserError where a file holds no statistics, or where they do not add up.
     """
-    statistics = read_statistics(path)
+    statistics = read_statistics(Path(path))
     for other in more:
-        statistics = statistics + read_statistics(other)
+        statistics = statistics + read_statistics(Path(other))
     return statistics
 
 

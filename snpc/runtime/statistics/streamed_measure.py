@@ -79,13 +79,15 @@ def plan_segments(
     together: Collection[str],
     dense: Sequence[str],
     execution: Execution,
+    known: Sequence[int] = (),
 ) -> tuple[MeasuredSegment, ...]:
     """The segments up to the last in which something is measured. ``together``: groups whose statistics are observed at
-    once, also where they are in several segments. ``dense``: values that are kept."""
+    once, also where they are in several segments. ``dense``: values that are kept. ``known``: see
+    ``stream_segments``."""
     source, positions = analysis.traced_graph, GraphPositions(analysis)
     limit = memory_budget(execution.memory_limit) // 2
     spans = {request.output: positions.span(request) for request in requests}
-    segments = stream_segments(source.model, source.facts, execution, spans.values())
+    segments = stream_segments(source.model, source.facts, execution, spans.values(), known)
     masks = padding_of(analysis, requests).sources
     own = [[r for r in requests if s.first <= spans[r.output][0] < s.last] for s in segments]
     last = {r.group.id: number for number, measured in enumerate(own) for r in measured}
@@ -106,7 +108,8 @@ def plan_segments(
 
 class StreamedMeasurement:
     """A pass over ``calibration``, segment after segment. ``states``: what each batch carries. ``dense`` takes the
-    values that it names. ``closed``: groups whose statistics are sums, observed as they come."""
+    values that it names. ``closed``: groups whose statistics are sums, observed as they come. ``known``: the ends of
+    segments that an earlier run has measured, or some of them."""
 
     def __init__(
         self,
@@ -116,11 +119,12 @@ class StreamedMeasurement:
         closed: Collection[str],
         dense: DenseValues | None,
         execution: Execution,
+        known: Sequence[int] = (),
     ) -> None:
         self.analysis, self.calibration, self.dense, self.execution = analysis, calibration, dense, execution
         self.together = frozenset(r.group.id for r in requests) - frozenset(closed)
         names = dense.names if dense is not None else ()
-        self.segments = plan_segments(analysis, calibration, requests, self.together, names, execution)
+        self.segments = plan_segments(analysis, calibration, requests, self.together, names, execution, known)
         self.padding = padding_of(analysis, requests)
         self.store = border_store(execution)
         self.states: list[dict[str, AnyArray]] = []

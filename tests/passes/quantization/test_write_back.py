@@ -20,6 +20,7 @@ import snpc
 from snpc.ops import Layout, QuantizedArray, write_stored
 from snpc.passes.analyze import Analysis
 from snpc.planning import cuts_of
+from tests.models.experts import fused_model, quantized_experts
 from tests.models.exports import export, load_feeds
 from tests.models.quantized import FORMS, statically
 from tests.oracle import run
@@ -87,6 +88,53 @@ def test_whole_blocks_are_cut_bit_for_bit(form: str, files: Mapping[str, Path], 
     assert result.verification.requantization.requantized == 0
     assert error < 1e-6
     assert result.after.bytes < result.before.bytes
+
+
+EXPERTS = {"rows": ("swiglu", 4, 0, False), "blocks": ("silu", 4, 16, True), "two_bits": ("relu", 2, 0, True)}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_cut_as_their_float_model(name: str, tmp_path: Path) -> None:
+    """Hidden units, in blocks whole blocks, and whole experts: codes are the file's, the result that of the float model
+    that is cut alike."""
+    activation, bits, block, zero_points = EXPERTS[name]
+    model = quantized_experts(fused_model(activation, width=32, hidden=64), bits, block, zero_points)
+    onnx.save(model, tmp_path / "q.onnx")
+    analysis = snpc.analyze(snpc.load(tmp_path / "q.onnx"))
+    as_float = snpc.analyze(snpc.dequantize(tmp_path / "q.onnx", tmp_path / "float.onnx"))
+    feeds = {"x": np.random.default_rng(1).normal(size=(9, 8)).astype(np.float32)}
+    assert relative(run(tmp_path / "q.onnx", feeds)[0], run(tmp_path / "float.onnx", feeds)[0]) < 1e-6
+    (hidden,) = (g for g in analysis.groups if g.size == 64)
+    (experts,) = (g for g in analysis.groups if g.role == "experts")
+    assert hidden.step == (block or 8 // bits)
+    kept = np.arange(64)[np.arange(64) // 16 != 1] if block else np.arange(0, 64, 2)
+    keep = {hidden.id: (tuple(map(int, kept)),), experts.id: ((0, 2, 3, 5),)}
+    results = []
+    for source, target in ((analysis, "cut.onnx"), (as_float, "float_cut.onnx")):
+        plan = snpc.plan(source, snpc.Budget(ratio=0.5, roles=("ffn", "experts")), **SELECT)
+        plan = replace(plan, slices=replace(plan.slices, keep=keep))
+        results.append(snpc.apply(plan, tmp_path / target))
+    record = results[0].verification.requantization
+    assert record is not None and (record.sliced, record.requantized) == (2, 0)
+    cut, expected, dense = (run(path, feeds)[0] for path in (*(r.path for r in results), tmp_path / "q.onnx"))
+    assert relative(cut, expected) < 1e-6
+    assert relative(cut, dense) > 1e-2
+    assert results[0].after.params == results[1].after.params
+    assert results[0].after.quantized_params < results[0].before.quantized_params
+
+
+def test_experts_that_may_be_laid_out_for_a_device_stay(tmp_path: Path) -> None:
+    """Files for CUDA in half precision hold other bytes in the same shapes, and need not say so."""
+    model = quantized_experts(fused_model("relu", width=32, hidden=64), 4)
+    (node,) = (n for n in model.graph.node if n.op_type == "QMoE")
+    for layout, found in ((None, True), (0, True), (1, False)):
+        if layout is not None:
+            node.attribute.append(onnx.helper.make_attribute("weights_prepacked", layout))
+        onnx.save(model, tmp_path / "q.onnx")
+        analysis = snpc.analyze(snpc.load(tmp_path / "q.onnx"))
+        assert any(g.role == "experts" and g.prunable for g in analysis.groups) == found
+        if layout is not None:
+            node.attribute.pop()
 
 
 # -- refitted weights ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -29,6 +30,7 @@ from snpc.runtime.closed_form.elimination import (
     LeastSquaresSystem,
     ObsState,
     cheapest_units,
+    with_factors,
 )
 from snpc.runtime.closed_form.elimination import eliminate as eliminate_all
 from snpc.runtime.statistics.moments import consumer_moments
@@ -278,6 +280,20 @@ def test_elimination_loss_is_that_of_the_kept_units(seed: int, size: int) -> Non
         assert abs(found.loss[kept] - loss) <= 0.01 * loss + 1e-5 * found.loss[0]
 
 
+def test_the_order_of_a_large_layer_takes_one_inverse_in_single_precision() -> None:
+    """Beside the moment and the weight: no second copy of the system, and nothing as large as another one."""
+    columns = elimination.LARGE_ROWS
+    x, weight = data(1, columns, 64), np.random.default_rng(1).normal(size=(columns, 8))
+    system = LeastSquaresSystem(x.T @ x, weight, 0.01)
+    eliminate(np.eye(2), weight[:2])  # imports what it takes
+    tracemalloc.start()
+    found = eliminate_all([system], columns)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted(found.order.tolist()) == list(range(columns))
+    assert peak < 1.8 * 4 * columns**2  # at this size the updates and the candidates count as much as the inverse
+
+
 @given(SEEDS, st.integers(3, 12), st.data())
 @PLAIN
 def test_a_unit_that_others_can_stand_in_for_goes_first(seed: int, size: int, draw: st.DataObject) -> None:
@@ -305,7 +321,7 @@ def test_one_factor_gives_the_refit_of_every_width(seed: int, size: int, columns
     found = [centre(data(seed + k, size * columns, rows=5 * size * columns)) for k in range(2)]
     systems = [LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3))) for x in found]
     widths = range(1, size + 1)
-    gone = eliminate_all(systems, size, steps)
+    gone = with_factors(eliminate_all(systems, size, steps), systems)
     for width in widths:
         keep = np.sort(gone.order[size - width :])
         noted = gone.refit_for(keep)
@@ -325,7 +341,7 @@ def test_one_factor_gives_the_loss_of_every_width(seed: int, size: int, columns:
     rng = np.random.default_rng(seed)
     x = centre(data(seed, size * columns, rows=5 * size * columns))
     system = LeastSquaresSystem(x.T @ x, rng.normal(size=(size * columns, 3)))
-    (factor,) = eliminate_all([system], size).factors
+    (factor,) = with_factors(eliminate_all([system], size), [system]).factors
     ridge = DEFAULT_RIDGE * np.trace(system.moment) / len(system.moment) + 1e-12
     for count in range(0, size * columns + 1, columns):
         keep = np.sort(factor.columns[:count])
@@ -340,9 +356,9 @@ def test_large_systems_take_batches_in_single_precision(monkeypatch: pytest.Monk
     """Nearly the order of the exact elimination, and weights that are good to single precision."""
     x, weight = data(3, 120, 60, rows=400), np.random.default_rng(3).normal(size=(120, 6))
     system = LeastSquaresSystem(x.T @ x, weight, 0.01)
-    exact = eliminate_all([system], 120)
+    exact = with_factors(eliminate_all([system], 120), [system])
     monkeypatch.setattr(elimination, "LARGE_ROWS", 100)
-    large = eliminate_all([system], 120)
+    large = with_factors(eliminate_all([system], 120), [system])
     assert large.factors[0].factor.dtype == np.float32 and exact.factors[0].factor.dtype == np.float64
     for width in (30, 60, 90, 110):
         assert large.loss[width] <= 1.2 * exact.loss[width] + 1e-6 * exact.loss[0]
@@ -381,7 +397,7 @@ def test_the_order_of_the_units_does_not_matter(seed: int, size: int, steps: int
 def test_units_that_go_together_go_as_if_one_by_one(count: int) -> None:
     """Within the cheapest 2 x count, the scores are exact after each."""
     x, weight = data(5, 8), np.random.default_rng(5).normal(size=(8, 3))
-    going = cheapest_units([ObsState(LeastSquaresSystem(x.T @ x, weight), 8)], 8, count)
+    going = cheapest_units([ObsState(LeastSquaresSystem(x.T @ x, weight), 8, np.dtype(np.float64))], 8, count)
     assert len(set(going)) == count
     first = {u: best_loss(ridged(x), weight, [k for k in range(8) if k != u]) for u in range(8)}
     pool = sorted(first, key=lambda u: first[u])[: 2 * count]

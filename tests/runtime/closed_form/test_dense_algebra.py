@@ -46,6 +46,11 @@ def test_positive_definite_systems(matrix: FloatArray, right: FloatArray) -> Non
     np.testing.assert_allclose(matrix @ inverse, np.eye(SIZE), atol=1e-10)
     assert np.array_equal(inverse, inverse.T)
     assert np.array_equal(matrix, before)
+    for operation in ("cholesky", "invert_positive_definite"):
+        solve = getattr(NUMPY_ALGEBRA, operation)
+        assert np.array_equal(solve(matrix.copy(), overwrite=True), solve(matrix))
+    overwritten = NUMPY_ALGEBRA.solve_positive_definite(matrix.copy(), right, overwrite=True)
+    assert np.array_equal(overwritten, NUMPY_ALGEBRA.solve_positive_definite(matrix, right))
     single = NUMPY_ALGEBRA.invert_positive_definite(matrix.astype(np.float32))
     assert single.dtype == np.float32
     np.testing.assert_allclose(single, inverse, atol=1e-2 * np.abs(inverse).max())

@@ -157,7 +157,27 @@ def test_a_run_that_was_killed_goes_on_behind_the_finished_segments(
         assert all(np.array_equal(a[key], b[key]) for key in b)
 
 
-def measured(work: Path | None) -> tuple[Statistics, list[dict[str, np.ndarray]], list[str]]:
+@pytest.mark.parametrize("share", [0.4, 0.7, 2])
+def test_a_resumed_run_with_more_or_less_memory_keeps_the_segments(
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free memory differs from run to run; also where the whole model would fit now."""
+    _, _, ran = measured(None)
+    with monkeypatch.context() as stopping, pytest.raises(Stopped):
+        stop_after_sums(stopping, 1)
+        measured(tmp_path)
+    _, _, run_again = measured(tmp_path, share)
+    assert run_again == ran[1:]
+
+
+def test_segments_that_are_too_large_now_are_cut_again(tmp_path: Path) -> None:
+    _, _, ran = measured(tmp_path)
+    _, _, run_again = measured(tmp_path, 0.1)
+    assert len(run_again) > len(ran)
+    assert measured(tmp_path, 0.1)[2] == []
+
+
+def measured(work: Path | None, share: float = 0.5) -> tuple[Statistics, list[dict[str, np.ndarray]], list[str]]:
     """The statistics, the values of the dense model, and the segments that ran."""
     name, progress = NAMES[1], RecordedProgress()
     analysis = analysis_of(name)
@@ -172,7 +192,7 @@ def measured(work: Path | None) -> tuple[Statistics, list[dict[str, np.ndarray]]
         ran.append(part.name)
         run(self, part, *arguments)
 
-    with pytest.MonkeyPatch.context() as patching, memory_for(name, 0.5):
+    with pytest.MonkeyPatch.context() as patching, memory_for(name, share):
         patching.setattr(StreamedMeasurement, "measure", noted)
         statistics = snpc.measure_statistics(analysis, data, groups, dense=dense, execution=execution)
     assert progress.complete("statistics")
