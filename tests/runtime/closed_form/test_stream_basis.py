@@ -23,7 +23,9 @@ KEPT = 4
 
 def random_reads(count: int = 3, size: int = 6) -> list[ReadMoments]:
     rng = np.random.default_rng(0)
-    rows = [rng.normal(size=(40, 3)) @ rng.normal(size=(3, size)) + 0.1 * rng.normal(size=(40, size)) for _ in range(count)]
+    rows = [
+        rng.normal(size=(40, 3)) @ rng.normal(size=(3, size)) + 0.1 * rng.normal(size=(40, size)) for _ in range(count)
+    ]
     weights = [rng.normal(size=(size, 4)) for _ in range(count)]
     return [ReadMoments(x.T @ x / len(x), w @ w.T) for x, w in zip(rows, weights, strict=True)]
 
