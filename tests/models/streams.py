@@ -94,7 +94,7 @@ def stream_weights() -> dict[str, npt.NDArray[np.float32]]:
     directions = 0.5 ** np.arange(WIDTH)[:, None] * np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
 
     def written(rows: int) -> npt.NDArray[np.float64]:
-        return 3.0 * rng.normal(size=(rows, WIDTH)) @ directions
+        return np.asarray(3.0 * rng.normal(size=(rows, WIDTH)) @ directions)
 
     arrays = {
         "table": written(VOCABULARY),

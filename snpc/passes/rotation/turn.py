@@ -45,7 +45,7 @@ def first_basis(stream: ResidualStream) -> FloatArray:
     mean = np.full(size, size**-0.5)
     mirror = mean.copy()
     mirror[-1] -= 1.0
-    return np.eye(size) - 2.0 * np.outer(mirror, mirror) / (mirror @ mirror)
+    return np.asarray(np.eye(size) - 2.0 * np.outer(mirror, mirror) / (mirror @ mirror))
 
 
 def reader_weight(source: TracedGraph, reader: StreamReader) -> FloatArray:
@@ -72,7 +72,7 @@ def edit_weights(source: TracedGraph, stream: ResidualStream, basis: FloatArray,
     tied = {reader.weight for reader in stream.readers if stream.is_tied(reader.weight)}
     for place in stream.writers:
         matrix = basis if place in tied else scale_of.get(place, np.ones(size))[:, None] * (centering @ basis)
-        edits.changes.setdefault(place.tensor, []).append(along(place.axis, lambda rows, m=matrix: rows @ m))
+        edits.changes.setdefault(place.tensor, []).append(product_along(place.axis, matrix))
     turned: set[ConstantAxis] = set()
     for reader in stream.readers:
         norm = stream.normalizations[reader.norm] if reader.norm >= 0 else None
@@ -83,9 +83,7 @@ def edit_weights(source: TracedGraph, stream: ResidualStream, basis: FloatArray,
         if reader.weight not in turned and reader.weight not in tied:
             turned.add(reader.weight)
             matrix = gain[:, None] * basis
-            edits.changes.setdefault(reader.weight.tensor, []).append(
-                along(reader.weight.axis, lambda rows, m=matrix: rows @ m)
-            )
+            edits.changes.setdefault(reader.weight.tensor, []).append(product_along(reader.weight.axis, matrix))
     for norm in stream.normalizations:
         if not norm.centered and norm.gain is not None:
             edits.changes.setdefault(norm.gain, []).append(np.ones_like)
@@ -93,9 +91,9 @@ def edit_weights(source: TracedGraph, stream: ResidualStream, basis: FloatArray,
             edits.changes.setdefault(norm.bias, []).append(np.zeros_like)
 
 
-def along(axis: int, change: Callable[[FloatArray], FloatArray]) -> Callable[[FloatArray], FloatArray]:
-    """``change`` of the last axis, for ``axis``."""
-    return lambda array: np.moveaxis(change(np.moveaxis(array, axis, -1)), -1, axis)
+def product_along(axis: int, matrix: FloatArray) -> Callable[[FloatArray], FloatArray]:
+    """The product of an array with ``matrix``, over ``axis`` of the array."""
+    return lambda array: np.moveaxis(np.moveaxis(array, axis, -1) @ matrix, -1, axis)
 
 
 class GraphTurn:

@@ -271,4 +271,4 @@ def removal_costs_of(read: ReadMoments, kept: IntArray) -> FloatArray:
     inverse = algebra.invert_positive_definite(with_ridge(read.moments[np.ix_(kept, kept)]))
     fitted = inverse @ read.moments[kept]
     energies = np.sum((fitted @ read.weights) * fitted, axis=1)
-    return np.maximum(energies, 0.0) / np.diag(inverse)
+    return np.asarray(np.maximum(energies, 0.0) / np.diag(inverse))
