@@ -41,7 +41,7 @@ from snpc.runtime.statistics import Instrument, find_padding, token_mask_runner
 from snpc.types import FloatArray, IntArray, StreamBasis
 
 RIDGE = 1e-6  # of the trace: sums over rows in float32 are no better
-ELIMINATION_STEPS = 24  # in which the order of channels is found
+CHANNEL_STEPS = 24  # in which the order of channels is found
 COMPARED_FROM = 0.5  # of the width: bases are compared over all widths from here on
 
 
@@ -259,7 +259,7 @@ def channel_order(reads: Sequence[ReadMoments]) -> IntArray:
     shares = [1.0 / read.energy for read in reads]
     while len(kept) > 1:
         costs = sum(s * removal_costs_of(read, kept) for s, read in zip(shares, reads, strict=True))
-        going = np.argsort(costs)[: max(1, min(len(kept) - 1, size // ELIMINATION_STEPS))]
+        going = np.argsort(costs)[: max(1, min(len(kept) - 1, size // CHANNEL_STEPS))]
         gone += kept[going].tolist()
         kept = np.delete(kept, going)
     return np.array([*kept.tolist(), *reversed(gone)])
