@@ -40,7 +40,7 @@ from snpc.planning import (
     token_reduction_in,
     without_removed_layers,
 )
-from snpc.runtime.batches import DenseValues
+from snpc.runtime.batches import DenseValues, check_runs_whole
 from snpc.runtime.calibration import Calibration, find_ids
 from snpc.runtime.closed_form import (
     ClosedForms,
@@ -255,6 +255,7 @@ def make_plan(
 ) -> PruningPlan:
     """``plan``, by a request."""
     budget = request.budget
+    check_memory(analysis, request, calibration, execution)
     if LAYER_ROLE not in budget.roles:
         return plan_widths(analysis, request, calibration, statistics, execution)
     check_layer_budget(analysis, budget, calibration)
@@ -493,6 +494,26 @@ def check_request(request: PlanRequest, calibration: Calibration | None) -> None
     if request.workload is not None and not request.budget.is_latency:
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
     check_effort(request, calibration)
+
+
+def check_memory(
+    analysis: Analysis, request: PlanRequest, calibration: Calibration | None, execution: Execution
+) -> None:
+    """Raise UserError where the request takes the whole model at once, and there is no memory for that."""
+    budget = request.budget
+    method = request.method or default_method(calibration, calibration is not None and request.criterion is None)
+    requests: list[tuple[str, str]] = []
+    if LAYER_ROLE in budget.roles:
+        requests.append(("--roles layer tries layers on", "leave the role out, so that widths are cut"))
+    if budget.is_latency:
+        requests.append(("--target latency times", "give --target macs=R"))
+    if execution.executor is not None and execution.memory_limit is not None:  # each worker has that much
+        requests.append(("each worker of --cluster runs", "leave --cluster out, so that it runs segment by segment"))
+    if "residual" in budget.roles and method != "select":
+        instead = "give --method select, or leave the role residual out"
+        requests.append(("refitting normalizations (--roles residual) runs", instead))
+    for subject, instead in requests:
+        check_runs_whole(analysis.traced_graph.model, execution, f"{analysis.name}: {subject}", instead)
 
 
 def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
