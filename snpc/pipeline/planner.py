@@ -144,7 +144,9 @@ class PruningPlan:
         """The data that weights are fitted to, in words."""
         if self.calibration is not None:
             return self.calibration.describe()
-        return self.closed_forms.source if self.closed_forms is not None else ""
+        if self.closed_forms is not None:
+            return self.closed_forms.source
+        return str(self.slices.data["text"]) if self.slices.data is not None else ""
 
     @cached_property
     def outlook(self) -> PlanOutlook | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from snpc.planning.plan import SlicePlan
@@ -34,7 +35,8 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
     analysis = plan.analysis
     return {
         "step": "prune",
-        "plan_sha256": hashlib.sha256(plan_to_json(plan).encode()).hexdigest(),
+        # without the record of the data, for which all samples would be read: a plan from a file has the same digest
+        "plan_sha256": hashlib.sha256(plan_to_json(replace(plan, data=None)).encode()).hexdigest(),
         "target": target_text(plan.options),
         "options": compact_json(plan.options),
         "method": plan.method,
