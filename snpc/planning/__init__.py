@@ -51,11 +51,12 @@ from snpc.planning.plan_file import (
     token_reduction_in,
     without_removed_layers,
 )
-from snpc.planning.provenance import pruning_provenance, read_provenance, write_provenance
+from snpc.planning.provenance import VOCABULARY_ENTRY, pruning_provenance, read_provenance, write_provenance
 
 __all__ = [
     "DEFAULT_ROLES",
     "SAFE_DRIFT",
+    "VOCABULARY_ENTRY",
     "AllocationPath",
     "Allocator",
     "Budget",

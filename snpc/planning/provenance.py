@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 KEY_PREFIX = "snpc."
+VOCABULARY_ENTRY = KEY_PREFIX + "vocabulary"  # the ids that a restricted model takes, which later steps keep
 PREVIOUS = "previous"  # the entry with the provenance of the source, where that has one
 
 
@@ -72,7 +73,8 @@ def write_provenance(graph: ir.Model, source: Model, entries: Mapping[str, str])
         **entries,
         **({PREVIOUS: compact_json(before)} if before else {}),
     }
-    others = {key: value for key, value in source.graph.metadata_props.items() if not key.startswith(KEY_PREFIX)}
+    stored = {**source.graph.metadata_props, **graph.metadata_props}
+    others = {key: value for key, value in stored.items() if not key.startswith(KEY_PREFIX) or key == VOCABULARY_ENTRY}
     graph.metadata_props.clear()
     graph.metadata_props.update({**others, **{KEY_PREFIX + key: value for key, value in complete.items() if value}})
     graph.producer_name, graph.producer_version = "snpc", __version__
@@ -80,7 +82,11 @@ def write_provenance(graph: ir.Model, source: Model, entries: Mapping[str, str])
 
 def read_provenance(graph: ir.Model) -> dict[str, str]:
     """What a file says of how snpc made it, without the prefix of its keys; empty where snpc did not."""
-    return {key[len(KEY_PREFIX) :]: value for key, value in graph.metadata_props.items() if key.startswith(KEY_PREFIX)}
+    return {
+        key[len(KEY_PREFIX) :]: value
+        for key, value in graph.metadata_props.items()
+        if key.startswith(KEY_PREFIX) and key != VOCABULARY_ENTRY
+    }
 
 
 def compact_json(value: object) -> str:

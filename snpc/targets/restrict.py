@@ -15,7 +15,7 @@ from snpc.graph import choose_dim_sizes
 from snpc.passes.canonicalization import finalize
 from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.slicing import find_logits, keep_last_row, rewrite_model, vocabulary_cuts
-from snpc.planning import write_provenance
+from snpc.planning import VOCABULARY_ENTRY, write_provenance
 from snpc.runtime.calibration import find_ids
 from snpc.runtime.evaluation import batch_differences, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, random_feeds
@@ -26,7 +26,6 @@ from snpc.types import AnyArray, IntArray, Model, Restriction
 if TYPE_CHECKING:
     from snpc.runtime.io import ModelSource
 
-METADATA = "snpc.vocabulary"
 ALONE_ADVICE = "leave out --vocabulary and --last-logits, or give one file without companions"
 LARGEST_DIFFERENCE = 1e-4  # of the logits that stay, relative to them: kernels of other sizes round apart
 
@@ -94,7 +93,7 @@ def restricted_graph(traced: TracedGraph, ids: str, logits: str, kept: IntArray 
         graph = traced.model.clone()
     else:
         graph = rewrite_model(traced, vocabulary_cuts(traced, ids, kept)).model
-        graph.metadata_props[METADATA] = json.dumps(kept.tolist(), separators=(",", ":"))
+        graph.metadata_props[VOCABULARY_ENTRY] = json.dumps(kept.tolist(), separators=(",", ":"))
     if last_logits:
         keep_last_row(graph, logits)
     return graph

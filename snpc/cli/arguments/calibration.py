@@ -130,6 +130,7 @@ class CalibrationArguments(ArgumentGroup):
         self, source: str, inputs: Sequence[TensorSpec], text: snpc.TextOptions, held_out: int
     ) -> Calibration:
         """``source`` for a model with these inputs."""
+        images = self.images.load()
         if self.images.is_given() and not Path(source).is_dir():
             raise UserError(
                 f"{source}: --image-size, -mean, -std and -layout are for a folder of images; leave them out"
@@ -139,7 +140,7 @@ class CalibrationArguments(ArgumentGroup):
             inputs,
             samples=self.calib_samples,
             batch=self.calib_batch,
-            images=self.images.load(),
+            images=images,
             seed=self.seed,
             held_out=held_out,
             text=text,
