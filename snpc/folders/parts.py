@@ -89,9 +89,12 @@ class ModelParts:
         self, encoder_path: Path, path: Path, data: Calibration | None, prune_part: PrunePart, execution: Execution
     ) -> PrunedParts:
         """Write both parts. Raises CheckFailed where they do not decode together."""
-        encoder = prune_part(self.encoder, encoder_path, self.reads.encoder_data(data) if data is not None else None)
+        with naming_part(self.encoder):
+            own = self.reads.encoder_data(data) if data is not None else None
+            encoder = prune_part(self.encoder, encoder_path, own)
         decoder_data = self.decoder_data(data, encoder.path, execution) if data is not None else None
-        decoder = prune_part(self.decoder, path, decoder_data)
+        with naming_part(self.decoder):
+            decoder = prune_part(self.decoder, path, decoder_data)
         checks = self.checks(encoder, decoder, data, execution)
         quality = self.quality(decoder, data, decoder_data, execution)
         return PrunedParts(encoder, decoder, WholeVerdict(checks, quality))
@@ -151,6 +154,17 @@ def decoder_pairs(model: Model, states: Feeds) -> dict[str, DecoderPair]:
             file = model.merged or companion.path
             pairs[file.name] = DecoderPair(model, companion, states)
     return pairs
+
+
+@contextmanager
+def naming_part(model: Path) -> Iterator[None]:
+    """What cannot be done with one part names it, and how the other goes without it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{model.name}: {error}; encoder and decoder are asked for the same, and --file cuts one of them"
+        ) from None
 
 
 @contextmanager

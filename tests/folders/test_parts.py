@@ -140,6 +140,13 @@ def test_one_command_with_data_in_a_file(source: Path, tmp_path: Path) -> None:
     assert "no data for input decoder_input_ids" in refused.stderr
 
 
+def test_a_part_that_cannot_be_cut_so_far_is_named(source: Path, tmp_path: Path) -> None:
+    """With caches as wide as they are, and a head over the vocabulary, the decoder has less to give."""
+    with pytest.raises(UserError, match=rf"^{FIRST}: target macs=0.5 cannot be reached.*--file cuts one of them$"):
+        snpc.prune_folder(source, tmp_path / "half", target="macs=0.5", **MAGNITUDE)
+    assert not (tmp_path / "half").exists()
+
+
 @pytest.mark.parametrize("option", [("--plan", "p.json"), ("--tokens", "merge:2"), ("--report", "r.html")])
 def test_options_for_one_model_are_refused(option: tuple[str, ...], source: Path, tmp_path: Path) -> None:
     refused = invoke("prune", source, "--ratio", 0.5, *option, "-o", tmp_path / "half", code=2)
