@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from snpc.runtime.execution import DEFAULT_EXECUTION
 from snpc.runtime.io import read_model
 from tests.command_line import invoke
 from tests.models.decoder_pairs import MERGED, pair_data, pair_paths, write_merged
+from tests.models.quantized import dynamically
 
 
 @pytest.mark.parametrize("caches", [True, False])
@@ -43,6 +45,18 @@ def test_a_merged_decoder_is_cut_in_both_branches(caches: bool, tmp_path: Path) 
     (logits,) = session.run(["logits"], {**data, **empty, "use_cache_branch": np.array([False])})
     (expected,) = ort.InferenceSession(again.path, providers=["CPUExecutionProvider"]).run(["logits"], data)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_branches_on_quantized_weights_are_cut_as_they_are_stored(tmp_path: Path) -> None:
+    merged, source = write_merged(tmp_path / MERGED, cross=False), tmp_path / "quantized.onnx"
+    dynamically(merged, source, {}, extra_options={"EnableSubgraph": True})
+    found = snpc.prune(source, tmp_path / "half.onnx", ratio=0.5, method="select", criterion="magnitude")
+    assert "both branches make the outputs of the verified files" in " ".join(found.verification.structure)
+    assert found.after.bytes < found.before.bytes and found.after.params < found.before.params
+    before, after = ([Counter(n.op_type for n in a.g.node) for n in onnx.load(p).graph.node for a in n.attribute]
+                     for p in (source, found.path))  # fmt: skip
+    for name in ("MatMulInteger", "MatMul"):
+        assert sorted(c[name] for c in after) == sorted(c[name] for c in before)
 
 
 def test_a_model_in_memory_comes_back_merged(tmp_path: Path) -> None:
