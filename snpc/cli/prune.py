@@ -15,6 +15,7 @@ from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
     CalibrationArguments,
+    EvaluationArguments,
     JsonArguments,
     LimitedExecutionArguments,
     PlanningArguments,
@@ -100,6 +101,7 @@ def prune_command(
     model: PrunedModelArguments,
     planning: PlanningArguments,
     calibration: CalibrationArguments,
+    evaluating: EvaluationArguments,
     statistics: SavedStatisticsArguments,
     output: PruneOutput,
     build: PruneBuildArguments,
@@ -115,6 +117,7 @@ def prune_command(
     stopwatch = Stopwatch(execution.progress)
     if output.dry_run:
         planning.check_predictable()
+    evaluating.check()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     with output_place(model, output.output) as (model, place):
@@ -124,10 +127,11 @@ def prune_command(
             planning = planning.alone()
         artifacts = build.check(place.path, execution, calibration.calib is not None)
         artifacts += [vocabulary_path(place.path)] if model.vocabulary is not None else []
-        inputs = [*model.files(), calibration.calib, *statistics.load_stats]
+        inputs = [*model.files(), calibration.calib, evaluating.held_out, *statistics.load_stats]
         check_output_paths([*output.paths(place.path, artifacts), statistics.save_stats], *inputs)
         with stopwatch.stage("calibration"):
-            data = calibration.load(analysis)
+            data = calibration.load(analysis, others=[evaluating.held_out])
+            evaluation = evaluating.load(calibration, analysis, planning.judging.task())
         planning = planning.with_width_multiple(build.build, execution)
         artifact, shapes = None, None
         if planning.amount.wants_latency:
@@ -147,7 +151,9 @@ def prune_command(
         if output.dry_run:
             show_plan(plan, output.json)
             return
-        result, folder = place.publish(snpc.apply(plan, place.path, stopwatch=stopwatch), execution)
+        result, folder = place.publish(
+            snpc.apply(plan, place.path, stopwatch=stopwatch, evaluation=evaluation), execution
+        )
     if output.plan_path is not None and result.search is not None:
         snpc.save_plan(result.plan, output.plan_path)
     kept = kept_vocabulary(plan.analysis.model)

@@ -18,6 +18,7 @@ Files
 from __future__ import annotations
 
 from snpc.planning.allocate import (
+    GUESSED_DRIFT,
     allocate_widths,
     allocation_path,
     groups_to_prune,
@@ -54,6 +55,7 @@ from snpc.planning.provenance import pruning_provenance, read_provenance, write_
 
 __all__ = [
     "DEFAULT_ROLES",
+    "GUESSED_DRIFT",
     "SAFE_DRIFT",
     "AllocationPath",
     "Allocator",

@@ -21,6 +21,7 @@ from __future__ import annotations
 from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
 from snpc.cli.arguments.calibration import (
     CalibrationArguments,
+    EvaluationArguments,
     ImageArguments,
     SavedStatisticsArguments,
     StatisticsArguments,
@@ -60,6 +61,7 @@ __all__ = [
     "CalibrationArguments",
     "CheckpointArguments",
     "DumpArguments",
+    "EvaluationArguments",
     "ExecutionArguments",
     "ImageArguments",
     "JsonArguments",
