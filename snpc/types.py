@@ -29,6 +29,8 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 Role = Literal["qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer"]
 ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "head", "experts", "conv", "residual", "other", "layer")
+RANKED_ROLES: tuple[Role, ...] = ("qk", "vo", "ffn", "conv", "other")
+"""Those whose widths a target, a drift or a perplexity can rank by measured losses."""
 LAYER_ROLE: Role = "layer"
 """The role of whole sublayers, which are no groups: they go or stay."""
 

@@ -32,9 +32,19 @@ from snpc.cli.arguments import (
 from snpc.cli.build import build_json
 from snpc.cli.plan import measured_shard, plan_from_arguments
 from snpc.errors import UserError
-from snpc.folders import OutputFolder, PrunedFolder, open_output_folder
-from snpc.pipeline import PruningPlan, Stopwatch, groups_json, run_stages
+from snpc.folders import (
+    ModelFolder,
+    ModelParts,
+    OutputFolder,
+    PrunedFolder,
+    WholeVerdict,
+    check_part_options,
+    open_output_folder,
+)
+from snpc.pipeline import ALL_TOKENS, PruningPlan, Stopwatch, groups_json, run_stages
+from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import announce
+from snpc.runtime.io import model_files
 from snpc.targets import kept_vocabulary, vocabulary_path, write_vocabulary
 
 
@@ -121,6 +131,11 @@ def prune_command(
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     with output_place(model, output.output) as (model, place):
+        if place.folder is not None and place.folder.source.encoder is not None:
+            both = PartsCommand(model, planning, calibration, statistics, output, execution, typed)
+            both.check(place.folder.source, build)
+            both.run(place.folder)
+            return
         with stopwatch.stage("analyze"):
             analysis = planning.judging.apply(model.load(observer))
         if model.restricts:
@@ -176,6 +191,102 @@ def prune_command(
     print_next(TypedCommand("bench", (str(model.path), str(result.path)), ()))
 
 
+@dataclass(frozen=True)
+class PartsCommand:
+    """The command where MODEL is a folder of an encoder and its decoder: both are cut."""
+
+    model: PrunedModelArguments
+    planning: PlanningArguments
+    calibration: CalibrationArguments
+    statistics: SavedStatisticsArguments
+    output: PruneOutput
+    execution: snpc.Execution
+    typed: TypedCommand
+
+    def check(self, source: ModelFolder, build: PruneBuildArguments) -> None:
+        """Refuse options for one model."""
+        amount, sizes = self.planning.amount, self.model.at
+        check_part_options(
+            source,
+            {
+                "--tokens": self.planning.reduction.schedule,
+                "--last-logits": self.model.last_logits,
+                "--target latency": amount.wants_latency,
+                "--dim-param": sizes.dims,
+                "--input-shapes": sizes.shapes,
+                "--plan": self.output.plan_path,
+                "--report": self.output.page,
+                "--build": build.build,
+                "--save-stats": self.statistics.save_stats,
+                "--load-stats": self.statistics.load_stats,
+                "--shard": self.statistics.shard,
+            },
+        )
+
+    def run(self, place: OutputFolder) -> None:
+        parts = ModelParts.of(place.source)
+        inputs = set().union(*(model_files(place.source.path / file) for file in place.source.cut))
+        check_output_paths([self.output.json.json_path], *inputs, self.calibration.calib)
+        data = self.calibration.load_whole(parts.inputs, parts.decoder)
+        if self.output.dry_run:
+            self.show_plans(parts, data)
+            return
+        pruned = parts.prune(place.encoder_path, place.model_path, data, self.prune_part, self.execution)
+        folder = place.publish(pruned.decoder, self.execution, pruned.encoder, pruned.whole)
+        assert folder.encoder is not None
+        report = {**snpc.json_report(folder.model), "encoder": snpc.json_report(folder.encoder)}
+        self.output.json.write({**report, "folder": folder.to_json()})
+        if not self.output.json.replaces_tables:
+            for result in (folder.encoder, folder.model):
+                tables.print_result(result)
+            print_whole(pruned.whole)
+            print_folder(folder)
+
+    def prune_part(self, path: Path, target: Path, data: Calibration | None) -> snpc.PrunedModel:
+        """See ``PrunePart``."""
+        stopwatch = Stopwatch(self.execution.progress)
+        return snpc.apply(self.plan_part(path, data, stopwatch), target, stopwatch=stopwatch)
+
+    def plan_part(self, path: Path, data: Calibration | None, stopwatch: Stopwatch) -> PruningPlan:
+        companions = self.model.companions if path == self.model.path else ()
+        with stopwatch.stage("analyze"):
+            loaded = replace(self.model, path=path, companions=companions).load(self.execution.observer)
+            analysis = self.planning.judging.apply(loaded)
+        data = data if data is not None else self.calibration.load(analysis)
+        planning = self.planning.with_width_multiple(None, self.execution)
+        request, writes = planning.request(None), not self.output.dry_run
+        announce(self.execution.progress, run_stages(analysis, data, request, ALL_TOKENS, writes=writes))
+        announce_cost(analysis, data, planning, request, self.execution, writes=writes)
+        plan = plan_from_arguments(analysis, data, planning, self.statistics, None, self.execution, stopwatch)
+        announce_plan(plan, self.typed)
+        return plan
+
+    def show_plans(self, parts: ModelParts, data: Calibration | None) -> None:
+        """What --dry-run shows: the decoder is planned on the states of the original encoder, since none is written."""
+        behind = parts.decoder_data(data, parts.encoder, self.execution) if data is not None else None
+        own = parts.reads.encoder_data(data) if data is not None else None
+        stopwatch = Stopwatch(self.execution.progress)
+        plans = {
+            path.name: self.plan_part(path, of_part, stopwatch)
+            for path, of_part in ((parts.encoder, own), (parts.decoder, behind))
+        }
+        groups = {name: groups_json(plan.slices) for name, plan in plans.items()}
+        self.output.json.write({"dry_run": True, "groups": groups})
+        if not self.output.json.replaces_tables:
+            for plan in plans.values():
+                tables.note_if_predicted(plan)
+                tables.print_plan(plan.slices)
+
+
+def print_whole(whole: WholeVerdict) -> None:
+    """What holds of encoder and decoder together."""
+    for check in whole.checks:
+        tables.print_line(check)
+    if whole.quality is not None:
+        tables.print_line("encoder and decoder together:")
+        tables.print_quality(whole.quality)
+
+
 def print_folder(folder: PrunedFolder) -> None:
     """What went with the model, and what the configurations say now."""
     tables.print_line(f"folder: {folder.path}: {len(folder.copied)} other files copied")
@@ -185,6 +296,13 @@ def print_folder(folder: PrunedFolder) -> None:
         tables.print_line(f"  {file}: {', '.join(changes)}")
     for file, reasons in folder.unsaid.items():
         tables.print_warning(f"{file}: {'; '.join(reasons)}")
+    if folder.cache_offer:
+        now, narrower = folder.cache_offer
+        tables.print_note(
+            f"key/value caches stay at {now:,} bytes per token: no genai_config.json says their width, and optimum "
+            "and transformers.js take it from the number of heads. For a runtime that reads it from the graph, "
+            f"--prune-kv-cache makes them about {narrower:,}: heads then lose the share that the rest lost"
+        )
     if folder.left_out:
         names = ", ".join(map(str, folder.left_out))
         tables.print_note(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
 from snpc.graph import is_cache_name, is_float
+from snpc.runtime.calibration import EncoderDecoder
 from snpc.runtime.io import load, model_files
 from snpc.types import Model
 
@@ -29,13 +30,15 @@ class ModelFolder:
     """Files of a folder, by their paths inside it.
 
     ``model``: what is cut. ``companions``: models with the same weights, which are cut alike, such as a decoder that
-    goes on from the caches of ``model``. ``forms``: the same models in other precisions, with their external data,
-    which would no longer belong to them. ``others``: everything else, which goes with them as it is.
+    goes on from the caches of ``model``. ``encoder``: the model whose states these decoders read, where it is cut too;
+    None where one part is cut. ``forms``: the same models in other precisions, with their external data, which would no
+    longer belong to them. ``others``: everything else, which goes with them as it is.
     """
 
     path: Path
     model: Path
     companions: tuple[Path, ...] = ()
+    encoder: Path | None = None
     forms: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
 
@@ -48,8 +51,19 @@ class ModelFolder:
         return tuple(self.path / companion for companion in self.companions)
 
     @property
+    def encoder_path(self) -> Path | None:
+        return self.path / self.encoder if self.encoder is not None else None
+
+    @property
+    def cut(self) -> tuple[Path, ...]:
+        """All models that are cut."""
+        return (*((self.encoder,) if self.encoder is not None else ()), self.model, *self.companions)
+
+    @property
     def part(self) -> str:
-        """Which part of an encoder-decoder model is cut: "encoder", "decoder", or "" where it is the whole model."""
+        """Which part of an encoder-decoder model ``model`` is: "encoder", "decoder", or "" where it is the whole."""
+        if self.encoder is not None:
+            return "decoder"
         models = [file for file in (self.model, *self.others) if file.suffix == ".onnx"]
         parts = {part for part in PARTS for model in models if part in model.stem}
         return next((part for part in PARTS if part in self.model.stem and parts == set(PARTS)), "")
@@ -62,24 +76,20 @@ class ModelFolder:
 
 def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
     """The contents of ``path``. ``file``: the model that is cut, by its path in the folder; None: the one that
-    genai_config.json names, or the only one.
+    genai_config.json names, the only one, or an encoder and the decoders that read its states.
 
     Raises UserError where there is no such model, or several and none is named.
     """
     models = models_in(path)
-    chosen = chosen_model(path, models, file)
-    model, *companions = decoders_alike(path, models, chosen)
-    forms = [f for f in models if f not in (model, *companions) and any(is_form_of(f, m) for m in (model, *companions))]
-    own = files_of(path, [model, *companions])
+    encoder, decoders = encoder_and_decoders(path, models) if file is None else (None, [])
+    model, *companions = decoders or decoders_alike(path, models, chosen_model(path, models, file))
+    source = ModelFolder(path, model, tuple(companions), encoder)
+    forms = [form for form in models if form not in source.cut and any(is_form_of(form, m) for m in source.cut)]
+    own = files_of(path, source.cut)
     left_out = files_of(path, forms) - own
     others = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p, path)]
-    return ModelFolder(
-        path,
-        model,
-        tuple(companions),
-        tuple(sorted(left_out)),
-        tuple(other for other in others if other not in own | left_out),
-    )
+    rest = tuple(other for other in others if other not in own | left_out)
+    return replace(source, forms=tuple(sorted(left_out)), others=rest)
 
 
 def main_model(path: Path) -> Path:
@@ -114,6 +124,21 @@ def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
     if not bare:
         raise UserError(f"{path}: holds no .onnx file, and none in {path / MODEL_PLACES[1]}")
     raise UserError(f"{path}: {listed(bare)}: name the one to cut with --file; the others are copied")
+
+
+def encoder_and_decoders(path: Path, models: Sequence[Path]) -> tuple[Path | None, list[Path]]:
+    """An encoder and the decoders that read its states, the one to plan on first, where a folder holds nothing else;
+    (None, []) of any other folder."""
+    bare = without_forms(models)
+    encoders = [model for model in bare if "encoder" in model.stem and "decoder" not in model.stem]
+    rest = [model for model in bare if model not in encoders]
+    if len(encoders) != 1 or not rest or genai_model(path) is not None:
+        return None, []
+    decoders = decoders_alike(path, rest, rest[0])
+    if len(decoders) != len(rest) or decoders[0].parent != encoders[0].parent:
+        return None, []
+    reads = EncoderDecoder.of(load(path / encoders[0]), load(path / decoders[0]))
+    return (encoders[0], decoders) if reads is not None else (None, [])
 
 
 def decoders_alike(path: Path, models: Sequence[Path], model: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from snpc.errors import CheckFailed, UserError
 from snpc.folders.generation import check_generation
 from snpc.folders.model_folder import CONFIGS, ModelFolder, read_json
+from snpc.folders.parts import WholeVerdict
 from snpc.folders.runtime_config import updated_config, width_changes
 from snpc.pipeline import PrunedModel
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
@@ -24,7 +25,9 @@ class PrunedFolder:
     """A folder that was written. ``model``: the pruned model in it. ``copied``: files that are as they were;
     ``left_out``: those of the dense model in other precisions. ``changed`` and ``unsaid``: file -> what was set in a
     configuration, and what it cannot say any more. ``generation``: what its runtime generates, in words; "" where that
-    was not compared."""
+    was not compared. ``encoder`` and ``whole``: of a decoder whose encoder was cut too, and of both together.
+    ``cache_offer``: of caches that stay, since nothing says their width to the runtime: bytes per token, and about what
+    they would be with ``prune_kv_cache``."""
 
     path: Path
     model: PrunedModel
@@ -33,11 +36,23 @@ class PrunedFolder:
     changed: dict[Path, tuple[str, ...]]
     unsaid: dict[Path, tuple[str, ...]]
     generation: str = ""
+    encoder: PrunedModel | None = None
+    whole: WholeVerdict | None = None
+    cache_offer: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         words = {name: {str(f): list(w) for f, w in getattr(self, name).items()} for name in ("changed", "unsaid")}
         files = {name: [str(file) for file in getattr(self, name)] for name in ("copied", "left_out")}
-        return {"path": str(self.path), **files, **words, "generation": self.generation}
+        whole = {"whole": self.whole.to_json()} if self.whole is not None else {}
+        offer = dict(zip(("now", "with_prune_kv_cache"), self.cache_offer, strict=True)) if self.cache_offer else None
+        return {
+            "path": str(self.path),
+            **files,
+            **words,
+            "generation": self.generation,
+            "cache_bytes_per_token": offer,
+            **whole,
+        }
 
 
 @dataclass(frozen=True)
@@ -53,14 +68,28 @@ class OutputFolder:
         """Where the pruned model is to be written."""
         return self.staged / self.source.model
 
-    def publish(self, result: PrunedModel, execution: Execution = DEFAULT_EXECUTION) -> PrunedFolder:
+    @property
+    def encoder_path(self) -> Path:
+        """Where the pruned encoder is to be written, of a folder whose encoder is cut too."""
+        assert self.source.encoder is not None
+        return self.staged / self.source.encoder
+
+    def publish(
+        self,
+        result: PrunedModel,
+        execution: Execution = DEFAULT_EXECUTION,
+        encoder: PrunedModel | None = None,
+        whole: WholeVerdict | None = None,
+    ) -> PrunedFolder:
         """Copy what goes with the model, bring the configurations to its widths, and give the folder its name.
+        ``encoder``: that of the model where it was cut too; ``whole``: what holds of both.
 
         Raises UserError where that fails, CheckFailed where the folder's runtime generates other tokens than the model;
         then nothing is at ``target``.
         """
         changed, unsaid, copied = {}, {}, []
-        changes = width_changes(result, self.source.part)
+        results = {self.source.part: result, **({"encoder": encoder} if encoder is not None else {})}
+        changes = width_changes(results)
         for file in self.source.others:
             place = self.staged / file
             with write_errors(self.target):
@@ -81,13 +110,35 @@ class OutputFolder:
             if self.target.is_dir():
                 self.target.rmdir()
             self.staged.rename(self.target)
-        place = (self.target / self.source.model).parent
-        model = replace(
-            result,
-            path=self.target / self.source.model,
-            companions=tuple(replace(c, path=place / c.path.name) for c in result.companions),
+        return PrunedFolder(
+            self.target,
+            self.in_place(result),
+            tuple(copied),
+            self.source.forms,
+            changed,
+            unsaid,
+            generation,
+            self.in_place(encoder) if encoder is not None else None,
+            whole,
+            None if self.source.says_cache_widths else cache_offer(result),
         )
-        return PrunedFolder(self.target, model, tuple(copied), self.source.forms, changed, unsaid, generation)
+
+    def in_place(self, result: PrunedModel) -> PrunedModel:
+        """The result with its paths in the folder that has its name."""
+        place = self.target / result.path.parent.relative_to(self.staged)
+        companions = tuple(replace(c, path=place / c.path.name) for c in result.companions)
+        return replace(result, path=place / result.path.name, companions=companions)
+
+
+def cache_offer(result: PrunedModel) -> tuple[int, int] | None:
+    """Bytes per token of caches that stayed as wide as they were, and those of heads that lose the share of their
+    channels that the plan takes of what it cuts; None where there are no such caches."""
+    before, after = result.cache_bytes
+    cut = {group.id: group.blocks * group.size for group in result.plan.analysis.groups if group.id in result.plan.keep}
+    kept = sum(len(row) for name in cut for row in result.plan.keep[name])
+    if not before or after < before or not sum(cut.values()):
+        return None
+    return before, round(before * kept / sum(cut.values()))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from snpc.folders.model_folder import PARTS
 from snpc.graph import is_cache_name
 from snpc.pipeline import PrunedModel
 from snpc.planning import SlicePlan
@@ -55,13 +56,17 @@ class ConfigUpdate:
     unsaid: tuple[str, ...] = ()
 
 
-def width_changes(result: PrunedModel, part: str) -> list[WidthChange]:
-    """Of caches, by the inputs of the original and of the pruned model and their companions; of the roles that
-    configurations know, by the plan. ``part``: see ``ModelFolder.part``; layers of the other part stay as they are."""
-    pairs = [(result.plan.analysis.model.inputs, result.inputs)]
-    pairs += [(companion.original.inputs, companion.inputs) for companion in result.companions]
+def width_changes(results: Mapping[str, PrunedModel]) -> list[WidthChange]:
+    """Of caches, by the inputs of the originals and of the pruned models and their companions; of the roles that
+    configurations know, by the plans. ``results``: by the part of an encoder-decoder model that they are, "" where one
+    is the whole; layers of a part that is not among them stay as they are."""
+    pairs = []
+    for result in results.values():
+        pairs += [(result.plan.analysis.model.inputs, result.inputs)]
+        pairs += [(companion.original.inputs, companion.inputs) for companion in result.companions]
     caches = {change: None for before, after in pairs for change in cache_changes(before, after)}
-    return [*caches, *(c for role in ROLE_KEYS for c in role_changes(result.plan, role, part))]
+    plans = {part: result.plan for part, result in results.items()}
+    return [*caches, *(change for role in ROLE_KEYS for change in role_changes(plans, role))]
 
 
 def cache_changes(original: Sequence[TensorSpec], pruned: Sequence[TensorSpec]) -> Iterator[WidthChange]:
@@ -77,22 +82,26 @@ def cache_changes(original: Sequence[TensorSpec], pruned: Sequence[TensorSpec]) 
         yield WidthChange("heads of caches", HEAD_KEYS, wide, after)
 
 
-def role_changes(plan: SlicePlan, role: Role, part: str) -> Iterator[WidthChange]:
-    """Groups of a role, those of one width together. Of a ``part``, keys of the other part are left alone, and keys of
-    both stand for its layers too."""
-    groups = [group for group in plan.analysis.groups if group.role == role]
-    for size in sorted({group.blocks * group.size for group in groups}):
-        after = tuple(
-            sum(map(len, plan.keep[group.id])) if group.id in plan.keep else size
-            for group in groups
-            if group.blocks * group.size == size
-        )
-        if set(after) != {size}:
-            own = tuple(key for key in ROLE_KEYS[role] if part and key.startswith(part))
-            both = tuple(key for key in ROLE_KEYS[role] if not key.startswith(("encoder", "decoder")))
-            yield WidthChange(ROLE_SUBJECTS[role], own if part else ROLE_KEYS[role], size, after)
-            if part:
-                yield WidthChange(ROLE_SUBJECTS[role], both, size, (*after, size))
+def role_changes(plans: Mapping[str, SlicePlan], role: Role) -> Iterator[WidthChange]:
+    """Groups of a role, those of one width together. Keys of a part stand for its layers; keys of both for those of
+    both, of which a part without a plan has some that stay."""
+    widths = {part: layer_widths(plan, role) for part, plan in plans.items()}
+    for size in sorted({size for of_part in widths.values() for size, _ in of_part}):
+        after = {part: tuple(kept for wide, kept in of_part if wide == size) for part, of_part in widths.items()}
+        for part, own in after.items():
+            keys = tuple(key for key in ROLE_KEYS[role] if not part or key.startswith(part))
+            if set(own) - {size}:
+                yield WidthChange(ROLE_SUBJECTS[role], keys, size, own)
+        both = (*(width for own in after.values() for width in own), *((size,) if len(plans) < len(PARTS) else ()))
+        if "" not in plans and set(both) - {size}:
+            keys = tuple(key for key in ROLE_KEYS[role] if not key.startswith(PARTS))
+            yield WidthChange(ROLE_SUBJECTS[role], keys, size, both)
+
+
+def layer_widths(plan: SlicePlan, role: Role) -> list[tuple[int, int]]:
+    """(before, after) of each group of a role."""
+    sizes = ((group, group.blocks * group.size) for group in plan.analysis.groups if group.role == role)
+    return [(size, sum(map(len, plan.keep[g.id])) if g.id in plan.keep else size) for g, size in sizes]
 
 
 def updated_config(config: dict[str, Any], changes: Sequence[WidthChange]) -> ConfigUpdate:

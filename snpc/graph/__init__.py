@@ -45,6 +45,7 @@ from snpc.graph.column_selection import (
     analyzed_selection,
     nodes_for_analysis,
     nodes_for_file,
+    selected_table,
     selects_columns,
     stored_selection,
 )
@@ -165,6 +166,7 @@ __all__ = [
     "run_reference",
     "scalar_factor_of",
     "select_dimensions",
+    "selected_table",
     "selects_columns",
     "shape_source",
     "share_int64_constant",

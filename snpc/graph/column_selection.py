@@ -90,6 +90,16 @@ def analyzed_selection(node: ir.Node) -> tuple[ColumnSelection, ir.Value] | None
     return ColumnSelection(table, rank, int(indices.meta[TABLE_WIDTH_KEY]), columns, heads_axis), output
 
 
+def selected_table(value: ir.Value) -> ir.Value:
+    """The table of which ``value`` is a selection in the form for the analysis; ``value`` itself where it is none."""
+    node = value.producer()
+    while node is not None and (node.domain, node.op_type) in (("", RESHAPE), ("", TRANSPOSE)):
+        node = producer_of(node)
+    indices = stored_input(node, GATHER)
+    table = node.inputs[0] if node is not None else None
+    return table if table is not None and indices is not None and selects_columns(indices) else value
+
+
 # -- as files hold it ------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -115,12 +114,17 @@ class Analysis:
         """The layers beside the residual stream, in the order of the graph, and why some cannot go."""
         return self.sublayer_graph.sublayers
 
-    def saved_before(self, kind: Literal["macs", "params", "bytes"]) -> int:
-        """What is saved at any widths: MACs of dead rows and removed tokens, and what went with removed sublayers."""
+    def saved_before(self, kind: str) -> int:
+        """What is saved of "macs", "params" or "bytes" at any widths: MACs of dead rows and removed tokens, and what
+        went with removed sublayers."""
         if kind == "macs" or self.removal is None:
             return self.dead_macs if kind == "macs" else 0
         before, after = (cost_of(traced.model, traced.facts) for traced in (self.removal.source, self.traced_graph))
         return int(getattr(before, kind) - getattr(after, kind))
+
+    def share_left(self, kind: str) -> float:
+        """What is left of the model's "macs", "params" or "bytes" at full widths."""
+        return 1 - self.saved_before(kind) / float(max(getattr(self.cost, kind), 1))
 
     def group(self, name: str) -> Group:
         """The group with this id."""

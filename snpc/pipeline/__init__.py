@@ -65,11 +65,20 @@ from snpc.pipeline.token_request import (
     apply_token_request,
     effective_token_request,
 )
-from snpc.pipeline.verify import measure_quality, verification_data, verify
+from snpc.pipeline.verify import (
+    DecoderPair,
+    VerificationData,
+    check_cached_decoding,
+    measure_quality,
+    measure_whole,
+    verification_data,
+    verify,
+)
 
 __all__ = [
     "ALL_TOKENS",
     "AUTO_TOKENS",
+    "DecoderPair",
     "PlanRequest",
     "PruneOptions",
     "PrunedModel",
@@ -80,9 +89,11 @@ __all__ = [
     "SweepPoint",
     "SweepRequest",
     "SweepResult",
+    "VerificationData",
     "analysis_json",
     "apply",
     "apply_token_request",
+    "check_cached_decoding",
     "complete_plan",
     "completion_stages",
     "dequantization_json",
@@ -96,6 +107,7 @@ __all__ = [
     "make_plan",
     "measure_quality",
     "measure_request",
+    "measure_whole",
     "plain_pass_seconds",
     "plan",
     "planning_stages",

@@ -25,6 +25,7 @@ from snpc.planning import (
     Effort,
     PlanOutlook,
     PruningMethod,
+    ResourceTarget,
     SlicePlan,
     UnitScores,
     groups_to_prune,
@@ -58,7 +59,14 @@ from snpc.runtime.evaluation import (
 )
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
 from snpc.runtime.io import atomic_write
-from snpc.runtime.sensitivity import measure_loss_curves, predicted_curves, remove_layers, search_widths
+from snpc.runtime.sensitivity import (
+    check_layer_budget,
+    measure_loss_curves,
+    predicted_curves,
+    remove_layers,
+    remove_layers_beside_widths,
+    search_widths,
+)
 from snpc.runtime.statistics import (
     Statistics,
     check_finite_weights,
@@ -244,10 +252,98 @@ def make_plan(
 ) -> PruningPlan:
     """``plan``, by a request."""
     budget = request.budget
-    if LAYER_ROLE in budget.roles:
+    if LAYER_ROLE not in budget.roles:
+        return plan_widths(analysis, request, calibration, statistics, execution)
+    check_layer_budget(analysis, budget, calibration)
+    if set(budget.roles) == {LAYER_ROLE}:
+        return plan_of_layers(remove_layers(analysis, budget, calibration, execution), request, calibration, execution)
+    if budget.target is None:
         analysis = remove_layers(analysis, budget, calibration, execution)
-        if set(budget.roles) == {LAYER_ROLE}:
-            return plan_of_layers(analysis, request, calibration, execution)
+        return plan_widths(analysis, request, calibration, statistics, execution)
+    return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+
+
+def plan_layers_and_widths(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    execution: Execution,
+) -> PruningPlan:
+    """The plan for a target that layers and widths serve together: widths are measured with all layers, to decide which
+    layers go, and again without those."""
+    measured = measure_widths(analysis, replace(request, full_curves=True), calibration, statistics, execution)
+    target = target_in_macs(request.budget, measured.scores)
+    budget = replace(request.budget, target=target)
+    assert calibration is not None
+    with using_algebra(execution.algebra):
+        shorter = remove_layers_beside_widths(
+            measured.closed_forms, measured.scores, calibration, measured.groups, budget, execution=execution
+        )
+    if shorter.removal is None:
+        return measured.plan_for(request, execution)
+    if not request.budget.is_latency and shorter.share_left(target.kind) <= target.share:
+        return plan_of_layers(shorter, request, calibration, execution)
+    return plan_widths(shorter, request, calibration, None, execution)
+
+
+def target_in_macs(budget: Budget, scores: UnitScores) -> ResourceTarget:
+    """The target, or for a latency the same share of the MACs."""
+    assert budget.target is not None
+    if scores.latency is None:
+        return budget.target
+    return ResourceTarget("macs", min(budget.target.milliseconds(scores.latency.dense) / scores.latency.dense, 1.0))
+
+
+def plan_widths(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    execution: Execution,
+) -> PruningPlan:
+    """The plan that cuts widths alone."""
+    return measure_widths(analysis, request, calibration, statistics, execution).plan_for(request, execution)
+
+
+@dataclass(frozen=True)
+class WidthMeasurement:
+    """What plans of widths are made from, for any budget like the one that it was made for. ``dense``: what the
+    layer-wise fit reads of the dense model."""
+
+    closed_forms: ClosedForms
+    scores: UnitScores
+    groups: Sequence[Group]
+    calibration: Calibration | None
+    statistics: Statistics | None
+    dense: DenseValues | None
+
+    def plan_for(self, request: PlanRequest, execution: Execution) -> PruningPlan:
+        closed_forms, scores = self.closed_forms, self.scores
+        return PruningPlan(
+            choose_units(closed_forms, scores, self.calibration, request.budget, execution),
+            closed_forms.without_factors() if scores.method != "select" else None,
+            scores.curves,
+            request.budget,
+            tuple(self.groups),
+            scores,
+            request.workload,
+            self.statistics,
+            self.calibration,
+            execution,
+            self.dense,
+        )
+
+
+def measure_widths(
+    analysis: Analysis,
+    request: PlanRequest,
+    calibration: Calibration | None,
+    statistics: Statistics | None,
+    execution: Execution,
+) -> WidthMeasurement:
+    """Statistics, closed forms, scores and loss curves of the groups that the budget names."""
+    budget = request.budget
     analysis = with_selected_caches(analysis, calibration, statistics)
     groups = groups_to_prune(analysis, budget)
     check_finite_weights(analysis, groups)
@@ -292,19 +388,7 @@ def make_plan(
         scores = replace(scores, curves=curves, drift_exponent=exponent)
     elif not measures_curves and method != "select" and not budget.uniform:
         scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
-    return PruningPlan(
-        choose_units(closed_forms, scores, calibration, budget, execution),
-        closed_forms.without_factors() if method != "select" else None,
-        scores.curves,
-        budget,
-        tuple(groups),
-        scores,
-        request.workload,
-        statistics,
-        calibration,
-        execution,
-        dense,
-    )
+    return WidthMeasurement(closed_forms, scores, groups, calibration, statistics, dense)
 
 
 def plan_of_layers(

@@ -122,9 +122,9 @@ def planning_stages(
     analysis: Analysis, calibration: Calibration, request: PlanRequest, full_curves: bool = False
 ) -> list[StageCost]:
     """The stages of ``make_plan``."""
-    stages = layer_stages(analysis, calibration, request)
-    if set(request.budget.roles) == {LAYER_ROLE}:
-        return stages
+    if LAYER_ROLE in request.budget.roles:
+        return stages_with_layers(analysis, calibration, request)
+    stages: list[StageCost] = []
     groups = groups_to_prune(analysis, request.budget)
     method = method_of(calibration, request)
     stages.append(("statistics", STATISTICS_PASSES))
@@ -144,13 +144,18 @@ def planning_stages(
     return stages
 
 
-def layer_stages(analysis: Analysis, calibration: Calibration, request: PlanRequest) -> list[StageCost]:
-    """Whole layers are tried one by one, and then a few of them at each step."""
-    if LAYER_ROLE not in request.budget.roles:
-        return []
+def stages_with_layers(analysis: Analysis, calibration: Calibration, request: PlanRequest) -> list[StageCost]:
+    """Whole layers are tried one by one, and then a few of them at each step. A target that widths serve too has them
+    measured before and after."""
     trial = min(LAYER_SAMPLES / max(calibration.samples, 1), 1.0)
     singles = 2 * len(removable_sublayers(analysis, request.budget))
-    return [("layer means", 1.0), ("layer trials", trial * singles), ("layer search", trial * singles)]
+    layers = [("layer means", 1.0), ("layer trials", trial * singles), ("layer search", trial * singles)]
+    roles = tuple(role for role in request.budget.roles if role != LAYER_ROLE)
+    if not roles:
+        return layers
+    widths = replace(request, budget=replace(request.budget, roles=roles))
+    before = planning_stages(analysis, calibration, widths, True) if request.budget.target is not None else []
+    return before + layers + planning_stages(analysis, calibration, widths)
 
 
 def writing_stages(calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:

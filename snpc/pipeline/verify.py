@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -309,6 +309,17 @@ def measure_quality(
     return tuple(verdict.quality for verdict in verdicts)
 
 
+def measure_whole(
+    original: Analysis, pruned: Path, data: VerificationData, fed: VerificationData, execution: Execution
+) -> Quality:
+    """How close the judged outputs of ``pruned`` on ``fed`` are to those of the original on ``data``: the same samples,
+    behind what was pruned too, and behind its original."""
+    reference = run_original(original, original.model.path, data, execution)
+    judged = [{n: a for n, a in made.items() if reference.metrics[n].judged} for made in reference.outputs]
+    whole = replace(reference, outputs=judged, data=fed.first(len(judged)))
+    return compare_with_reference(original, pruned, None, whole, (), execution).quality
+
+
 def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference, plan: PruningPlan) -> Verdict:
     """Verify a file that was just written. Without outputs of the original, the verdict says so.
 
@@ -323,7 +334,9 @@ def verify_candidate(path: Path, rewritten: RewrittenModel, reference: Reference
         pruned = load(path)
         structure = (
             *structure,
-            *check_cached_decoding((analysis.model, analysis.model), (pruned, pruned), plan.execution),
+            *check_cached_decoding(
+                DecoderPair(analysis.model, analysis.model), DecoderPair(pruned, pruned), plan.execution
+            ),
         )
     try:
         verdict = compare_with_reference(analysis, path, rewritten, reference, structure, plan.execution)
@@ -363,40 +376,50 @@ def outputs_left_out(analysis: Analysis) -> tuple[str, ...]:
     )
 
 
-DecoderPair = tuple[Model, Model]
-"""The decoder that reads a prompt, and the one that goes on from its caches, which may be the same."""
+@dataclass(frozen=True)
+class DecoderPair:
+    """The decoder that reads a prompt, and the one that goes on from its caches, which may be the same. ``states``: of
+    an encoder, with their mask, for the decoders' inputs; random ones where there are none."""
+
+    first: Model
+    second: Model
+    states: Feeds = field(default_factory=dict)
+
+    @property
+    def decodes(self) -> bool:
+        """Are these decoders whose inputs are of known kinds, and does the second take the caches of the first?"""
+        first, second = decoder_interface(self.first), decoder_interface(self.second)
+        return first is not None and second is not None and second.continues(first)
+
+    def error(self, execution: Execution) -> float | None:
+        """See ``cached_decoding_error``."""
+        with ExitStack() as sessions:
+            models = (self.first, self.second)
+            runs = {path: sessions.enter_context(open_file(path, execution)) for path in {m.path for m in models}}
+            first, second = (
+                RunningDecoder(interface, runs[model.path], self.states)
+                for model in models
+                if (interface := decoder_interface(model))
+            )
+            return cached_decoding_error(first, second)
 
 
-def check_cached_decoding(originals: DecoderPair, pruned: DecoderPair, execution: Execution) -> tuple[str, ...]:
+def check_cached_decoding(original: DecoderPair, pruned: DecoderPair, execution: Execution) -> tuple[str, ...]:
     """The check that decoding through caches gives what all tokens at once give, in words; none where ``pruned`` has no
     caches, or the originals do not do so either. Raises CheckFailed where only the pruned ones do not."""
-    tolerance = rounding_tolerance(originals[0])
-    if not decodes(pruned):
+    tolerance = rounding_tolerance(original.first)
+    if not pruned.decodes:
         return ()
-    error = decoding_error(pruned, execution)
+    error = pruned.error(execution)
     if error is not None and error <= tolerance:
         return (f"decoding step by step through the caches equals decoding at once to {error:.1e}",)
-    original = decoding_error(originals, execution) if decodes(originals) else None
-    if original is None or original > tolerance:
+    dense = original.error(execution) if original.decodes else None
+    if dense is None or dense > tolerance:
         return ()
     found = f"differs from decoding at once by {error:.1e}" if error is not None else "does not run"
     raise CheckFailed(
-        f"{pruned[1].path}: decoding step by step through the caches {found}; in the original both give the same"
+        f"{pruned.second.path}: decoding step by step through the caches {found}; in the original both give the same"
     )
-
-
-def decodes(pair: DecoderPair) -> bool:
-    """Are these decoders whose inputs are of known kinds, and does the second take the caches of the first?"""
-    first, second = map(decoder_interface, pair)
-    return first is not None and second is not None and second.continues(first)
-
-
-def decoding_error(pair: DecoderPair, execution: Execution) -> float | None:
-    """See ``cached_decoding_error``."""
-    with ExitStack() as sessions:
-        runs = {path: sessions.enter_context(open_file(path, execution)) for path in {model.path for model in pair}}
-        first, second = (RunningDecoder(interface, runs[m.path]) for m in pair if (interface := decoder_interface(m)))
-        return cached_decoding_error(first, second)
 
 
 def selection_advice(rewritten: RewrittenModel) -> str:
@@ -414,8 +437,8 @@ def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -
 
 
 def verify(
-    original: Path,
-    pruned: Path,
+    original: Path | str,
+    pruned: Path | str,
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
@@ -447,7 +470,8 @@ def verify(
     structure = check_structure(dense.path, pruned_model.path, narrowed, declared_interface(analysis))
     companions = zip(dense.companions, pruned_model.companions, strict=False)
     for first, second in ((dense, pruned_model), *companions):
-        structure = (*structure, *check_cached_decoding((dense, first), (pruned_model, second), execution))
+        pairs = DecoderPair(dense, first), DecoderPair(pruned_model, second)
+        structure = (*structure, *check_cached_decoding(*pairs, execution))
     data = verification_data(analysis, calibration, fitted_to=refits, execution=execution)
     reference = run_original(analysis, dense.path, data, execution)
     return compare_with_reference(

@@ -9,7 +9,7 @@ import pytest
 
 from snpc.errors import UserError
 from snpc.folders.model_folder import find_model_folder, main_model
-from tests.models.decoder_pairs import FIRST, SECOND
+from tests.models.decoder_pairs import ENCODER, FIRST, SECOND
 from tests.models.folders import GENAI_CONFIG, write_decoder, write_folder, write_other_model, write_pair_folder
 
 
@@ -71,6 +71,9 @@ def test_decoders_with_the_same_weights_go_together(tmp_path: Path) -> None:
         assert (found.model, found.companions, found.part) == (Path(FIRST), (Path(SECOND),), "decoder")
         assert names(found.forms) == ["decoder_with_past_model_q4.onnx"]
         assert names(found.others) == ["config.json", "encoder_model.onnx"]
+    whole = find_model_folder(folder)
+    assert whole.cut == (Path(ENCODER), Path(FIRST), Path(SECOND)) and whole.part == "decoder"
+    assert names(whole.others) == ["config.json"]
     encoder = find_model_folder(folder, "encoder_model.onnx")
     assert (encoder.model, encoder.companions, encoder.part) == (Path("encoder_model.onnx"), (), "encoder")
 

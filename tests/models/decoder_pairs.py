@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from snpc.temporary import TemporaryFolder
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 40, 48, 2, 24, 3, 8, 32
+PROMPT = 4  # tokens that are read at once
+ENCODER = "encoder_model.onnx"
 FIRST, SECOND, MERGED = "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"
 
 
@@ -91,6 +94,57 @@ def decoder_layer(cross: bool) -> torch.nn.Module:
     return torch.nn.ModuleDict(parts)
 
 
+@functools.cache
+def encoder_folder() -> TemporaryFolder:
+    """A folder with an encoder whose states the decoders read, exported once."""
+    import torch
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
+            self.layers = torch.nn.ModuleList(decoder_layer(cross=False) for _ in range(LAYERS))
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x: torch.Tensor = self.embedding(ids)
+            hidden = (1.0 - mask[:, None, None, :].to(torch.float32)) * -1e9
+            layers: Any = self.layers
+            for layer in layers:
+                part = layer["self_attn"]
+                y = part["norm"](x)
+                x = x + attend(part, y, split_heads(part["k_proj"](y)), split_heads(part["v_proj"](y)), hidden)
+                x = x + feed_forward(layer["mlp"], x)
+            return x
+
+    torch.manual_seed(1)
+    folder = TemporaryFolder()
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    with quiet_export():
+        torch.onnx.export(
+            Encoder().eval(),
+            (ids, torch.ones_like(ids)),
+            str(folder.path / ENCODER),
+            dynamo=False,
+            opset_version=17,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["last_hidden_state"],
+            dynamic_axes={
+                name: {0: "batch", 1: "frames"} for name in ("input_ids", "attention_mask", "last_hidden_state")
+            },
+        )
+    return folder
+
+
+def whole_data(samples: int = 16) -> dict[str, npt.NDArray[Any]]:
+    """Inputs of the encoder and the decoder's token ids; padding differs from sample to sample."""
+    rng = np.random.default_rng(0)
+    return {
+        "input_ids": rng.integers(0, VOCABULARY, (samples, 7)),
+        "attention_mask": (np.arange(7) < rng.integers(4, 8, (samples, 1))).astype(np.int64),
+        "decoder_input_ids": rng.integers(0, VOCABULARY, (samples, 10)),
+    }
+
+
 @dataclass(frozen=True)
 class PairExport:
     """How a pair is written: ``caches`` are the names behind ``present.`` and ``past_key_values.``."""
@@ -137,19 +191,6 @@ def decoder_module(model: torch.nn.ModuleDict, inputs: list[str]) -> torch.nn.Mo
     """A module that takes ``inputs`` in order, and returns logits and caches."""
     import torch
 
-    def split(values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(values.shape[0], -1, HEADS, HEAD_WIDTH).transpose(1, 2)
-
-    def attend(
-        part: Any, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        query = split(part["q_proj"](x)) * HEAD_WIDTH**-0.5
-        weights = torch.softmax(query @ keys.transpose(2, 3) + mask, -1)
-        projected: torch.Tensor = part["out_proj"](
-            (weights @ values).transpose(1, 2).reshape(x.shape[0], -1, HEADS * HEAD_WIDTH)
-        )
-        return projected
-
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -169,7 +210,7 @@ def decoder_module(model: torch.nn.ModuleDict, inputs: list[str]) -> torch.nn.Mo
             for number, layer in enumerate(layers):
                 part, past = layer["self_attn"], f"past_key_values.{number}."
                 y = part["norm"](x)
-                keys, values = split(part["k_proj"](y)), split(part["v_proj"](y))
+                keys, values = split_heads(part["k_proj"](y)), split_heads(part["v_proj"](y))
                 if first is not None:
                     keys = torch.cat([feeds[f"{past}decoder.key"], keys], 2)
                     values = torch.cat([feeds[f"{past}decoder.value"], values], 2)
@@ -180,16 +221,61 @@ def decoder_module(model: torch.nn.ModuleDict, inputs: list[str]) -> torch.nn.Mo
                     shown = (1.0 - feeds["encoder_attention_mask"][:, None, None, :].to(torch.float32)) * -1e9
                     if first is None:
                         states = feeds["encoder_hidden_states"]
-                        keys, values = split(part["k_proj"](states)), split(part["v_proj"](states))
+                        keys, values = split_heads(part["k_proj"](states)), split_heads(part["v_proj"](states))
                         presents += [keys, values]
                     else:
                         keys, values = feeds[f"{past}encoder.key"], feeds[f"{past}encoder.value"]
                     x = x + attend(part, part["norm"](x), keys, values, shown)
-                mlp = layer["mlp"]
-                x = x + mlp["fc2"](torch.nn.functional.gelu(mlp["fc1"](mlp["norm"](x))))
+                x = x + feed_forward(layer["mlp"], x)
             return (self.model["head"](x), *presents)
 
     return Decoder().eval()
+
+
+def split_heads(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(values.shape[0], -1, HEADS, HEAD_WIDTH).transpose(1, 2)
+
+
+def attend(part: Any, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    query = split_heads(part["q_proj"](x)) * HEAD_WIDTH**-0.5
+    weights = torch.softmax(query @ keys.transpose(2, 3) + mask, -1)
+    projected: torch.Tensor = part["out_proj"](
+        (weights @ values).transpose(1, 2).reshape(x.shape[0], -1, HEADS * HEAD_WIDTH)
+    )
+    return projected
+
+
+def feed_forward(part: Any, x: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    made: torch.Tensor = part["fc2"](torch.nn.functional.gelu(part["fc1"](part["norm"](x))))
+    return made
+
+
+# -- what they make --------------------------------------------------------------------------------------------------
+
+
+def logits_at_once(path: Path, data: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], data)[0])
+
+
+def logits_in_steps(first: Path, second: Path, data: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Of the tokens behind the prompt, which ``first`` reads; ``second`` reads the others one by one."""
+    start, step = (ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (first, second))
+    ids = data["input_ids"]
+    names = [output.name for output in start.get_outputs()]
+    values = dict(zip(names, start.run(names, {**data, "input_ids": ids[:, :PROMPT]}), strict=True))
+    caches = {name.replace("present", "past_key_values"): value for name, value in values.items() if name != "logits"}
+    rest = {k: v for k, v in data.items() if k in {i.name for i in step.get_inputs()}}
+    found, names = [], [output.name for output in step.get_outputs()]
+    for at in range(PROMPT, ids.shape[1]):
+        values = dict(zip(names, step.run(names, {**rest, **caches, "input_ids": ids[:, at : at + 1]}), strict=True))
+        caches |= {k.replace("present", "past_key_values"): v for k, v in values.items() if k != "logits"}
+        found.append(values["logits"][:, -1])
+    return np.stack(found, 1)
 
 
 # -- merged ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def write_pair_folder(folder: Path, cross: bool = True) -> Path:
         shutil.copy(path, folder)
     (folder / "config.json").write_text(json.dumps(PAIR_CONFIG))
     if cross:
-        write_other_model(folder / "encoder_model.onnx")
+        shutil.copy(pairs.encoder_folder().path / pairs.ENCODER, folder)
         shutil.copy(folder / pairs.SECOND, folder / "decoder_with_past_model_q4.onnx")
     return folder
 

@@ -21,7 +21,7 @@ from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
 from snpc.runtime.evaluation import EvaluationData, TaskMetric
 from snpc.runtime.execution import Execution
 from snpc.targets import kept_vocabulary
-from snpc.types import AnyArray
+from snpc.types import AnyArray, TensorSpec
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 ALL_SAMPLES = 1 << 30
@@ -112,23 +112,37 @@ class CalibrationArguments(ArgumentGroup):
 
     def load_data(self, source: str, analysis: snpc.Analysis, held_out: int = MAX_HELD_OUT) -> Calibration:
         """``source`` in place of --calib, prepared in the same way; at most ``held_out`` samples are held out."""
-        images = self.images.load()
         if source == RANDOM_CALIBRATION and not self.images.is_given():
             print_note("--calib random: the model is fitted to noise; its own inputs, without labels, serve it better")
             return snpc.random_calibration(analysis, samples=self.calib_samples, batch=self.calib_batch, seed=self.seed)
+        text = replace(self.text.load(analysis.model.source), vocabulary=kept_vocabulary(analysis.model))
+        return self.load_inputs(source, analysis.model.inputs, text, held_out)
+
+    def load_whole(self, inputs: Sequence[TensorSpec], model: Path) -> Calibration | None:
+        """Data for a model of several parts, one of which is in the file ``model``; None without data, and where each
+        part gets noise of its own."""
+        self.check()
+        if self.calib is None or (self.calib == RANDOM_CALIBRATION and not self.images.is_given()):
+            return None
+        return self.load_inputs(self.calib, inputs, self.text.load(model), MAX_HELD_OUT)
+
+    def load_inputs(
+        self, source: str, inputs: Sequence[TensorSpec], text: snpc.TextOptions, held_out: int
+    ) -> Calibration:
+        """``source`` for a model with these inputs."""
         if self.images.is_given() and not Path(source).is_dir():
             raise UserError(
                 f"{source}: --image-size, -mean, -std and -layout are for a folder of images; leave them out"
             )
         calibration = snpc.load_calibration(
             source,
-            analysis.model.inputs,
+            inputs,
             samples=self.calib_samples,
             batch=self.calib_batch,
-            images=images,
+            images=self.images.load(),
             seed=self.seed,
             held_out=held_out,
-            text=replace(self.text.load(analysis.model.source), vocabulary=kept_vocabulary(analysis.model)),
+            text=text,
         )
         self.images.print_format(calibration)
         self.text.print_format(calibration)

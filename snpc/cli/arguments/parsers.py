@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from snpc.errors import UserError
-from snpc.types import ROLES, Role
+from snpc.types import RANKED_ROLES, ROLES, Role
 
 if TYPE_CHECKING:
     from snpc.runtime.execution import AlgebraName
@@ -17,17 +17,17 @@ Number = TypeVar("Number", int, float)
 
 
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
-    """``qk,ffn`` -> ("qk", "ffn"); ``none`` -> ()."""
+    """``qk,ffn`` -> ("qk", "ffn"); ``all,layer`` -> ``RANKED_ROLES`` and "layer"; ``none`` -> ()."""
     if text.strip() == "none":
         return ()
-    roles: dict[str, Role] = {role: role for role in ROLES}
+    roles: dict[str, tuple[Role, ...]] = {**{role: (role,) for role in ROLES}, "all": RANKED_ROLES}
     names = [part.strip() for part in text.split(",") if part.strip()]
     unknown = [name for name in names if name not in roles]
     if unknown or not names:
         raise click.BadParameter(
-            f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(ROLES)}, separated by commas"
+            f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(roles)}, separated by commas"
         )
-    return tuple(roles[name] for name in names)
+    return tuple(dict.fromkeys(role for name in names for role in roles[name]))
 
 
 def parse_provider(ctx: click.Context, param: click.Parameter, name: str) -> str:

@@ -42,8 +42,8 @@ class SelectionArguments(ArgumentGroup):
         show_default=True,
         metavar="ROLE,...",
         callback=parse_roles,
-        help="Roles of the groups to prune: qk, vo, ffn, head, experts, conv, residual, other; layer, whole attention "
-        "and feed-forward layers (needs --calib); or none.",
+        help="Roles of the groups to prune: qk, vo, ffn, head, experts, conv, residual, other; all: qk, vo, ffn, conv "
+        "and other; layer, whole attention and feed-forward layers (needs --calib); or none.",
     )
     include: str | None = option("--include", metavar="REGEX", help="Prune only groups whose id matches.")
     exclude: str | None = option("--exclude", metavar="REGEX", help="Do not prune groups whose id matches.")

@@ -96,6 +96,11 @@ class SublayerGraph:
         """(MACs, parameters) that go with these sublayers. What several of them read goes with all of them only."""
         return self.cost_of(self.unused_without([self.branches[name] for name in names]))
 
+    def constants(self, names: Iterable[str]) -> set[str]:
+        """Names of the constants that go with these sublayers: nothing else reads them."""
+        unused = self.unused_without([self.branches[name] for name in names])
+        return {str(value.name) for value in self.constants_of(unused)}
+
     # -- sums --------------------------------------------------------------------------------------------------------
 
     def branches_of(self, node: ir.Node) -> Iterator[Branch]:
@@ -178,9 +183,12 @@ class SublayerGraph:
 
     def cost_of(self, nodes: NodeSet) -> tuple[int, int]:
         """(MACs, parameters) of nodes; parameters that no other node reads."""
+        return sum(map(self.macs_of, nodes)), sum(map(parameter_count, self.constants_of(nodes)))
+
+    def constants_of(self, nodes: NodeSet) -> list[ir.Value]:
+        """The constants that no other node reads."""
         read = {value for node in nodes for value in node.inputs if value is not None and is_stored_constant(value)}
-        own = (value for value in read if all(use.node in nodes for use in value.uses()))
-        return sum(map(self.macs_of, nodes)), sum(map(parameter_count, own))
+        return [value for value in read if all(use.node in nodes for use in value.uses())]
 
     def sublayer(self, name: str, branch: Branch) -> Sublayer:
         unused = self.unused_without([branch])

@@ -9,7 +9,14 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, ancestor_nodes, data_dependent_values, opset_version, used_values
+from snpc.graph import (
+    ShapeFacts,
+    ancestor_nodes,
+    data_dependent_values,
+    opset_version,
+    selected_table,
+    used_values,
+)
 from snpc.ops import OpCall, OpSpec, lookup
 
 
@@ -162,8 +169,9 @@ class TokenNodeContext:
         return self.flow.axes.get(value) if value is not None else None
 
     def input_name(self, index: int) -> str:
+        """The name of an input in the file: of a rotary table, not that of the selection in front of its use."""
         value = self.node.inputs[index]
-        return str(value.name) if value is not None else ""
+        return str(selected_table(value).name) if value is not None else ""
 
     def pin(self, index: int, reason: str) -> TokenPin:
         """The exception to raise because of an input."""

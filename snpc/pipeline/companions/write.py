@@ -11,6 +11,7 @@ from snpc.passes.slicing import RewrittenModel
 from snpc.pipeline.companions.cut import FittedPlan
 from snpc.pipeline.companions.merge import write_merged
 from snpc.pipeline.verify import (
+    DecoderPair,
     check_cached_decoding,
     compare_with_reference,
     declared_interface,
@@ -53,7 +54,9 @@ def write_companion(fitted: FittedPlan, companion: Companion, written: Path, exe
     pruned = load(path)
     checks = (
         masked_check(companion.analysis, path, rewritten, execution),
-        *check_cached_decoding((fitted.analysis.model, model), (load(written), pruned), execution),
+        *check_cached_decoding(
+            DecoderPair(fitted.analysis.model, model), DecoderPair(load(written), pruned), execution
+        ),
     )
     return WrittenCompanion(path, model, pruned.inputs, f"{companion.name}: {', '.join(checks)}")
 

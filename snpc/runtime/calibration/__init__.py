@@ -25,6 +25,8 @@ unpickled.
 Files
   dataset         Calibration data as batches: samples are chosen, batches planned from rows of parts, and read when
                   they are due.
+  encoder_decoder  Data for an encoder and the decoder that reads its states: the decoder's inputs are made by running
+                  the encoder.
   file_sources    Calibration data in files: by the suffix or the contents; .npz, .npy, Polygraphy's JSON and
                   test_data_set_*.
   held_out        Samples that are held out: nothing is fitted to them, so that the quality of a result can be measured
@@ -60,6 +62,7 @@ from snpc.runtime.calibration.dataset import (
     calibration_from_source,
     pack_batches,
 )
+from snpc.runtime.calibration.encoder_decoder import EncoderDecoder
 from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.held_out import MAX_HELD_OUT, count_held_out
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
@@ -82,6 +85,7 @@ __all__ = [
     "PREPROCESS",
     "Calibration",
     "DataPart",
+    "EncoderDecoder",
     "ImageOptions",
     "RowSelection",
     "TextOptions",

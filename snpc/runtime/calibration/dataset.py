@@ -145,6 +145,18 @@ class Calibration:
             self, samples=_planned_samples(plan), batch_plan=plan, held_out=None, batches_of_whole=self.whole_batches
         )
 
+    def restricted_to(self, inputs: Sequence[TensorSpec]) -> Calibration:
+        """The same samples with these inputs alone, such as those of one part of a model."""
+        names = {spec.name for spec in inputs}
+        return replace(
+            self,
+            inputs=tuple(inputs),
+            stored_inputs=tuple(spec for spec in self.stored_inputs if spec.name in names),
+            sample_axes=replace(self.sample_axes, inputs=self.sample_axes.inputs & names),
+            held_out=self.held_out.restricted_to(inputs) if self.held_out is not None else None,
+            filled={name: kind for name, kind in self.filled.items() if name in names},
+        )
+
     def without_data(self) -> Calibration:
         """The same without arrays in memory, so that batches can be named but not given; of files all stays."""
         held = {id(rows.part): rows.part for batch in self.batch_plan for rows in batch}.values()
@@ -328,6 +340,21 @@ def calibration_from_source(
         return calibration
     rest = replace(calibration, samples=_planned_samples(held_out_plan), batch_plan=held_out_plan, dropped=0)
     return replace(calibration, held_out=rest)
+
+
+def calibration_from_batches(whole: Calibration, source: CalibrationSource) -> Calibration:
+    """The samples of ``whole`` as ``source`` has them for another model: a part for each batch, in order."""
+    axes = find_sample_axes(source.inputs)
+    parts = _survey_parts(source, axes, whole.samples)
+    return replace(
+        whole,
+        inputs=source.inputs,
+        batch_plan=tuple((part,) for part in parts),
+        stored_inputs=source.inputs,
+        sample_axes=axes,
+        held_out=None,
+        filled={name: kind for rows in parts for name, kind in rows.part.filled.items()},
+    )
 
 
 def _split(source: CalibrationSource, request: SampleRequest, total: int, held_out: int) -> tuple[BoolArray, BoolArray]:

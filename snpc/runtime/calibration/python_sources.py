@@ -16,14 +16,13 @@ from snpc.errors import UserError
 from snpc.runtime.calibration.sources import (
     CalibrationPart,
     CalibrationSource,
-    as_user_error,
+    HeldArrays,
     error_line,
     name_list,
     part_in_memory,
     require_inputs,
 )
 from snpc.runtime.calibration.text_inputs import inputs_to_give
-from snpc.runtime.io import SpillFiles
 from snpc.types import AnyArray, TensorSpec
 
 
@@ -36,7 +35,6 @@ class CalibrationReader(Protocol):
 CalibrationValue = Mapping[str, Any] | Iterable[Mapping[str, Any]] | CalibrationReader | Callable[[], Any]
 
 
-MAX_HELD_BYTES = 256 << 20  # samples of code in memory; the others lie in temporary files, since code runs once
 YIELDS = "it should yield dicts of input name -> array"
 
 
@@ -94,7 +92,7 @@ def _iterate_parts(
     with _running_user_code(label, script):
         iterator = _open_iterator(value, label)
     end = object()
-    index, held, files = 0, 0, SpillFiles()
+    index, store = 0, HeldArrays()
     while True:
         with _running_user_code(label, script):
             feed = next(iterator, end)
@@ -104,11 +102,7 @@ def _iterate_parts(
         if not isinstance(feed, Mapping):
             raise UserError(f"{part_label}: it gave a {type(feed).__name__}, not a dict of input name -> array")
         arrays = _copy_arrays(feed, part_label, inputs)
-        held += sum(array.nbytes for array in arrays.values())
-        if held > MAX_HELD_BYTES:
-            with as_user_error(part_label, "no room in the folder for temporary files: set TMPDIR", OSError):
-                arrays = {name: files.keep(array) for name, array in arrays.items()}
-        yield part_in_memory(part_label, arrays)
+        yield part_in_memory(part_label, store.keep(part_label, arrays))
         index += 1
 
 

@@ -10,8 +10,10 @@ from typing import Literal
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.runtime.io import ArrayHeader
+from snpc.runtime.io import ArrayHeader, SpillFiles
 from snpc.types import AnyArray, IntArray, Shape, TensorSpec
+
+MAX_HELD_BYTES = 256 << 20  # of arrays that are made once, in memory; the others lie in temporary files
 
 FilledKind = Literal["ones", "counted", "zeros", "empty", "false"]
 """What an input is filled with that data lacks."""
@@ -109,6 +111,22 @@ class RowsInMemory:
                 read[name] = np.empty(self.shapes[name], self.arrays[name].dtype)
                 read[name][self.rows] = self.arrays[name]
         return read
+
+
+@dataclass
+class HeldArrays:
+    """Keeps arrays that are made once, the first of them in memory. ``held``: bytes so far."""
+
+    held: int = 0
+    files: SpillFiles = field(default_factory=SpillFiles)
+
+    def keep(self, label: str, arrays: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """The arrays, or copies in temporary files. Raises UserError where there is no room for these."""
+        self.held += sum(array.nbytes for array in arrays.values())
+        if self.held <= MAX_HELD_BYTES:
+            return dict(arrays)
+        with as_user_error(label, "no room in the folder for temporary files: set TMPDIR", OSError):
+            return {name: self.files.keep(array) for name, array in arrays.items()}
 
 
 def name_list(names: Iterable[str], limit: int = 8) -> str:

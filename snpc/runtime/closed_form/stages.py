@@ -71,9 +71,21 @@ def residual_errors(analysis: Analysis, groups: Iterable[Group]) -> list[Residua
     found: dict[str, ResidualError] = {}
     for group in compensable_groups(analysis, groups):
         error = residual_error(analysis, group)
+        if error is not None and not is_measurable(analysis, error):
+            continue
         if error is not None and (error.value not in found or found[error.value].group.size < group.size):
             found[error.value] = error
     return sorted(found.values(), key=lambda error: position[error.value])
+
+
+def is_measurable(analysis: Analysis, error: ResidualError) -> bool:
+    """Has the dense model the same rows there? Without the last attention, a classifier computes its class token only
+    in front of it too."""
+    if analysis.removal is None:
+        return True
+    source = analysis.removal.source
+    shapes = [{str(v.name): shape for v, shape in g.facts.shape.items()} for g in (source, analysis.traced_graph)]
+    return shapes[0].get(analysis.removal.stands_for(error.value).summed) == shapes[1].get(error.value)
 
 
 def residual_error_values(analysis: Analysis, groups: Iterable[Group]) -> tuple[str, ...]:

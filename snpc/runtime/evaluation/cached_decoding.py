@@ -7,14 +7,14 @@ a second decoder, which goes on from the caches of the first; whether that still
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from snpc.errors import UserError
 from snpc.graph import DecoderInput, decoder_input, find_presents, is_cache_name
 from snpc.runtime.execution import RunFunction
-from snpc.types import AnyArray, Model, TensorSpec
+from snpc.types import AnyArray, Feeds, Model, TensorSpec
 
 PROMPT, STEPS = 6, 2  # tokens that are read at once, and tokens behind them that are read one by one
 ID_LIMIT = 16  # ids are drawn below it
@@ -73,10 +73,16 @@ class DecoderInterface:
 
 @dataclass(frozen=True)
 class RunningDecoder:
-    """A decoder that runs."""
+    """A decoder that runs. ``states``: of its encoder, and their mask, by input; random ones where there are none."""
 
     interface: DecoderInterface
     run: RunFunction
+    states: Feeds = field(default_factory=dict)
+
+    def feeds(self, ids: AnyArray, start: int, caches: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """See ``DecoderInterface.feeds``."""
+        made = self.interface.feeds(ids, start, caches)
+        return {**made, **{name: array for name, array in self.states.items() if name in made}}
 
 
 def encoder_size(dim: int | str) -> int:
@@ -141,12 +147,12 @@ def cached_decoding_error(first: RunningDecoder, second: RunningDecoder) -> floa
     ids = np.random.default_rng(0).integers(0, ID_LIMIT, (1, PROMPT + STEPS))
     start, step = first.interface, second.interface
     try:
-        whole = first.run(start.feeds(ids, 0, start.empty_caches()))[start.logits]
-        outputs = first.run(start.feeds(ids[:, :PROMPT], 0, start.empty_caches()))
+        whole = first.run(first.feeds(ids, 0, start.empty_caches()))[start.logits]
+        outputs = first.run(first.feeds(ids[:, :PROMPT], 0, start.empty_caches()))
         caches = step.caches_of(start, outputs)
         found = []
         for at in range(PROMPT, PROMPT + STEPS):
-            outputs = second.run(step.feeds(ids[:, at : at + 1], at, caches))
+            outputs = second.run(second.feeds(ids[:, at : at + 1], at, caches))
             caches |= step.caches_of(step, outputs)
             found.append(outputs[step.logits][:, -1])
     except UserError:  # fixed lengths, or ids out of the vocabulary

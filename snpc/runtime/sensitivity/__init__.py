@@ -5,6 +5,7 @@ Files
                    width.
   joint_search     Joint search over the widths of a plan: groups are made narrower and wider with all others cut too.
   layer_search     Which whole sublayers go: chosen by what the outputs change when they are gone.
+  layers_and_widths  Whole layers and widths in one budget: how many layers go is decided by trials of both together.
   layer_trials     Trials of removed sublayers: the outputs with any of them switched off, on a few samples.
   loss_curves      Sensitivity of the model's outputs to the width of each group, measured at a few widths, one group at
                    a time.
@@ -20,8 +21,9 @@ from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
 from snpc.runtime.sensitivity.joint_search import search_samples, search_widths
-from snpc.runtime.sensitivity.layer_search import removable_sublayers, remove_layers
+from snpc.runtime.sensitivity.layer_search import check_layer_budget, removable_sublayers, remove_layers
 from snpc.runtime.sensitivity.layer_trials import LAYER_SAMPLES
+from snpc.runtime.sensitivity.layers_and_widths import remove_layers_beside_widths
 from snpc.runtime.sensitivity.loss_curves import (
     CURVE_SAMPLES,
     CURVE_SHARES,
@@ -39,11 +41,13 @@ __all__ = [
     "REFINEMENT_ROUNDS",
     "SAMPLES_PER_WIDTH",
     "UNUSABLE_CHANGE",
+    "check_layer_budget",
     "measurable_widths",
     "measure_loss_curves",
     "predicted_curves",
     "removable_sublayers",
     "remove_layers",
+    "remove_layers_beside_widths",
     "search_samples",
     "search_widths",
 ]

@@ -8,54 +8,86 @@ shows that the order of single removals alone misleads). At last those come back
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snpc.errors import UserError
 from snpc.passes import Analysis, cost_without, remove_sublayers
-from snpc.planning import Budget
+from snpc.passes.sublayers import Means
+from snpc.planning import Budget, ResourceTarget
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
-from snpc.runtime.sensitivity.layer_trials import LayerTrials, layer_trial_batches, measure_means, open_layer_trials
-from snpc.types import Cost, FloatArray, Sublayer
+from snpc.runtime.sensitivity.layer_trials import (
+    LayerTrialBatch,
+    LayerTrials,
+    layer_trial_batches,
+    measure_means,
+    open_layer_trials,
+)
+from snpc.types import LAYER_ROLE, Cost, FloatArray, Sublayer
 
 TRIED_AGAIN = 8  # of the sublayers that are left, those whose removal promised least change are tried at each step
+FINALISTS = 4  # of these are tried on all samples
 MAX_SWAPS = 16
+
+
+@dataclass(frozen=True)
+class LayerCandidates:
+    """Layers that may go. ``means``: name -> [D], of those for which their mean is to stand. ``changes``: name -> the
+    change of the outputs when it alone is gone, on the first samples of ``batches``."""
+
+    analysis: Analysis
+    sublayers: Sequence[Sublayer]
+    means: Means
+    changes: Mapping[str, float]
+    batches: Sequence[LayerTrialBatch]
+
+    def without(self, gone: Collection[str]) -> Analysis:
+        return remove_sublayers(self.analysis, gone, {name: self.means[name] for name in gone if name in self.means})
 
 
 def remove_layers(
     analysis: Analysis, budget: Budget, calibration: Calibration | None, execution: Execution = DEFAULT_EXECUTION
 ) -> Analysis:
-    """The analysis without the sublayers that the budget takes.
+    """The analysis without the sublayers that a budget for them takes.
 
     Raises UserError where there is no data to choose them on, and where the budget cannot be met by them.
     """
     check_layer_budget(analysis, budget, calibration)
     assert calibration is not None
+    found = measure_candidates(analysis, budget, calibration, execution)
+    with open_layer_trials(analysis, found.sublayers, found.means, found.batches, execution) as trials:
+        search = LayerSearch(analysis, budget, trials, dict(found.changes))
+        with execution.progress.stage("layer search", len(found.sublayers)) as advance:
+            while not search.is_enough(search.gone):
+                search.take_next()
+                advance(1)
+            search.swap()
+            search.bring_back()
+    return found.without(search.gone)
+
+
+def measure_candidates(
+    analysis: Analysis, budget: Budget, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
+) -> LayerCandidates:
+    """Try each layer that may go, with its mean in its place and with nothing."""
     sublayers = removable_sublayers(analysis, budget)
     means = measure_means(analysis, sublayers, calibration, execution)
     batches = layer_trial_batches(analysis, calibration, execution)
+    changes: dict[str, float] = {}
+    better: dict[str, FloatArray] = {}
     with execution.progress.stage("layer trials", 2 * len(sublayers)) as advance:
-        changes: dict[str, float] = {}
-        better: dict[str, FloatArray] = {}
-        for kind in (means, {}):  # with the means in their place, and with nothing
+        for kind in (means, {}):
             with open_layer_trials(analysis, sublayers, kind, batches, execution) as trials:
                 for name in trials.names:
-                    change = trials.change([name])
+                    change = trials.screen([name])
                     if kind is means and name in means:
                         better[name] = means[name]
                     elif change <= changes.get(name, change):
                         better.pop(name, None)
                     changes[name] = min(change, changes.get(name, change))
                     advance(1)
-    with open_layer_trials(analysis, sublayers, better, batches, execution) as trials:
-        search = LayerSearch(analysis, budget, trials, changes)
-        with execution.progress.stage("layer search", len(sublayers)) as advance:
-            while not search.is_enough(search.gone):
-                search.take_next()
-                advance(1)
-            search.swap()
-            search.bring_back()
-    return remove_sublayers(analysis, search.gone, {name: better[name] for name in search.gone if name in better})
+    return LayerCandidates(analysis, sublayers, better, changes, batches)
 
 
 @dataclass
@@ -70,6 +102,11 @@ class LayerSearch:
     gone: frozenset[str] = frozenset()
     costs: dict[frozenset[str], Cost] = field(default_factory=dict)
 
+    @property
+    def target(self) -> ResourceTarget:
+        """What is to be left; a ratio counts MACs, all of which may stay."""
+        return self.budget.target or ResourceTarget("macs", 1.0)
+
     def cost(self, gone: frozenset[str]) -> Cost:
         if gone not in self.costs:
             self.costs[gone] = cost_without(self.analysis, gone)
@@ -79,11 +116,11 @@ class LayerSearch:
         """Does the budget need no more than these?"""
         if self.budget.ratio is not None:
             return len(gone) >= round(self.budget.ratio * len(self.trials.names))
-        return self.share_left(gone) <= target_share(self.budget)
+        return self.share_left(gone) <= self.target.share
 
     def share_left(self, gone: frozenset[str]) -> float:
         """Of the dense model's MACs, parameters or bytes."""
-        kind = target_kind(self.budget)
+        kind = self.target.kind
         return float(getattr(self.cost(gone), kind) / getattr(self.analysis.cost, kind))
 
     def price(self, name: str, change: float) -> float:
@@ -92,7 +129,7 @@ class LayerSearch:
 
     def saving(self, name: str) -> float:
         macs, params = self.analysis.sublayer_graph.savings([name])
-        return float(max(macs if target_kind(self.budget) == "macs" else params, 1))
+        return float(max(macs if self.target.kind == "macs" else params, 1))
 
     def left(self) -> list[str]:
         """Those that have not gone, the least promised price first."""
@@ -101,26 +138,32 @@ class LayerSearch:
 
     def take_next(self) -> None:
         """Let one more go: of those that promise least, that which changes least now."""
-        before, tried = self.trials.change(self.gone), self.left()[:TRIED_AGAIN]
+        before, tried = self.trials.screen(self.gone), self.left()[:TRIED_AGAIN]
         if not tried:
-            raise UserError(unreachable(self.budget, self.share_left(self.gone)))
+            raise UserError(unreachable(self.target, self.share_left(self.gone)))
         for name in tried:
+            self.promised[name] = self.trials.screen(self.gone | {name}) - before
+        before, finalists = self.trials.change(self.gone), [name for name in self.left() if name in tried][:FINALISTS]
+        for name in finalists:
             self.promised[name] = self.trials.change(self.gone | {name}) - before
-        self.gone |= {min(tried, key=lambda name: self.price(name, self.promised[name]))}
+        self.gone |= {min(finalists, key=lambda name: self.price(name, self.promised[name]))}
 
     def swap(self) -> None:
         """Exchange those without which the outputs change much less for others, while that lowers the change."""
         for _ in range(MAX_SWAPS):
             best, least = self.gone, self.trials.change(self.gone)
-            for name in sorted(self.gone, key=lambda name: self.trials.change(self.gone - {name}))[:2]:
-                for other in self.left()[: TRIED_AGAIN // 2]:
-                    exchanged = self.gone - {name} | {other}
-                    change = self.trials.change(exchanged)
-                    if change < least and self.is_enough(exchanged):
-                        best, least = exchanged, change
+            for exchanged in self.exchanges():
+                change = self.trials.change(exchanged)
+                if change < least and self.is_enough(exchanged):
+                    best, least = exchanged, change
             if best == self.gone:
                 return
             self.gone = best
+
+    def exchanges(self) -> list[frozenset[str]]:
+        """Sets with another layer in place of one, of those that promise most."""
+        back = sorted(self.gone, key=lambda name: self.trials.change(self.gone - {name}))[:2]
+        return [self.gone - {name} | {other} for name in back for other in self.left()[: TRIED_AGAIN // 2]]
 
     def bring_back(self) -> None:
         """Let those stay that the budget can do without, most change first."""
@@ -159,27 +202,18 @@ def check_layer_budget(analysis: Analysis, budget: Budget, calibration: Calibrat
         raise UserError(f"the role layer is not supported for {what}: leave it out")
     if analysis.reduction is not None:
         raise UserError("the role layer and --tokens do not go together: leave out one of them")
-    if budget.limits_quality or budget.is_latency:
-        raise UserError("the role layer needs --ratio R, or --target macs=R, params=R or bytes=R")
-    if budget.ratio is None and set(budget.roles) != {"layer"}:
+    alone = set(budget.roles) == {LAYER_ROLE}
+    if budget.limits_quality or (budget.is_latency and alone):
         raise UserError(
-            "a target for whole layers and widths together is not supported: give --ratio, or prune twice, first with "
-            "--roles layer, then the result with the other roles"
+            "the role layer needs --ratio R, or --target macs=R, params=R or bytes=R; --target latency=R takes roles "
+            "of widths beside it"
         )
     unused = {"--uniform": budget.uniform, "--allocator dimap": budget.allocator == "dimap"}
     for flag, given in unused.items():
-        if given and set(budget.roles) == {"layer"}:
+        if given and alone:
             raise UserError(f"{flag} is for widths: leave it out with --roles layer")
 
 
-def target_kind(budget: Budget) -> str:
-    return budget.target.kind if budget.target is not None else "macs"
-
-
-def target_share(budget: Budget) -> float:
-    return budget.target.share if budget.target is not None else 1.0
-
-
-def unreachable(budget: Budget, least: float) -> str:
-    left = f"{target_kind(budget)}={least:.3f}"
-    return f"target {budget.target} cannot be reached: with all layers gone that can go, {left} is left"
+def unreachable(target: ResourceTarget, least: float) -> str:
+    left = f"{target.kind}={least:.3f}"
+    return f"target {target} cannot be reached: with all layers gone that can go, {left} is left"

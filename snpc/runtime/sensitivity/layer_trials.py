@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx_ir as ir
 
 from snpc.ops import names as op
 from snpc.passes import Analysis
+from snpc.passes.grouping import TracedGraph
+from snpc.passes.slicing import weigh_statistics, weights_name
 from snpc.passes.sublayers import Means, switch_name, with_switches
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import OutputMetrics
@@ -22,7 +25,8 @@ from snpc.types import AnyArray, Feeds, FloatArray, Shape, Sublayer
 LAYER_SAMPLES = 32  # of a trial; a removed layer changes outputs so much that few show it
 ENOUGH_ROWS = 2048  # of an output, as tokens of texts: then fewer samples will do, but for LEAST_SAMPLES
 LEAST_SAMPLES = 8
-RUN_TOGETHER = 4  # of them that are run together
+SCREENED_ROWS = 512  # enough of them to tell which layers are worth a trial on all
+RUN_TOGETHER = 2  # samples that are run together
 
 
 @dataclass
@@ -32,19 +36,27 @@ class LayerTrials:
     run: RunFunction
     names: tuple[str, ...]
     batches: Sequence[LayerTrialBatch]
-    known: dict[frozenset[str], float] = field(default_factory=dict)
+    known: dict[tuple[frozenset[str], int], float] = field(default_factory=dict)
 
     def change(self, gone: Iterable[str]) -> float:
         """Mean over the samples of ``OutputMetrics.change``, like a squared error."""
-        key = frozenset(gone)
-        if key not in self.known:
-            switches = {switch_name(name): np.array(name not in key) for name in self.names}
+        return self.change_on(frozenset(gone), len(self.batches))
+
+    def screen(self, gone: Iterable[str]) -> float:
+        """``change`` on the first samples only."""
+        return self.change_on(frozenset(gone), screened_batches(self.batches))
+
+    def change_on(self, gone: frozenset[str], count: int) -> float:
+        """``change`` on so many batches."""
+        if (gone, count) not in self.known:
+            switches = {switch_name(name): np.array(name not in gone) for name in self.names}
+            batches = self.batches[:count]
             changes = [
                 batch.metrics.change(batch.outputs, self.run({**batch.feeds, **switches}), batch.token_masks)
-                for batch in self.batches
+                for batch in batches
             ]
-            self.known[key] = float(np.average(changes, weights=[batch.samples for batch in self.batches]))
-        return self.known[key]
+            self.known[gone, count] = float(np.average(changes, weights=[batch.samples for batch in batches]))
+        return self.known[gone, count]
 
 
 @dataclass(frozen=True)
@@ -74,10 +86,28 @@ def open_layer_trials(
     means: Means,
     batches: Sequence[LayerTrialBatch],
     execution: Execution = DEFAULT_EXECUTION,
+    weights: Mapping[str, AnyArray] | None = None,
 ) -> Iterator[LayerTrials]:
-    """Trials of these sublayers; the ``means`` stand for those that have one."""
-    with temporary_session(with_switches(analysis.traced_graph, sublayers, means), execution=execution) as run:
+    """Trials of these sublayers; the ``means`` stand for those that have one. ``weights``: contents of constants by
+    name, as ``trial_weights`` gives them."""
+    model = with_switches(analysis.traced_graph, sublayers, means)
+    set_weights(model, analysis.traced_graph, weights or {})
+    with temporary_session(model, execution=execution) as run:
         yield LayerTrials(run, tuple(sublayer.name for sublayer in sublayers), batches)
+
+
+def set_weights(model: ir.Model, source: TracedGraph, weights: Mapping[str, AnyArray]) -> None:
+    """Put new contents into constants of ``model``, a copy of ``source``, and weigh its statistics as they say."""
+    weigh_statistics(model.graph, source.trace, (s for s in source.trace.statistics if weights_name(s) in weights))
+    for name in weights.keys() & set(model.graph.initializers):
+        value = model.graph.initializers[name]
+        value.const_value = ir.Tensor(weights[name], dtype=value.dtype, name=name)
+
+
+def screened_batches(batches: Sequence[LayerTrialBatch]) -> int:
+    """How many of the batches have ``SCREENED_ROWS``; all of them where they have fewer."""
+    rows = np.cumsum([batch.rows for batch in batches])
+    return min(int(np.searchsorted(rows, SCREENED_ROWS)) + 1, len(batches))
 
 
 def layer_trial_batches(

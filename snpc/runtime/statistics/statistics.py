@@ -448,11 +448,11 @@ class StatisticAccumulator:
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
+def save_statistics(statistics: Statistics, path: Path | str) -> None:
     """Write one .npz, whole or not at all. Its entry ``header`` is JSON; the other entries, "0", "1" and so on, are the
     sums that the header names by half ("both" or "odd"), group and statistic."""
     header = np.array(json.dumps(statistics_header(statistics)))
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
         np.savez(file, header=header, **statistics_arrays(statistics))  # type: ignore[arg-type]
 
 
@@ -508,14 +508,14 @@ def statistics_from(header: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -
     )
 
 
-def load_statistics(path: Path, *more: Path) -> Statistics:
+def load_statistics(path: Path | str, *more: Path | str) -> Statistics:
     """Read a file that ``save_statistics`` wrote; of several files, the sum.
 
     Raises UserError where a file holds no statistics, or where they do not add up.
     """
-    statistics = read_statistics(path)
+    statistics = read_statistics(Path(path))
     for other in more:
-        statistics = statistics + read_statistics(other)
+        statistics = statistics + read_statistics(Path(other))
     return statistics
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
+import snpc
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.pipeline.token_decisions import check_token_reduction, self_deciding_model
 from snpc.runtime.io.save import save
 from snpc.tokens.reduction import reduce_tokens
+from tests.models.rotary_decoders import RotaryDecoder
 from tests.oracle import analysis_at
 from tests.passes.text_graphs import Array, text_model
 
@@ -83,3 +87,13 @@ def test_what_cannot_be_gathered_pins_the_tokens(
     name = "table" if constants else "pairs"
     reason = f"tokens are combined with {name}, which has an entry for every pair of positions"
     assert reason in [pin.reason for pin in analysis.tokens.pins]
+
+
+@pytest.mark.parametrize(("heads_axis", "table"), [(1, "cosine"), (2, "cos")])
+def test_a_rotary_table_is_named_as_the_file_names_it(heads_axis: Literal[1, 2], table: str) -> None:
+    model = RotaryDecoder(table="stored", heads_axis=heads_axis).model()
+    model.graph.node.append(helper.make_node("ReduceMean", ["y"], ["pooled"], axes=[1], keepdims=0))
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("pooled", TensorProto.FLOAT, None))
+    first, _ = snpc.analyze(snpc.load(model)).tokens.points
+    assert first.side_input == table

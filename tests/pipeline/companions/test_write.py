@@ -7,39 +7,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import pytest
 
 import snpc
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.companions import GroupMatch
 from tests.command_line import invoke, reported
-from tests.models.decoder_pairs import HEAD_WIDTH, SECOND, pair_data, pair_paths
+from tests.models.decoder_pairs import (
+    HEAD_WIDTH,
+    PROMPT,
+    SECOND,
+    logits_at_once,
+    logits_in_steps,
+    pair_data,
+    pair_paths,
+)
 from tests.oracle import analysis_of
 
 Array = npt.NDArray[Any]
-PROMPT = 4
-
-
-def logits_at_once(path: Path, data: dict[str, Array]) -> Array:
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["logits"], data)[0])
-
-
-def logits_in_steps(first: Path, second: Path, data: dict[str, Array]) -> Array:
-    """Of the tokens behind the prompt, which ``first`` reads; ``second`` reads the others one by one."""
-    start, step = (ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (first, second))
-    ids = data["input_ids"]
-    names = [output.name for output in start.get_outputs()]
-    values = dict(zip(names, start.run(names, {**data, "input_ids": ids[:, :PROMPT]}), strict=True))
-    caches = {name.replace("present", "past_key_values"): value for name, value in values.items() if name != "logits"}
-    rest = {k: v for k, v in data.items() if k in {i.name for i in step.get_inputs()}}
-    found, names = [], [output.name for output in step.get_outputs()]
-    for at in range(PROMPT, ids.shape[1]):
-        values = dict(zip(names, step.run(names, {**rest, **caches, "input_ids": ids[:, at : at + 1]}), strict=True))
-        caches |= {k.replace("present", "past_key_values"): v for k, v in values.items() if k != "logits"}
-        found.append(values["logits"][:, -1])
-    return np.stack(found, 1)
 
 
 @pytest.mark.parametrize("cross", [True, False])

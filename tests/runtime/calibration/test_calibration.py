@@ -715,7 +715,7 @@ def test_of_an_archive_only_the_chosen_samples_are_in_memory(save: Callable[...,
 
 
 def test_samples_of_code_lie_in_files_beyond_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snpc.runtime.calibration.python_sources.MAX_HELD_BYTES", 100)
+    monkeypatch.setattr("snpc.runtime.calibration.sources.MAX_HELD_BYTES", 100)
     kept, keep = [], SpillFiles.keep
     monkeypatch.setattr(SpillFiles, "keep", lambda self, array: kept.append(array) or keep(self, array))
     calibration = load_calibration(({"x": row[None]} for row in numbers(20)), [X], samples=20, batch=4, held_out=0)

@@ -1,0 +1,84 @@
+"""Layers and widths in one budget: a layer goes where that changes less than widths at the same cost, only there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import snpc
+from snpc.passes import remove_sublayers
+from snpc.pipeline.planner import PlanRequest, measure_widths
+from snpc.planning import Budget
+from snpc.runtime.execution import DEFAULT_EXECUTION, SpillableStore, temporary_session
+from snpc.runtime.sensitivity.layer_search import LayerSearch, measure_candidates
+from snpc.runtime.sensitivity.layer_trials import open_layer_trials, set_weights
+from snpc.runtime.sensitivity.layers_and_widths import LayersAndWidths
+from snpc.runtime.sensitivity.plan_trials import TrialWeights
+from tests.command_line import CALIB, VIT, invoke
+
+ROLES = ("qk", "vo", "ffn", "layer")
+IDLE = "blocks.1.attn"
+
+
+@pytest.fixture(scope="module")
+def idle_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits model, in which one attention adds next to nothing."""
+    model, path = onnx.load(VIT), tmp_path_factory.mktemp("idle") / "idle.onnx"
+    analysis = snpc.analyze(snpc.load(VIT))
+    group = next(g for g in analysis.groups if g.id == f"{IDLE}.vo")
+    (consumer,) = analysis.weights[group.id].consumers
+    names = {consumer.weight_slice.tensor, *(v.name for n in consumer.nodes for v in n.inputs if v is not None)}
+    for initializer in model.graph.initializer:
+        if initializer.name in names or initializer.name == f"{IDLE}.proj.bias":
+            array = 0.001 * numpy_helper.to_array(initializer)
+            initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
+    onnx.save(model, path)
+    return path
+
+
+def test_an_idle_layer_goes_and_widths_serve_the_rest(idle_layer: Path, tmp_path: Path) -> None:
+    result = snpc.prune(
+        idle_layer, tmp_path / "cut.onnx", calibration=CALIB, target="macs=0.6", roles=ROLES, max_ratio="0.6",
+        effort="quick",
+    )  # fmt: skip
+    assert 0.58 < result.after.macs / result.before.macs <= 0.6
+    removal, keep = result.plan.analysis.removal, result.plan.keep
+    assert removal is not None and removal.names == (IDLE,)
+    assert keep and not any(name.startswith(f"{IDLE}.") for name in keep)
+    assert any("1 layer that is gone" in check for check in result.verification.structure)
+
+
+def test_no_layer_goes_where_widths_change_less(tmp_path: Path) -> None:
+    out = invoke("prune", VIT, "--roles", "all,layer", "--target", "macs=0.8", "--effort", "quick", "--calib", CALIB,
+                 "-o", tmp_path / "cut.onnx").stdout  # fmt: skip
+    assert "layers gone" not in out and "of ffn" in out
+
+
+def test_a_trial_runs_layers_and_widths_together() -> None:
+    """It changes the outputs as the graph without the layer does, with the same weights."""
+    analysis = snpc.analyze(snpc.load(VIT))
+    data = snpc.load_calibration(CALIB, analysis.model.inputs)
+    budget = Budget(target="macs=0.6", roles=ROLES)
+    widths_only = PlanRequest(replace(budget, roles=ROLES[:3]), effort="quick")
+    measured = measure_widths(analysis, widths_only, data, None, DEFAULT_EXECUTION)
+    found = measure_candidates(analysis, budget, data)
+    weights = TrialWeights(measured.closed_forms, measured.scores, measured.groups, SpillableStore(1 << 30))
+    gone = frozenset([found.sublayers[2].name])
+    with open_layer_trials(analysis, found.sublayers, found.means, found.batches) as trials:
+        search = LayerSearch(analysis, budget, trials, dict(found.changes))
+        together = LayersAndWidths(found, search, weights, measured.scores, measured.groups, DEFAULT_EXECUTION)
+        change, widths = together.change(gone), together.widths(gone)
+    assert widths is not None
+    shorter = remove_sublayers(analysis, gone, {name: found.means[name] for name in gone & found.means.keys()})
+    model = shorter.traced_graph.model.clone()
+    set_weights(model, analysis.traced_graph, weights.arrays(widths))
+    with temporary_session(model) as run:
+        changes = [b.metrics.change(b.outputs, run(b.feeds), b.token_masks) for b in found.batches]
+    assert change == pytest.approx(float(np.mean(changes)), rel=1e-3)
+    assert any(widths[g.id] < g.size for g in measured.groups)
+    assert all(widths[g.id] == g.size for g in measured.groups if g.id.startswith(f"{found.sublayers[2].name}."))
