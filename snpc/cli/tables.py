@@ -235,31 +235,38 @@ def print_token_points(analysis: Analysis) -> None:
         kept = f"the first {leading} are always kept" if leading else "none is always kept"
         where = f"after blocks {first.block} to {last.block} of {analysis.tokens.blocks}"
         number = count if first.fixed_length else "as many as the input has"
-        print_line(f"tokens: {number}, reducible {where} ({kept}; {methods_at(first)})")
+        if first.exits:
+            where = f"mergeable {where}, if all are back behind block {last.exits[-1].block}"
+        else:
+            where = f"reducible {where}"
+        print_line(f"tokens: {number}, {where} ({kept}; {methods_at(first)})")
     for pin in analysis.tokens.pins:
         print_line(f"tokens: not reducible where {pin.reason} ({pin.operator})")
 
 
 def methods_at(point: TokenPoint) -> str:
     """The token methods that can be used there."""
+    if point.exits:
+        return "merge, energy" if point.scores is None else "merge, guided, energy"
     if point.scores is None:
-        return "merge" if point.fixed_length and not point.side_input else "none: no attention weights"
+        return "merge, energy" if point.fixed_length and not point.side_input else "none: no attention weights"
     if not point.fixed_length or point.side_input:
         return "topk, adaptive"
-    return "topk, fuse, merge, adaptive"
+    return "topk, fuse, merge, guided, energy, adaptive"
+
+
+def run_key(point: TokenPoint) -> tuple[int, int, str, int]:
+    """What points of one run have in common."""
+    return point.count, point.leading, methods_at(point), point.exits[-1].block if point.exits else 0
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
-    """(token count, leading tokens that are kept, points) of every run of consecutive blocks with the same values."""
+    """(token count, leading tokens that are kept, points) of every run of consecutive blocks with the same values and
+    last exits."""
     spans: list[tuple[int, int, list[TokenPoint]]] = []
     for point in analysis.tokens.points:
         last = spans[-1][2][-1] if spans else None
-        same = last is not None and (last.block + 1, last.count, last.leading, methods_at(last)) == (
-            point.block,
-            point.count,
-            point.leading,
-            methods_at(point),
-        )
+        same = last is not None and (last.block + 1, *run_key(last)) == (point.block, *run_key(point))
         if same:
             spans[-1][2].append(point)
         else:
@@ -391,7 +398,7 @@ def print_result(result: PrunedModel) -> None:
             where = " on average of the calibration inputs, at which MACs are quoted"
         elif "any_length" in steps[-1]:
             where = " at the length at which MACs are quoted"
-        print_line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
+        print_line(f"tokens: {reduction.summary}{where}")
     if result.search is not None:
         print_line(search_text(result.search))
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]

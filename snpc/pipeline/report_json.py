@@ -260,6 +260,7 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
                 "tokens": p.count if p.fixed_length else None,
                 "leading": p.leading,
                 "scores": p.scores is not None,
+                "exits": [e.block for e in p.exits],
             }
             for p in analysis.tokens.points
         ],
