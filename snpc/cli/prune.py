@@ -14,14 +14,13 @@ from snpc.cli.advice import announce_cost, announce_plan, print_better_command, 
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
-    CalibrationArguments,
-    EvaluationArguments,
     JsonArguments,
     LimitedExecutionArguments,
     PlanningArguments,
     PruneBuildArguments,
     PrunedModelArguments,
     SavedStatisticsArguments,
+    ScoredCalibrationArguments,
     TypedCommand,
     WorkloadArguments,
     check_output_paths,
@@ -110,8 +109,7 @@ def output_place(
 def prune_command(
     model: PrunedModelArguments,
     planning: PlanningArguments,
-    calibration: CalibrationArguments,
-    evaluating: EvaluationArguments,
+    calibration: ScoredCalibrationArguments,
     statistics: SavedStatisticsArguments,
     output: PruneOutput,
     build: PruneBuildArguments,
@@ -127,7 +125,7 @@ def prune_command(
     stopwatch = Stopwatch(execution.progress)
     if output.dry_run:
         planning.check_predictable()
-    evaluating.check()
+    calibration.evaluating.check()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     with output_place(model, output.output) as (model, place):
@@ -142,11 +140,11 @@ def prune_command(
             planning = planning.alone()
         artifacts = build.check(place.path, execution, calibration.calib is not None)
         artifacts += [vocabulary_path(place.path)] if model.vocabulary is not None else []
-        inputs = [*model.files(), calibration.calib, evaluating.held_out, *statistics.load_stats]
+        inputs = [*model.files(), *calibration.sources(), *statistics.load_stats]
         check_output_paths([*output.paths(place.path, artifacts), statistics.save_stats], *inputs)
         with stopwatch.stage("calibration"):
-            data = calibration.load(analysis, others=[evaluating.held_out])
-            evaluation = evaluating.load(calibration, analysis, planning.judging.task())
+            data = calibration.load(analysis, others=[calibration.evaluating.held_out])
+            evaluation = calibration.load_scored(analysis, planning.judging.task())
         planning = planning.with_width_multiple(build.build, execution)
         artifact, shapes = None, None
         if planning.amount.wants_latency:
@@ -197,7 +195,7 @@ class PartsCommand:
 
     model: PrunedModelArguments
     planning: PlanningArguments
-    calibration: CalibrationArguments
+    calibration: ScoredCalibrationArguments
     statistics: SavedStatisticsArguments
     output: PruneOutput
     execution: snpc.Execution
@@ -220,6 +218,8 @@ class PartsCommand:
                 "--save-stats": self.statistics.save_stats,
                 "--load-stats": self.statistics.load_stats,
                 "--shard": self.statistics.shard,
+                "--eval": self.calibration.evaluating.held_out,
+                "--max-drop": amount.max_drop,
             },
         )
 

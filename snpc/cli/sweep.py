@@ -13,11 +13,10 @@ from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
-    CalibrationArguments,
-    EvaluationArguments,
     LimitedExecutionArguments,
     ModelArguments,
     PlanningArguments,
+    ScoredCalibrationArguments,
     TypedCommand,
     check_output_paths,
     command,
@@ -84,8 +83,7 @@ def sweep_command(
     model: ModelArguments,
     arguments: SweepArguments,
     planning: PlanningArguments,
-    calibration: CalibrationArguments,
-    evaluating: EvaluationArguments,
+    calibration: ScoredCalibrationArguments,
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
@@ -96,18 +94,18 @@ def sweep_command(
     The folder gets sweep.json, sweep.svg (quality against latency) and the models that no other one beats.
     """
     check_sweep(arguments, planning, calibration)
-    evaluating.check()
+    calibration.evaluating.check()
     execution = running.load()
     planning = planning.with_width_multiple(arguments.build, execution)
     targets = [parse_target(text) for text in parse_target_list(arguments.targets)]
     folder = arguments.output or model.sibling("-sweep")
     analysis = planning.judging.apply(model.load())
-    data = calibration.load(analysis, others=[evaluating.held_out])
+    data = calibration.load(analysis, others=[calibration.evaluating.held_out])
     assert data is not None  # --calib is required
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
-    check_output_paths([table, plot], model.path, calibration.calib, evaluating.held_out)
-    evaluation = evaluating.load(calibration, analysis, planning.judging.task())
+    check_output_paths([table, plot], model.path, *calibration.sources())
+    evaluation = calibration.load_scored(analysis, planning.judging.task())
     request = SweepRequest(
         planning.budget(targets[0]) if planning.selection.roles else None,
         planning.reduction.tokens,
@@ -147,7 +145,9 @@ def sweep_builder(arguments: SweepArguments, calibration: Calibration, execution
     return SweepBuilder(snpc.TARGETS[target].suffix, build, artifact)
 
 
-def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibration: CalibrationArguments) -> None:
+def check_sweep(
+    arguments: SweepArguments, planning: PlanningArguments, calibration: ScoredCalibrationArguments
+) -> None:
     """Refuse options of ``prune`` that a sweep sets itself, and options that lack what they need."""
     amount = planning.amount
     given = {

@@ -21,9 +21,9 @@ from __future__ import annotations
 from snpc.cli.arguments.building import BuildArguments, PruneBuildArguments
 from snpc.cli.arguments.calibration import (
     CalibrationArguments,
-    EvaluationArguments,
     ImageArguments,
     SavedStatisticsArguments,
+    ScoredCalibrationArguments,
     StatisticsArguments,
 )
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
@@ -61,7 +61,6 @@ __all__ = [
     "CalibrationArguments",
     "CheckpointArguments",
     "DumpArguments",
-    "EvaluationArguments",
     "ExecutionArguments",
     "ImageArguments",
     "JsonArguments",
@@ -77,6 +76,7 @@ __all__ = [
     "QuietArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
+    "ScoredCalibrationArguments",
     "SizeArguments",
     "SpreadExecutionArguments",
     "StatisticsArguments",

@@ -197,15 +197,25 @@ class EvaluationArguments(ArgumentGroup):
         if self.labels and not self.held_out:
             raise UserError("--labels are those of --eval: give --eval DATA too")
 
-    def load(
-        self, calibration: CalibrationArguments, analysis: snpc.Analysis, metric: TaskMetric | None
-    ) -> EvaluationData | None:
-        """The data as the flags describe it; None without --eval."""
-        if self.held_out is None:
-            if metric is not None:
-                raise UserError(f"--metric {metric.name} scores outputs on labels: give --eval DATA --labels NAME")
-            return None
-        return calibration.load_evaluation(self.held_out, self.labels, analysis, metric)
+
+@dataclass(frozen=True)
+class ScoredCalibrationArguments(CalibrationArguments):
+    """Unlabeled inputs to measure on, and others on which models are scored."""
+
+    evaluating: EvaluationArguments = subgroup()
+
+    def load_scored(self, analysis: snpc.Analysis, metric: TaskMetric | None) -> EvaluationData | None:
+        """The data of --eval; None without. ``metric``: how the labels are scored."""
+        source = self.evaluating.held_out
+        if source is not None:
+            return self.load_evaluation(source, self.evaluating.labels, analysis, metric)
+        if metric is not None:
+            raise UserError(f"--metric {metric.name} scores outputs on labels: give --eval DATA --labels NAME")
+        return None
+
+    def sources(self) -> list[str | None]:
+        """What is read."""
+        return [self.calib, self.evaluating.held_out]
 
 
 @dataclass(frozen=True)
