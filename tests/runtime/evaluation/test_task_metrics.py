@@ -23,6 +23,16 @@ RNG = np.random.default_rng(0)
 LOGITS, LABELS = RNG.standard_normal((60, 7)).astype(np.float32), RNG.integers(0, 7, 60)
 
 
+def examples() -> tuple[Any, Any]:
+    """(pictures, labels) of the evaluation data."""
+    with np.load(EVAL) as arrays:
+        return arrays["image"], arrays["labels"]
+
+
+def logits_of(path: Path) -> Any:
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": examples()[0]})[0]
+
+
 def score(name: str, output: Any, labels: Any) -> float:
     """In batches, as a model's outputs come."""
     metric = TaskMetric(name)
@@ -89,14 +99,11 @@ def test_prune_prints_the_score_of_both_files(tmp_path: Path) -> None:
     command = ("prune", VIT, "--target", "macs=0.6", *QUICK, "-o", tmp_path / "small.onnx", "--json", report)
     shown = invoke(*command, "--eval", EVAL, "--labels", "labels", "--report", page).stdout
     task = json.loads(report.read_text())["task"]
-    assert task["metric"] == "top1" and task["samples"] == len(np.load(EVAL)["labels"]) and task["error"] > 0
+    assert task["metric"] == "top1" and task["samples"] == len(examples()[1]) and task["error"] > 0
     text = f"top-1 accuracy: {100 * task['before']:.4g} -> {100 * task['after']:.4g} %"
     assert text in shown and text.replace(">", "&gt;") in page.read_text()
     for path, value in ((VIT, task["before"]), (tmp_path / "small.onnx", task["after"])):
-        session, data = ort.InferenceSession(path, providers=["CPUExecutionProvider"]), np.load(EVAL)
-        name = session.get_inputs()[0].name
-        logits = session.run(None, {name: data[name]})[0]
-        assert (logits.argmax(-1) == data["labels"]).mean() == pytest.approx(value)
+        assert (logits_of(path).argmax(-1) == examples()[1]).mean() == pytest.approx(value)
 
 
 def test_a_drop_in_points_is_met(tmp_path: Path) -> None:
@@ -129,7 +136,10 @@ def test_requests_that_lack_labels(arguments: tuple[Any, ...], words: str, tmp_p
 
 
 def test_the_python_call_scores_too(tmp_path: Path) -> None:
-    labels = np.load(EVAL)["labels"]
+    labels, output = examples()[1], tmp_path / "small.onnx"
     data = snpc.load_calibration(EVAL, snpc.load(VIT).inputs, samples=len(labels), held_out=0)
-    result = snpc.prune(VIT, ratio=0.25, evaluation=snpc.EvaluationData(data, labels, snpc.TaskMetric("f1")))
-    assert result.task is not None and result.task.metric == "f1" and 0 < result.task.after < result.task.before
+    evaluation = snpc.EvaluationData(data, labels, snpc.TaskMetric("f1"))
+    result = snpc.prune(VIT, output, ratio=0.5, evaluation=evaluation)
+    assert result.task is not None and result.task.metric == "f1"
+    expected = [f1_score(labels, logits_of(path).argmax(-1), average="macro") for path in (VIT, output)]
+    assert [result.task.before, result.task.after] == pytest.approx(expected)
