@@ -255,12 +255,15 @@ def make_plan(
     if LAYER_ROLE not in budget.roles:
         return plan_widths(analysis, request, calibration, statistics, execution)
     check_layer_budget(analysis, budget, calibration)
-    if set(budget.roles) == {LAYER_ROLE}:
-        return plan_of_layers(remove_layers(analysis, budget, calibration, execution), request, calibration, execution)
-    if budget.target is None:
-        analysis = remove_layers(analysis, budget, calibration, execution)
-        return plan_widths(analysis, request, calibration, statistics, execution)
-    return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    alone = set(budget.roles) == {LAYER_ROLE}
+    if not alone and budget.target is not None:
+        return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    method = request.method or default_method(calibration, request.criterion is None)
+    refits = method == "auto" and request.effort != "quick"
+    analysis = remove_layers(analysis, budget, calibration, execution, refits=refits)
+    if alone:
+        return plan_of_layers(analysis, request, calibration, execution)
+    return plan_widths(analysis, request, calibration, statistics, execution)
 
 
 def plan_layers_and_widths(

@@ -94,7 +94,8 @@ def fit_layerwise(
         return base
     cut = rewrite_model(base, cuts_of(plan))
     stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
-    padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.blocks * e.group.size) for e in errors))
+    shown = ((e.probe, e.group.blocks * e.group.size) for e in errors)
+    padding = find_padding(analysis.traced_graph, probe_row_counters(shown))
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     inputs = {str(value.name) for value in cut.model.graph.inputs}
     narrowed = {name: shape for name, shape in cut.sliced_interface().items() if name in inputs}
