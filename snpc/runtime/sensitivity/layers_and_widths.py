@@ -2,8 +2,8 @@
 
 Layers are taken one after the other, as for layers alone. After each, the widths of what is left are allocated to the
 rest of the budget, and the model is run with the layers switched off and the units gone at once. The layers go with
-which the outputs change least; none may be the best. At last layers are exchanged for others while that lowers the
-change.
+which the outputs change least; none may be the best. Then layers are exchanged for others while that lowers the change.
+At last the sets that are near are compared with the layers that are kept refitted.
 """
 
 from __future__ import annotations
