@@ -31,6 +31,7 @@ extensions = [
 myst_heading_anchors = 4
 myst_fence_as_directive = ["mermaid"]
 
+smartquotes = False  # they would make one dash of the two of an option
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}

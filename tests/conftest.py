@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 
-# Two libraries that each start a thread per core slow each other down many times over; set before numpy is imported.
+# Processes and libraries that each start a thread per core slow each other down many times over; set before numpy and
+# torch are imported. Sessions of onnxruntime: see one_thread_per_session.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 
 from snpc.cli.progress import displays
@@ -49,6 +55,27 @@ TORCH = Path(__file__).parent / "torch"
 PROGRESS = Path(__file__).parent / "cli" / "progress"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_per_session() -> Iterator[None]:
+    """Sessions that leave the number of threads to onnxruntime take one: there is a test process per core."""
+    create = onnxruntime.InferenceSession.__init__
+
+    def create_with_one_thread(
+        session: onnxruntime.InferenceSession,
+        model: str | bytes | os.PathLike[str],
+        options: onnxruntime.SessionOptions | None = None,
+        *rest: Any,
+        **named: Any,
+    ) -> None:
+        options = named.pop("sess_options", options) or onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        create(session, model, options, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime.InferenceSession, "__init__", create_with_one_thread)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_lines_of_progress(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command says on stderr must not depend on how busy the machine is."""
@@ -74,6 +101,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # With --dist loadgroup a process analyzes an export once for the tests of all files; other tests stay together
         # with those of their file, whose fixtures they share.
         item.add_marker(pytest.mark.xdist_group(export or str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay until the end: the garbage collector need not go through them again and again.
+    It took a quarter of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def export_of(item: pytest.Item) -> str | None:

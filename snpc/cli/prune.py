@@ -299,9 +299,9 @@ def print_folder(folder: PrunedFolder) -> None:
         )
     if folder.left_out:
         names = ", ".join(map(str, folder.left_out))
-        tables.print_note(
-            f"left out, since they hold the dense model: {names}; quantize or convert the pruned one again"
-        )
+        tables.print_note(f"left out, since they hold the dense model: {names}; the pruned one makes them again:")
+        for command in folder.conversions.values():
+            tables.print_step(command)
 
 
 def show_plan(plan: PruningPlan, json: JsonArguments) -> None:

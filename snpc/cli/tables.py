@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
-from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation
+from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation, describe_stream
 from snpc.planning import SlicePlan, read_provenance
 from snpc.report import (
     dequantization_text,
@@ -234,31 +234,38 @@ def print_token_points(analysis: Analysis) -> None:
         kept = f"the first {leading} are always kept" if leading else "none is always kept"
         where = f"after blocks {first.block} to {last.block} of {analysis.tokens.blocks}"
         number = count if first.fixed_length else "as many as the input has"
-        print_line(f"tokens: {number}, reducible {where} ({kept}; {methods_at(first)})")
+        if first.exits:
+            where = f"mergeable {where}, if all are back behind block {last.exits[-1].block}"
+        else:
+            where = f"reducible {where}"
+        print_line(f"tokens: {number}, {where} ({kept}; {methods_at(first)})")
     for pin in analysis.tokens.pins:
         print_line(f"tokens: not reducible where {pin.reason} ({pin.operator})")
 
 
 def methods_at(point: TokenPoint) -> str:
     """The token methods that can be used there."""
+    if point.exits:
+        return "merge, energy" if point.scores is None else "merge, guided, energy"
     if point.scores is None:
-        return "merge" if point.fixed_length and not point.side_input else "none: no attention weights"
+        return "merge, energy" if point.fixed_length and not point.side_input else "none: no attention weights"
     if not point.fixed_length or point.side_input:
         return "topk, adaptive"
-    return "topk, fuse, merge, adaptive"
+    return "topk, fuse, merge, guided, energy, adaptive"
+
+
+def run_key(point: TokenPoint) -> tuple[int, int, str, int]:
+    """What points of one run have in common."""
+    return point.count, point.leading, methods_at(point), point.exits[-1].block if point.exits else 0
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
-    """(token count, leading tokens that are kept, points) of every run of consecutive blocks with the same values."""
+    """(token count, leading tokens that are kept, points) of every run of consecutive blocks with the same values and
+    last exits."""
     spans: list[tuple[int, int, list[TokenPoint]]] = []
     for point in analysis.tokens.points:
         last = spans[-1][2][-1] if spans else None
-        same = last is not None and (last.block + 1, last.count, last.leading, methods_at(last)) == (
-            point.block,
-            point.count,
-            point.leading,
-            methods_at(point),
-        )
+        same = last is not None and (last.block + 1, *run_key(last)) == (point.block, *run_key(point))
         if same:
             spans[-1][2].append(point)
         else:
@@ -330,6 +337,7 @@ def print_plan(plan: SlicePlan) -> None:
             )
     if rows or plan.analysis.removal is None:
         print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    print_streams(plan)
     if plan.method == "select":
         print_approximations(plan, {})
     else:
@@ -376,6 +384,7 @@ def print_result(result: PrunedModel) -> None:
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     print_removed_layers(result.plan)
+    print_streams(result.plan)
     slower = slower_decoding_text(*result.head_size) if result.head_size else ""
     if slower:
         print_note(slower)
@@ -390,7 +399,7 @@ def print_result(result: PrunedModel) -> None:
             where = " on average of the calibration inputs, at which MACs are quoted"
         elif "any_length" in steps[-1]:
             where = " at the length at which MACs are quoted"
-        print_line(f"tokens: {steps[0]['tokens']} to {steps[-1]['after']} by {reduction.spec}{where}")
+        print_line(f"tokens: {reduction.summary}{where}")
     if result.search is not None:
         print_line(search_text(result.search))
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
@@ -404,6 +413,13 @@ def print_removed_layers(plan: SlicePlan) -> None:
     if removal is not None:
         listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
         print_line(f"layers gone: {', '.join(listed)}")
+
+
+def print_streams(plan: SlicePlan) -> None:
+    """The basis of each residual stream that is cut with refitted weights, a line each."""
+    for stream in plan.analysis.stream_bases:
+        if stream.group in plan.keep:
+            print_line(describe_stream(stream, plan.kept_width(plan.analysis.group(stream.group))))
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

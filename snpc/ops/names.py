@@ -27,6 +27,7 @@ IDENTITY = "Identity"
 LESS = "Less"
 LOG = "Log"
 LP_NORMALIZATION = "LpNormalization"
+ELU = "Elu"
 MATMUL = "MatMul"
 MIXTURE_OF_EXPERTS = "MoE"  # com.microsoft
 MOD = "Mod"  # since opset 10

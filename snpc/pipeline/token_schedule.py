@@ -3,7 +3,8 @@
 A schedule has the number of tokens that are removed after each block, at the length at which MACs are quoted; for
 inputs of other lengths the same shares are removed. Schedules of the same cost are built and run on a few calibration
 samples, and the one that changes the outputs least is taken. First the methods are compared, then the stretch of
-blocks, the distribution over it, and the number of steps.
+blocks, where and in which form tokens come back if the outputs need all, the distribution over the stretch, and the
+number of steps.
 
 Where widths are cut too, several costs are tried. The one is taken at which the measured change by tokens and the
 change that the loss curves predict for the widths are smallest together.
@@ -23,6 +24,7 @@ from snpc.graph import ShapeFacts, choose_dim_sizes
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
 from snpc.passes.slicing import rewrite_model
+from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline.planner import PlanRequest, PruningPlan, check_request, make_plan
 from snpc.planning import Budget, Effort, ResourceTarget, SlicePlan, UnitScores, cuts_of, make_slice_plan
 from snpc.runtime.calibration import Calibration
@@ -35,14 +37,18 @@ from snpc.runtime.statistics import measure_token_relevance
 from snpc.temporary import temporary_folder
 from snpc.tokens import (
     TOKEN_METHODS,
+    Energy,
     TokenAmount,
     TokenCost,
     TokenMethod,
     TokenReductionPlan,
     TokenRequest,
     TokenStep,
+    Unmerge,
+    UnmergeForm,
     analyze_with_steps,
     check_method,
+    exit_blocks,
     externalize_decisions,
     reduction_obstacle,
     settings_for,
@@ -65,6 +71,28 @@ TokenSchedule = tuple[int, ...]
 DepthProfile = tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class TokenWay:
+    """How tokens get fewer, whichever number at each block.
+
+    ``back``: blocks at whose end all tokens are back, for outputs that need them; each point takes the next one that it
+    can, and its last one behind these. ``form``: how they come back.
+    """
+
+    method: TokenMethod
+    back: tuple[int, ...] = ()
+    form: UnmergeForm = "delta"
+
+    def unmerge_at(self, point: TokenPoint) -> Unmerge | None:
+        blocks = [e.block for e in point.exits]
+        block = next((b for b in self.back if b in blocks), blocks[-1] if blocks else 0)
+        return Unmerge(block, self.form) if block else None
+
+    def __str__(self) -> str:
+        back = "".join(f"/{block}" for block in self.back)
+        return f"{self.method.name}{back}{':copy' if self.form == 'copy' else ''}"
+
+
 @dataclass
 class ScheduleEvaluator:
     """Builds and runs reduced models, each once. ``dense``: the dense model's outputs for ``batches``, which are judged
@@ -82,15 +110,15 @@ class ScheduleEvaluator:
     drifts: dict[tuple[str, TokenSchedule], float] = field(default_factory=dict)
     stage: StoredStage = NOT_STORED
 
-    def drift(self, method: TokenMethod, schedule: TokenSchedule) -> float:
+    def drift(self, way: TokenWay, schedule: TokenSchedule) -> float:
         """Change of the outputs, like a squared error (``OutputMetrics.change``)."""
-        key = (method.name, schedule)
-        name = f"{method.name} {' '.join(map(str, schedule))}"
+        key = (str(way), schedule)
+        name = f"{way} {' '.join(map(str, schedule))}"
         stored = self.stage.get(name) if key not in self.drifts else None
         if stored is not None:
             self.drifts[key] = float(stored.record)
         if key not in self.drifts:
-            steps = self.steps(method, schedule)
+            steps = self.steps(way, schedule)
             reduction = TokenReductionPlan(
                 tuple(steps), {s.point.value: stream_dtype(self.facts, s.point) for s in steps}
             )
@@ -108,27 +136,32 @@ class ScheduleEvaluator:
             moved = run_batches(path, self.batches, self.execution)
         return float(np.mean([self.metrics.change(a, b) for a, b in zip(self.dense, moved, strict=True)]))
 
-    def request_for(self, method: TokenMethod, schedule: TokenSchedule) -> TokenRequest:
+    def request_for(self, way: TokenWay, schedule: TokenSchedule) -> TokenRequest:
         request: dict[int, tuple[TokenMethod, TokenAmount]] = {}
-        count = self.cost.count
+        count, back = self.cost.count, 0
         for point, removed in zip(self.analysis.tokens.points, schedule, strict=True):
-            others = count - point.leading
-            removed = max(0, min(removed, method.max_removed(others)))
+            if 0 < back < point.block:
+                count = self.cost.count
+            others, unmerge = count - point.leading, way.unmerge_at(point)
+            removed = max(0, min(removed, way.method.max_removed(others)))
             if point.fixed_length:
-                request[point.block] = (method, TokenAmount(removed))
+                request[point.block] = (way.method, TokenAmount(removed, unmerge=unmerge))
             elif removed:
-                request[point.block] = (method, TokenAmount(0, round((others - removed) / others, SHARE_DIGITS)))
+                share = round((others - removed) / others, SHARE_DIGITS)
+                request[point.block] = (way.method, TokenAmount(0, share, unmerge))
             count -= removed
+            back = unmerge.block if unmerge is not None else 0
         return request
 
-    def steps(self, method: TokenMethod, schedule: TokenSchedule) -> list[TokenStep]:
-        return steps_for(self.analysis, self.request_for(method, schedule), self.offline)
+    def steps(self, way: TokenWay, schedule: TokenSchedule) -> list[TokenStep]:
+        return steps_for(self.analysis, self.request_for(way, schedule), self.offline)
 
-    def macs(self, method: TokenMethod, schedule: TokenSchedule) -> float:
-        request = self.request_for(method, schedule)
-        return self.cost.macs(settings_for(self.analysis.tokens.points, request, count=self.cost.count), method)
+    def macs(self, way: TokenWay, schedule: TokenSchedule) -> float:
+        request = self.request_for(way, schedule)
+        settings = settings_for(self.analysis.tokens.points, request, count=self.cost.count)
+        return self.cost.macs(settings, way.method, exit_blocks(request))
 
-    def scale_to_macs(self, method: TokenMethod, profile: Sequence[float], macs: float) -> TokenSchedule | None:
+    def scale_to_macs(self, way: TokenWay, profile: Sequence[float], macs: float) -> TokenSchedule | None:
         """The smallest multiple of ``profile`` that needs at most ``macs``; None where none does."""
         low, high = 0.0, float(self.cost.count)
 
@@ -136,11 +169,11 @@ class ScheduleEvaluator:
             behind = [round(scale * s) for s in np.concatenate([[0], np.cumsum(profile)])]
             return tuple(int(n) for n in np.diff(behind))
 
-        if self.macs(method, at(high)) > macs:
+        if self.macs(way, at(high)) > macs:
             return None
         for _ in range(24):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.macs(method, at(middle)) <= macs else (middle, high)
+            low, high = (low, middle) if self.macs(way, at(middle)) <= macs else (middle, high)
         return at(high)
 
 
@@ -170,12 +203,12 @@ def choose_token_schedule(
     if budget >= least:
         return analysis
     levels = [least - share * (least - budget) for share in (TOKEN_SAVING_SHARES if widths is not None else (1.0,))]
-    best = least_drift_method(evaluator, levels[len(levels) // 2])
+    best = least_drift_way(evaluator, levels[len(levels) // 2])
     if best is None and widths is None:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if best is None:
         return analysis
-    reachable = schedules_at_levels(evaluator, best, levels)
+    best, reachable = schedules_at_levels(evaluator, best, levels)
     if not reachable:
         raise UserError(f"target {target}: fewer tokens alone do not reach it; cut widths too, or ask for more")
     if widths is None:
@@ -238,26 +271,35 @@ def has_fixed_token_count(analysis: Analysis) -> bool:
     return all(point.fixed_length for point in analysis.tokens.points)
 
 
-def least_drift_method(evaluator: ScheduleEvaluator, macs: float) -> TokenMethod | None:
-    """The method that changes the outputs least when every block removes the same number of tokens."""
-    drifts: list[tuple[float, str]] = []
-    fixed = has_fixed_token_count(evaluator.analysis)
+def least_drift_way(evaluator: ScheduleEvaluator, macs: float) -> TokenWay | None:
+    """The way that changes the outputs least when every block removes the same number of tokens."""
+    drifts: list[tuple[float, str, TokenWay]] = []
     for method in evaluator.execution.track("token methods", TOKEN_METHODS.values(), len(TOKEN_METHODS)):
-        if (
-            method.input_adaptive
-            or (method.needs_offline and not evaluator.offline)
-            or not (fixed or method.computes_count)
-        ):
+        way = TokenWay(method)
+        if not can_try(evaluator, method):
             continue
-        try:
-            for point in evaluator.analysis.tokens.points:
-                check_method(evaluator.analysis, point.block, method)
-        except UserError:
-            continue
-        schedule = evaluator.scale_to_macs(method, [1.0] * len(evaluator.analysis.tokens.points), macs)
+        schedule = evaluator.scale_to_macs(way, [1.0] * len(evaluator.analysis.tokens.points), macs)
         if schedule is not None:
-            drifts.append((evaluator.drift(method, schedule), method.name))
-    return TOKEN_METHODS[min(drifts)[1]] if drifts else None
+            drifts.append((evaluator.drift(way, schedule), method.name, way))
+    return min(drifts)[2] if drifts else None
+
+
+def can_try(evaluator: ScheduleEvaluator, method: TokenMethod) -> bool:
+    """Is a method possible at every point, and one that suits the model? Energy is for models without a class token:
+    others say by its attention which tokens matter."""
+    points = evaluator.analysis.tokens.points
+    if method.input_adaptive or (method.needs_offline and not evaluator.offline):
+        return False
+    if not (has_fixed_token_count(evaluator.analysis) or method.computes_count):
+        return False
+    if isinstance(method, Energy) and any(point.leading_reads for point in points):
+        return False
+    try:
+        for point in points:
+            check_method(evaluator.analysis, point.block, method)
+    except UserError:
+        return False
+    return True
 
 
 def window_profiles(count: int) -> list[DepthProfile]:
@@ -282,15 +324,15 @@ def strided_profiles(profile: DepthProfile) -> list[DepthProfile]:
 
 
 def best_profile(
-    evaluator: ScheduleEvaluator, method: TokenMethod, macs: float, profiles: Sequence[DepthProfile]
+    evaluator: ScheduleEvaluator, way: TokenWay, macs: float, profiles: Sequence[DepthProfile]
 ) -> tuple[DepthProfile, TokenSchedule] | None:
     """The profile that changes the outputs least at ``macs``. Of equal ones the one with the fewest steps, because each
     step takes time beside its MACs."""
     candidates: list[tuple[float, DepthProfile, TokenSchedule]] = []
     for profile in evaluator.execution.track("token schedules, one cost", profiles, len(profiles)):
-        schedule = evaluator.scale_to_macs(method, profile, macs)
+        schedule = evaluator.scale_to_macs(way, profile, macs)
         if schedule is not None:
-            candidates.append((evaluator.drift(method, schedule), profile, schedule))
+            candidates.append((evaluator.drift(way, schedule), profile, schedule))
     if not candidates:
         return None
     near = [candidate for candidate in candidates if candidate[0] <= DRIFT_TIE_RATIO * min(candidates)[0]]
@@ -298,29 +340,48 @@ def best_profile(
 
 
 def schedules_at_levels(
-    evaluator: ScheduleEvaluator, method: TokenMethod, levels: Sequence[float]
-) -> list[tuple[float, TokenSchedule]]:
-    """(MACs, schedule) of every level that can be reached. All stretches are tried at the middle level; at the others,
-    variants of the best of them."""
+    evaluator: ScheduleEvaluator, way: TokenWay, levels: Sequence[float]
+) -> tuple[TokenWay, list[tuple[float, TokenSchedule]]]:
+    """The way, and (MACs, schedule) of every level that can be reached. All stretches are tried at the middle level,
+    and where tokens come back and how; at the others, variants of the best of them."""
     whole = window_profiles(len(evaluator.analysis.tokens.points))
     with evaluator.execution.progress.stage("token schedules", 1 + len(levels)) as advance:
-        middle = best_profile(evaluator, method, levels[len(levels) // 2], whole)
+        middle = best_profile(evaluator, way, levels[len(levels) // 2], whole)
         advance(1)
         profiles = whole[:]
         if middle is not None:
+            way = best_unmerging(evaluator, way, middle[0], levels[len(levels) // 2])
             profiles = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
         reached = []
         for level in levels:
-            best = best_profile(evaluator, method, level, profiles) or best_profile(evaluator, method, level, whole)
+            best = best_profile(evaluator, way, level, profiles) or best_profile(evaluator, way, level, whole)
             if best is not None:
                 reached.append((level, best[1]))
             advance(1)
-    return reached
+    return way, reached
+
+
+def best_unmerging(evaluator: ScheduleEvaluator, way: TokenWay, profile: DepthProfile, macs: float) -> TokenWay:
+    """Where tokens come back, and in which form, so that the outputs change least at ``macs``; ``way`` where all
+    tokens that go are never needed."""
+    points = evaluator.analysis.tokens.points
+    if not any(point.exits for point in points):
+        return way
+    inside = [point.block for point, share in zip(points, profile, strict=True) if share]
+    middle = inside[len(inside) // 2 - 1]
+    forms: tuple[UnmergeForm, ...] = ("delta", "copy")
+    places = dict.fromkeys(((), (inside[-1],), (middle,), (middle, inside[-1])))
+    drifts: list[tuple[float, int, TokenWay]] = []
+    for number, tried in enumerate(TokenWay(way.method, back, form) for back in places for form in forms):
+        schedule = evaluator.scale_to_macs(tried, profile, macs)
+        if schedule is not None:
+            drifts.append((evaluator.drift(tried, schedule), number, tried))
+    return min(drifts)[2] if drifts else way
 
 
 def split_with_widths(
     evaluator: ScheduleEvaluator,
-    method: TokenMethod,
+    way: TokenWay,
     levels: Sequence[tuple[float, TokenSchedule]],
     calibration: Calibration,
     widths: PlanRequest,
@@ -329,20 +390,20 @@ def split_with_widths(
     """The level at which tokens and widths together are predicted to change the outputs least; with all tokens, where
     widths alone are."""
     _, middle = levels[len(levels) // 2]
-    reduced = analyze_with_steps(evaluator.analysis, evaluator.steps(method, middle))
+    reduced = analyze_with_steps(evaluator.analysis, evaluator.steps(way, middle))
     try:
-        predicted = predict_width_drift(evaluator, reduced, evaluator.drift(method, middle), calibration, widths, macs)
+        predicted = predict_width_drift(evaluator, reduced, evaluator.drift(way, middle), calibration, widths, macs)
     except UserError:  # widths cannot reach the rest: tokens alone
-        return analyze_with_steps(evaluator.analysis, evaluator.steps(method, levels[0][1]))
+        return analyze_with_steps(evaluator.analysis, evaluator.steps(way, levels[0][1]))
     scored = [
-        (evaluator.drift(method, schedule) + predicted(macs / evaluator.macs(method, schedule)), schedule)
+        (evaluator.drift(way, schedule) + predicted(macs / evaluator.macs(way, schedule)), schedule)
         for _, schedule in levels
     ]
     least, best = min(scored)
     whole = evaluator.analysis.cost.macs - evaluator.analysis.dead_macs
     if predicted(macs / whole) <= least:
         return evaluator.analysis
-    return analyze_with_steps(evaluator.analysis, evaluator.steps(method, best))
+    return analyze_with_steps(evaluator.analysis, evaluator.steps(way, best))
 
 
 def predict_width_drift(

@@ -437,8 +437,8 @@ def not_run_verdict(structure: tuple[str, ...], reason: str, tolerance: float) -
 
 
 def verify(
-    original: Path,
-    pruned: Path,
+    original: Path | str,
+    pruned: Path | str,
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,

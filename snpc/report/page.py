@@ -45,7 +45,7 @@ WEIGHT_ORIGINS = {
 
 def write_report(
     result: PrunedModel,
-    path: Path,
+    path: Path | str,
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
@@ -61,7 +61,7 @@ def write_report(
         calibration = plan.calibration
     report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench)
     text = render_page(report)
-    with atomic_write(path) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return report
 

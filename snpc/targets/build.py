@@ -50,9 +50,9 @@ FP32_TOLERANCE = 1e-3  # relative difference of outputs that another runtime may
 
 
 def build(
-    model: Path,
+    model: Path | str,
     target: str,
-    output: Path | None = None,
+    output: Path | str | None = None,
     *,
     precision: Precision = "fp32",
     execution: Execution = DEFAULT_EXECUTION,
@@ -72,6 +72,7 @@ def build(
     """
     start = time.perf_counter()
     options_given = options or BuildOptions()
+    model, output = Path(model), Path(output) if output is not None else None
     output_path = check_build(model, target, output, precision, execution, calibration is not None, options_given)
     build_target, loaded = find_target(target), load(model, execution.observer)
     refuse_branches(loaded, "build")

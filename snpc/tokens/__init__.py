@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from snpc.tokens.cost import TokenCost, token_cost
 from snpc.tokens.inplace_oracle import full_length_oracle, oracle_feeds, replay_decisions, token_membership
-from snpc.tokens.methods import TOKEN_METHODS, TokenMethod, token_method
+from snpc.tokens.methods import TOKEN_METHODS, Energy, TokenMethod, token_method
 from snpc.tokens.offer import TokenOffer, offer_tokens
 from snpc.tokens.open import externalize_decisions, stream_dtype
 from snpc.tokens.reduction import (
@@ -34,16 +34,18 @@ from snpc.tokens.reduction import (
     analyze_with_steps,
     check_method,
     clamped_removals,
+    exit_blocks,
     parse_token_request,
     reduce_tokens,
     reduction_obstacle,
     settings_for,
     steps_for,
 )
-from snpc.tokens.step import TokenStep
+from snpc.tokens.step import TokenStep, Unmerge, UnmergeForm
 
 __all__ = [
     "TOKEN_METHODS",
+    "Energy",
     "TokenAmount",
     "TokenCost",
     "TokenMethod",
@@ -51,9 +53,12 @@ __all__ = [
     "TokenReductionPlan",
     "TokenRequest",
     "TokenStep",
+    "Unmerge",
+    "UnmergeForm",
     "analyze_with_steps",
     "check_method",
     "clamped_removals",
+    "exit_blocks",
     "externalize_decisions",
     "full_length_oracle",
     "offer_tokens",

@@ -24,7 +24,8 @@ def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping
     for number, step in enumerate(steps):
         dtype = dtypes[step.point.value]
         writer = TokenGraphBuilder(model.graph, f"{step.prefix}_decide", dtype)
-        scores = attention_scores(writer, step, steps[:number], values, nodes) if step.method.needs_scores else None
+        before = [earlier for earlier in steps[:number] if step.follows(earlier)]
+        scores = attention_scores(writer, step, before, values, nodes) if step.method.needs_scores else None
         if scores is not None and step.positions:
             scores = blend_scores(writer, scores, add_offline_scores(writer, step, origin))
         stream = values[step.point.value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -19,7 +19,8 @@ class TokenCost:
 
     ``fixed``: independent of the tokens. ``after_point``: per point, MACs up to the next one of nodes with one token
     axis, and with two. ``width``: of the stream. ``scoring``: per point, MACs of the scores that a method reads, per
-    token and per pair of tokens.
+    token and per pair of tokens. ``blocks``: those of the points. ``behind_block``: per point, the part of
+    ``after_point`` that lies behind the end of its block, where all tokens can be back.
     """
 
     fixed: float
@@ -27,13 +28,20 @@ class TokenCost:
     count: int
     width: int
     scoring: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...]
+    behind_block: tuple[tuple[float, float], ...]
 
-    def macs(self, settings: Sequence[StepSettings], method: TokenMethod) -> float:
-        """MACs with these settings, one per point, with those of the method itself."""
+    def macs(self, settings: Sequence[StepSettings], method: TokenMethod, back: Collection[int] = ()) -> float:
+        """MACs with these settings, one per point, with those of the method itself. ``back``: blocks at whose end all
+        tokens are back."""
         total = self.fixed
-        for setting, (once, twice), (row, all_) in zip(settings, self.after_point, self.scoring, strict=True):
+        for index, (setting, (row, all_)) in enumerate(zip(settings, self.scoring, strict=True)):
+            once, twice = self.after_point[index]
             share = (setting.count - setting.removed) / self.count
             total += once * share + twice * share**2
+            if self.blocks[index] in back:
+                once, twice = self.behind_block[index]
+                total += once * (1 - share) + twice * (1 - share**2)
             if setting.removed:
                 scoring = row * setting.count + all_ * setting.count**2 if method.needs_scores else 0
                 total += method.macs(setting, self.width) + scoring
@@ -47,7 +55,8 @@ def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
     before, after = (infer_graph(m, dict(analysis.dim_sizes)) for m in (graph, model))
     originals = {str(node.name): node for node in graph.graph}
     names = [{node.name for node in point.flow.nodes} for point in points]
-    after_point = [[0.0, 0.0] for _ in points]
+    after_point, behind_block = ([[0.0, 0.0] for _ in points] for _ in range(2))
+    inside = [names_up_to_exit(point) for point in points]
     fixed = 0.0
     for node in model.graph:
         index = max((k for k, nodes_of_point in enumerate(names) if node.name in nodes_of_point), default=-1)
@@ -56,17 +65,27 @@ def token_cost(analysis: Analysis, facts: ShapeFacts) -> TokenCost:
             if index >= 0:
                 original = originals[str(node.name)]
                 whole = macs_by_part(before, original, opset_version(graph, node.domain))[part]
-                axes = count_token_axes(points[0].flow, original, part) - (
+                axes = count_token_axes(points[index].flow, original, part) - (
                     2 * macs < whole
                 )  # of rows that nobody reads, one
             if axes > 0:
                 after_point[index][axes - 1] += macs
+                if node.name not in inside[index]:
+                    behind_block[index][axes - 1] += macs
             else:
                 fixed += macs
     width = (facts.shape[points[0].stream] or (0,))[-1]
     scoring = tuple(scoring_macs(point, width) for point in points)
     count = (before.shape[points[0].stream] or (0, 0))[TOKEN_AXIS]
-    return TokenCost(fixed, tuple((a, b) for a, b in after_point), count, width, scoring)
+    behind = tuple((a, b) for a, b in behind_block)
+    blocks = tuple(point.block for point in points)
+    return TokenCost(fixed, tuple((a, b) for a, b in after_point), count, width, scoring, blocks, behind)
+
+
+def names_up_to_exit(point: TokenPoint) -> set[str | None]:
+    """Names of the nodes between a point and the end of its own block, where tokens can be back there."""
+    own = point.exit_at(point.block)
+    return {node.name for node in own.flow.nodes} if own is not None else set()
 
 
 def scoring_macs(point: TokenPoint, width: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from snpc.graph import ShapeFacts
 from snpc.ops import GATHER, SHAPE, SUB, WHERE
 from snpc.passes.slicing import ShapeParameterEditor
 from snpc.passes.token_analysis import TOKEN_AXIS, TokenAxes
-from snpc.tokens.methods import KEPT_SIZE, StepSettings, TokenMethod, ceil_share
+from snpc.tokens.methods import KEPT_SIZE, TokenMethod, ceil_share
 from snpc.tokens.step import TokenStep
 from snpc.types import AnyArray
 
@@ -33,16 +33,17 @@ def kept_dim_sizes(steps: Sequence[TokenStep]) -> dict[str, int]:
 
 def resize_steps(steps: Sequence[TokenStep], facts: ShapeFacts, nudge: bool = False) -> list[TokenStep]:
     """The same steps under other dynamic sizes. ``nudge``: one token more or less stays where content decides."""
-    count = (facts.shape[steps[0].point.stream] or (0, 0))[TOKEN_AXIS]
+    whole = count = (facts.shape[steps[0].point.stream] or (0, 0))[TOKEN_AXIS]
     resized = []
-    for step in steps:
+    for number, step in enumerate(steps):
+        count = count if not number or step.follows(steps[number - 1]) else whole
         setting = step.settings
         others = count - setting.leading
         removed = setting.removed
         if setting.share is not None:
             stays = kept_count(step.method, others, step.offline[0] if step.method.input_adaptive else setting.share)
             removed = others - (stays + (-1 if stays > 1 else 1) * (nudge and step.method.input_adaptive))
-        resized.append(replace(step, settings=StepSettings(count, setting.leading, removed, setting.share)))
+        resized.append(replace(step, settings=replace(setting, count=count, removed=removed)))
         count -= removed
     return resized
 

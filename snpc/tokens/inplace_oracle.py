@@ -2,7 +2,8 @@
 
 After a point every token is replaced by the token that it became part of (an average, for merged ones), with weight 1/s
 in attention where s tokens did: s copies that count 1/s each equal one token. Dropped tokens have weight 0. The outputs
-must equal those of the graph with fewer tokens.
+must equal those of the graph with fewer tokens. Where all tokens are back, each either stays what it is (copies) or
+is what it was before plus what was added to the token that it became part of.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.graph import ShapeFacts
-from snpc.tokens.open import apply_token_sizes, batch_dimension, stream_dtype
+from snpc.ops import ADD, SUB
+from snpc.tokens.open import MergedStream, apply_token_sizes, batch_dimension, replace_exits, stream_dtype
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
@@ -27,6 +29,7 @@ def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[Token
     values = {str(v.name): v for node in copy.graph for v in node.outputs}
     batch = batch_dimension(model)
     counts = []
+    merged: list[MergedStream] = []
     for step in steps:
         dtype = stream_dtype(facts, step.point)
         writer = TokenGraphBuilder(copy.graph, step.prefix, dtype)
@@ -42,10 +45,21 @@ def full_length_oracle(model: ir.Model, facts: ShapeFacts, steps: Sequence[Token
         for node, index in uses:
             node.replace_input_with(index, replaced)
         counts.append(weight)
+        if step.exit is not None:
+            merged.append(MergedStream(step, writer, stream, replaced, []))
+    replace_exits(copy, merged, values, add_back_details)
     for k, step in enumerate(steps):
         apply_token_sizes(copy, facts, step, counts[k], later=steps[k + 1 :])
     copy.graph.sort()
     return copy
+
+
+def add_back_details(merged: MergedStream, values: ir.Value) -> ir.Value:
+    """What set each token apart from the one that it became part of, added to the stream; copies stay as they are."""
+    if merged.step.unmerge is None or merged.step.unmerge.form == "copy":
+        return values
+    details = merged.writer.op(SUB, merged.before, merged.after)
+    return merged.writer.op(ADD, values, details)
 
 
 def token_membership(steps: Sequence[TokenStep], decided: Mapping[str, AnyArray], count: int) -> Iterator[FloatArray]:
@@ -62,7 +76,9 @@ def replay_decisions(
     batch = len(next(iter(decided.values())))
     holds: FloatArray = np.tile(np.eye(count), (batch, 1, 1))
     sizes: FloatArray = np.ones((batch, count))
-    for step in steps:
+    for number, step in enumerate(steps):
+        if number and not step.follows(steps[number - 1]):
+            holds, sizes = np.tile(np.eye(count), (batch, 1, 1)), np.ones((batch, count))
         arrays = [decided[name] for name in step.names]
         setting = replace(step.settings, count=holds.shape[1])
         matrix, sizes = step.method.matrix(setting, arrays, sizes)

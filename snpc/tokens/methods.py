@@ -24,6 +24,7 @@ from snpc.ops import (
     CONCAT,
     CUMSUM,
     DIV,
+    ELU,
     EQUAL,
     LESS,
     LOG,
@@ -45,13 +46,14 @@ class StepSettings:
     """One reduction: of ``count`` tokens the ``leading`` ones stay, and ``removed`` of the others are removed.
 
     ``share``: the number is not fixed but computed in the graph, from this share of the tokens or of their scores that
-    is kept; ``count`` and ``removed`` are then those of one input.
+    is kept; ``count`` and ``removed`` are then those of one input. ``depth``: share of the model's attentions in front.
     """
 
     count: int
     leading: int
     removed: int
     share: float | None = None
+    depth: float = 0.0
 
     @property
     def others(self) -> int:
@@ -158,6 +160,12 @@ def gather_with_leading(
     writer: TokenGraphBuilder, settings: StepSettings, value: ir.Value, index: ir.Value
 ) -> ir.Value:
     return writer.concat(1, writer.slice(value, 1, 0, settings.leading), writer.gather_rows(value, index))
+
+
+def spread_over_batch(writer: TokenGraphBuilder, value: ir.Value, numbers: AnyArray) -> ir.Value:
+    """``numbers`` for every sample of ``value``, [B, len(numbers)]."""
+    shape = writer.concat(0, writer.sizes(value, 0), writer.ints(len(numbers)))
+    return writer.expand(writer.constant(numbers.astype(np.int64)[None]), shape)
 
 
 def selection_matrix(settings: StepSettings, index: AnyArray) -> FloatArray:
@@ -370,19 +378,16 @@ class Merge:
         self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         order, into = decided
-        staying = (settings.others + 1) // 2 - settings.removed
-        where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(settings.leading))
-        source, *stay = writer.split(where, 1, settings.removed, staying)
-        fixed = [*range(settings.leading), *range(settings.leading + 1, settings.count, 2)]
-        number = np.concatenate([np.full(settings.leading, -1), np.arange(settings.others // 2)])
+        source, *stay = self.split_order(writer, settings, order)
+        number = np.concatenate([np.full(settings.leading, -1), np.arange(self.target_count(settings))])
         places = writer.constant(number.astype(np.int64)[None, :, None])
         goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, fixed, gone]
-        rows = writer.gather_positions(tokens.values, fixed)
+        rows = self.gather_targets(writer, settings, tokens.values, order)
         if tokens.sizes is None:
             size = writer.op(ADD, writer.reduce_sum(goes, 2, keep=True), writer.ones(rows))
             others = [writer.unsqueeze(writer.cast(writer.op(EQUAL, one, one)), -1) for one in stay]
         else:
-            own = writer.gather_positions(tokens.sizes, fixed)
+            own = self.gather_targets(writer, settings, tokens.sizes, order)
             goes = writer.op(MUL, goes, writer.swap_last_axes(writer.gather_rows(tokens.sizes, source)))
             size = writer.op(ADD, own, writer.reduce_sum(goes, 2, keep=True))
             others = [writer.gather_rows(tokens.sizes, one) for one in stay]
@@ -391,6 +396,37 @@ class Merge:
         merged = writer.op(DIV, writer.op(ADD, rows, added), size)
         values = writer.concat(1, merged, *(writer.gather_rows(tokens.values, one) for one in stay))
         return TokenStream(values, writer.concat(1, size, *others))
+
+    def target_count(self, settings: StepSettings) -> int:
+        """The number of tokens that others are merged into."""
+        return settings.others // 2
+
+    def split_order(self, writer: TokenGraphBuilder, settings: StepSettings, order: ir.Value) -> list[ir.Value]:
+        """[positions [B, removed] of the tokens that are merged into others; of those that stay as they are, if any]"""
+        staying = (settings.others + 1) // 2 - settings.removed
+        where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(settings.leading))
+        return writer.split(where, 1, settings.removed, staying)
+
+    def gather_targets(
+        self, writer: TokenGraphBuilder, settings: StepSettings, value: ir.Value, order: ir.Value
+    ) -> ir.Value:
+        """The rows of leading tokens and of those that others are merged into."""
+        fixed = [*range(settings.leading), *range(settings.leading + 1, settings.count, 2)]
+        return writer.gather_positions(value, fixed)
+
+    def assignment(self, writer: TokenGraphBuilder, settings: StepSettings, decided: list[ir.Value]) -> ir.Value:
+        """[B, N]: the position, behind the step, of what each token became part of."""
+        order, into = decided
+        fixed = settings.leading + self.target_count(settings)
+        stay = np.arange(fixed, settings.count - settings.removed)
+        places = [writer.op(ADD, into, writer.ints(settings.leading))]
+        places += [spread_over_batch(writer, order, stay)] if len(stay) else []
+        new = writer.op(SCATTER_ELEMENTS, order, order, writer.concat(1, *places), axis=1)
+        even, odd = (settings.others + 1) // 2, settings.others // 2
+        both = np.empty(settings.others, np.int64)
+        both[::2], both[1::2] = settings.leading + odd + np.arange(even), settings.leading + np.arange(odd)
+        every = writer.concat(1, spread_over_batch(writer, order, np.arange(fixed)), new)
+        return writer.gather_positions(every, [*range(settings.leading), *both.tolist()])
 
     def macs(self, settings: StepSettings, width: int) -> int:
         even, odd = (settings.others + 1) // 2, settings.others // 2
@@ -427,10 +463,82 @@ class Guided(Merge):
         return writer.op(SUB, near, writer.op(MUL, own, scale))
 
 
+@dataclass(frozen=True)
+class Energy(Merge):
+    """Merges tokens among those with the highest energy: which have many similar ones around them, so that what stands
+    alone stays as it is (PiToMe, arXiv 2405.16148). E_i = mean_j ELU(cos(x_i, x_j) - m), m falling with depth; of the
+    2r tokens of highest energy, in that order, every first is merged into the most similar of every second."""
+
+    name: ClassVar[str] = "energy"
+    margin: float = 0.75
+
+    def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
+        return (
+            DecisionTensor("order", (settings.others,)),  # merged tokens, those that they can be merged into, the rest
+            DecisionTensor("into", (settings.removed,)),  # which of the second each of the first is merged into
+        )
+
+    def decide(
+        self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
+    ) -> list[ir.Value]:
+        unit = writer.op(LP_NORMALIZATION, writer.slice(values, 1, settings.leading), axis=-1, p=2)
+        alike = writer.matmul(unit, writer.swap_last_axes(unit))
+        margin = writer.constant(np.asarray([self.margin * (1 - settings.depth)], np.float32))
+        energy = writer.reduce_sum(writer.op(ELU, writer.op(SUB, alike, margin)), 2)
+        ranked = writer.ops(TOPK, energy, writer.ints(settings.others), outputs=2, axis=1, sorted=1)[1]
+        paired = 2 * settings.removed
+        first, second = (writer.slice(ranked, 1, start, paired, 2) for start in (0, 1))
+        rest = [writer.slice(ranked, 1, paired)] if paired < settings.others else []
+        pairs = writer.matmul(writer.gather_rows(unit, first), writer.swap_last_axes(writer.gather_rows(unit, second)))
+        return [writer.concat(1, first, second, *rest), writer.op(ARG_MAX, pairs, axis=2, keepdims=0)]
+
+    def target_count(self, settings: StepSettings) -> int:
+        return settings.removed
+
+    def split_order(self, writer: TokenGraphBuilder, settings: StepSettings, order: ir.Value) -> list[ir.Value]:
+        where = writer.op(ADD, order, writer.ints(settings.leading))
+        source = writer.slice(where, 1, 0, settings.removed)
+        staying = settings.others - 2 * settings.removed
+        return [source, *([writer.slice(where, 1, 2 * settings.removed)] if staying else [])]
+
+    def gather_targets(
+        self, writer: TokenGraphBuilder, settings: StepSettings, value: ir.Value, order: ir.Value
+    ) -> ir.Value:
+        target = writer.slice(order, 1, settings.removed, 2 * settings.removed)
+        return gather_with_leading(writer, settings, value, writer.op(ADD, target, writer.ints(settings.leading)))
+
+    def assignment(self, writer: TokenGraphBuilder, settings: StepSettings, decided: list[ir.Value]) -> ir.Value:
+        order, into = decided
+        others = np.arange(settings.leading, settings.count - settings.removed)
+        places = writer.concat(
+            1, writer.op(ADD, into, writer.ints(settings.leading)), spread_over_batch(writer, order, others)
+        )
+        new = writer.op(SCATTER_ELEMENTS, order, order, places, axis=1)
+        front = [spread_over_batch(writer, order, np.arange(settings.leading))] if settings.leading else []
+        return writer.concat(1, *front, new)
+
+    def macs(self, settings: StepSettings, width: int) -> int:
+        others, removed = settings.others, settings.removed
+        return (others**2 + removed**2 + (settings.leading + removed) * removed) * width
+
+    def matrix(
+        self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        order, into = decided
+        source, kept = np.split(order, [settings.removed], axis=1)
+        matrix = selection_matrix(settings, settings.leading + kept)
+        rows = np.arange(len(order))[:, None]
+        matrix[rows, settings.leading + into, settings.leading + source] = 1
+        matrix *= sizes[:, None, :]
+        new = matrix.sum(2)
+        return matrix / new[:, :, None], new
+
+
 __all__ = [
     "KEPT_SIZE",
     "Adaptive",
     "DecisionTensor",
+    "Energy",
     "Fuse",
     "Guided",
     "Merge",
@@ -443,7 +551,7 @@ __all__ = [
 
 
 TOKEN_METHODS: Mapping[str, TokenMethod] = MappingProxyType(
-    {m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Star(), Adaptive())}
+    {m.name: m for m in (TopK(), Fuse(), Merge(), Guided(), Energy(), Star(), Adaptive())}
 )
 
 

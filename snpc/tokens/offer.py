@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from snpc.graph import choose_dim_sizes
@@ -9,7 +10,8 @@ from snpc.passes import Analysis
 from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.cost import token_cost
 from snpc.tokens.methods import TOKEN_METHODS
-from snpc.tokens.reduction import TokenAmount, settings_for
+from snpc.tokens.reduction import TokenAmount, exit_blocks, settings_for
+from snpc.tokens.step import Unmerge
 
 OFFERED_DEPTH = (0.25, 0.75)  # tokens go between these shares of the depth: early ones cost most, late ones save little
 OFFERED_REMOVAL = 0.7  # of the tokens, at most this share goes in all ...
@@ -36,14 +38,17 @@ def offer_tokens(analysis: Analysis) -> TokenOffer | None:
     if not chosen or analysis.reduction is not None:
         return None
     count = chosen[0].count
-    removed = round(count * min(OFFERED_REMOVAL / len(chosen), OFFERED_STEP))
+    spans = Counter(p.exits[-1].block if p.exits else 0 for p in chosen)
+    removed = round(count * min(OFFERED_REMOVAL / max(spans.values()), OFFERED_STEP))
     if removed < 1:
         return None
     name = "guided" if all(p.scores is not None for p in chosen) else "merge"
     method = TOKEN_METHODS[name]
     cost = token_cost(analysis, choose_dim_sizes(analysis.model.graph)[1])
-    request = {p.block: (method, TokenAmount(removed)) for p in chosen}
-    macs = cost.macs(settings_for(points, request, count=cost.count), method)
+    request = {
+        p.block: (method, TokenAmount(removed, unmerge=Unmerge(p.exits[-1].block) if p.exits else None)) for p in chosen
+    }
+    macs = cost.macs(settings_for(points, request, count=cost.count), method, exit_blocks(request))
     return TokenOffer(f"{name}:{removed}@{blocks_text([p.block for p in chosen])}", 1 - macs / analysis.cost.macs)
 
 

@@ -7,14 +7,23 @@ and slices work on that graph: in it no decision flips because a weight changed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph import ShapeFacts, alternative_dim_sizes, infer_graph, infer_node, initial_facts, opset_version
-from snpc.ops import ADD, ATTENTION_FORMS, DIV, LOG, MUL, RESHAPE, TRANSPOSE, WHERE, TensorCut, lookup
+from snpc.graph import (
+    ShapeFacts,
+    alternative_dim_sizes,
+    infer_graph,
+    infer_node,
+    initial_facts,
+    opset_version,
+    replace_graph_output,
+)
+from snpc.ops import ADD, ATTENTION_FORMS, DIV, LOG, MUL, RESHAPE, SUB, TRANSPOSE, WHERE, TensorCut, lookup
 from snpc.passes.slicing import ShapeParameterEditor
 from snpc.passes.token_analysis import TokenPoint, TokenReduce
 from snpc.tokens.dynamic_lengths import (
@@ -24,7 +33,7 @@ from snpc.tokens.dynamic_lengths import (
     replace_token_counts,
     resize_steps,
 )
-from snpc.tokens.methods import TokenStream
+from snpc.tokens.methods import Merge, TokenStream
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder
 
@@ -42,7 +51,10 @@ def externalize_decisions(
     current: ir.Value | None = None
     weights: list[tuple[TokenStep, ir.Value]] = []
     dynamic_streams: dict[str, ir.Value] = {}
-    for step in steps:
+    merged: list[MergedStream] = []
+    for number, step in enumerate(steps):
+        if number and not step.follows(steps[number - 1]):
+            current = None
         writer = TokenGraphBuilder(copy.graph, step.prefix, stream_dtype(facts, step.point))
         stream = values[step.point.value]
         uses = list(stream.uses())
@@ -50,11 +62,14 @@ def externalize_decisions(
         reduced = step.method.reduce(writer, step.settings, TokenStream(stream, current), decided)
         for node, index in uses:
             node.replace_input_with(index, reduced.values)
+        if step.exit is not None:
+            merged.append(MergedStream(step, writer, stream, reduced.values, decided))
         current = reduced.sizes
         if step.settings.share is not None:
             dynamic_streams[step.prefix] = reduced.values
         if current is not None:
             weights.append((step, current))
+    replace_exits(copy, merged, values, unmerge_tokens)
     reduce_side_inputs(copy, facts, steps)
     for step, value in weights:
         apply_token_sizes(copy, facts, step, value, later=[s for s, _ in weights if s.point.block > step.point.block])
@@ -100,6 +115,51 @@ def decision_shape(step: TokenStep, index: int, batch: int | ir.SymbolicDim) -> 
     return ir.Shape([batch, *named])
 
 
+# -- all tokens back --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergedStream:
+    """The stream before and after a step that has an exit, [B, N, D] and [B, N', D], and the decisions of the step."""
+
+    step: TokenStep
+    writer: TokenGraphBuilder
+    before: ir.Value
+    after: ir.Value
+    decided: list[ir.Value]
+
+
+def unmerge_tokens(merged: MergedStream, values: ir.Value) -> ir.Value:
+    """[B, N', D] -> [B, N, D]: all tokens that the step of ``merged`` had, from what became of the merged ones."""
+    step, writer = merged.step, merged.writer
+    assert step.unmerge is not None and isinstance(step.method, Merge)
+    places = step.method.assignment(writer, step.settings, merged.decided)
+    if step.unmerge.form == "copy":
+        return writer.gather_rows(values, places)
+    added = writer.op(SUB, values, merged.after)
+    return writer.op(ADD, merged.before, writer.gather_rows(added, places))
+
+
+def replace_exits(
+    copy: ir.Model,
+    merged: Sequence[MergedStream],
+    values: Mapping[str, ir.Value],
+    restore: Callable[[MergedStream, ir.Value], ir.Value],
+) -> None:
+    """Replace what is read behind each exit: the stream there, restored by the steps of the span, last one first."""
+    for name in dict.fromkeys(m.step.exit.value for m in merged if m.step.exit is not None):
+        out = values[name]
+        uses, is_output, restored = list(out.uses()), out.is_graph_output(), out
+        for one in reversed(merged):
+            if one.step.exit is not None and one.step.exit.value == name:
+                restored = restore(one, restored)
+        for node, index in uses:
+            node.replace_input_with(index, restored)
+        if is_output and restored is not out:
+            restored.shape, restored.type, out.shape = out.shape, out.type, None
+            replace_graph_output(copy.graph, out, restored, f"{name}__merged")
+
+
 # -- side inputs ------------------------------------------------------------------------------------------------------
 
 
@@ -110,8 +170,8 @@ def reduce_side_inputs(copy: ir.Model, facts: ShapeFacts, steps: Sequence[TokenS
     thinned: dict[tuple[str, str, tuple[int, ...]], ir.Value] = {}
     for step in steps:
         writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_side", stream_dtype(facts, step.point))
-        for side in step.point.flow.side_inputs:
-            if side.uniform and step is not steps[0] and side.node in steps[0].point.flow.nodes:
+        for side in step.flow.side_inputs:
+            if side.uniform and step is not steps[0] and side.node in steps[0].flow.nodes:
                 continue  # the first step left one entry of it
             node = nodes[side.node.name]
             value = node.inputs[side.index]
@@ -152,10 +212,10 @@ def apply_token_sizes(
     """Weight each token by ``sizes`` [B, N, 1] after the point of ``step``: log(size) is added to the scores of every
     softmax, and means and sums are weighted. Nodes after a later point are left to its step."""
     writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_weigh", stream_dtype(facts, step.point))
-    behind = {node.name for s in later for node in s.point.flow.nodes}
+    behind = {node.name for s in later for node in s.flow.nodes}
     nodes = {node.name: node for node in copy.graph}
     logs = None
-    for weighing in step.point.flow.softmaxes:
+    for weighing in step.flow.softmaxes:
         if weighing.node.name in behind:
             continue
         logs = logs if logs is not None else writer.op(LOG, sizes)
@@ -165,7 +225,7 @@ def apply_token_sizes(
             shape = facts.shape[weighing.node.inputs[0]]  # type: ignore[index]
             spread = broadcast_along(writer, facts, step, logs, weighing, shape or ())
             insert_binary(writer, nodes[weighing.node.name], 0, ADD, spread)
-    for weighing in step.point.flow.means:
+    for weighing in step.flow.means:
         if weighing.node.name in behind:
             continue
         own = writer.slice(sizes, 1, weighing.offset)
@@ -176,7 +236,7 @@ def apply_token_sizes(
         insert_binary(
             writer, nodes[weighing.node.name], 0, MUL, broadcast_along(writer, facts, step, share, pooled, shape or ())
         )
-    for weighing in step.point.flow.sums:
+    for weighing in step.flow.sums:
         if weighing.node.name in behind:
             continue
         value = weighing.node.inputs[weighing.index]
@@ -293,13 +353,13 @@ def recompute_token_counts(
                 for i, v in enumerate(twin.outputs)
             ]
             fix = spec.recompute(call, data, outs)
-            step = next(s for s in reversed(steps) if value in s.point.flow.axes)
+            step = next(s for s in reversed(steps) if value in s.flow.axes)
             for index, array in fix.inputs.items():
                 if step.prefix in dynamic_streams:
                     if step.prefix not in lengths:
                         stream = dynamic_streams[step.prefix]
                         lengths[step.prefix] = insert_token_count(repairs, node, stream, step.prefix)
-                    replace_token_counts(repairs, node, index, array, step.point.flow.axes[value], lengths[step.prefix])
+                    replace_token_counts(repairs, node, index, array, step.flow.axes[value], lengths[step.prefix])
                 else:
                     repairs.set_input(twin, node, index, array)
             infer_node(after, node, copy, dim_sizes)
@@ -315,8 +375,8 @@ def expected_shapes(facts: ShapeFacts, steps: Sequence[TokenStep]) -> dict[str, 
     """The new shapes of all values after the points, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for step in steps:  # later ones overwrite what lies behind them too
-        for value, marks in step.point.flow.axes.items():
-            if value in step.point.flow.origins:
+        for value, marks in step.flow.axes.items():
+            if value in step.flow.origins:
                 continue
             shape = list(facts.shape[value] or ())
             for axis, leading in marks.axes.items():

@@ -17,14 +17,18 @@ from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC
 from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.close import embed_decisions
 from snpc.tokens.dynamic_lengths import kept_count, kept_dim_sizes, resize_steps
-from snpc.tokens.methods import StepSettings, TokenMethod, ceil_share, token_method
+from snpc.tokens.methods import TOKEN_METHODS, Merge, StepSettings, TokenMethod, ceil_share, token_method
 from snpc.tokens.open import batch_dimension, decision_shape, externalize_decisions, stream_dtype
-from snpc.tokens.step import TokenStep
+from snpc.tokens.step import TokenStep, Unmerge
 
 OfflineScores = Mapping[int, Sequence[float]]
 TokenRequest = Mapping[int, tuple[TokenMethod, "TokenAmount"]]
 NO_SHARES: Mapping[int, float] = MappingProxyType({})
-TOKENS_SYNTAX = "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9"
+TOKENS_SYNTAX = (
+    "must look like merge:13, topk:0.7@3,6,9 or merge:8@1-6+fuse:0.8@9; with merge:13@1-6/9 all tokens are back behind "
+    "block 9"
+)
+SPEC_PART = re.compile(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?(?:/(\d+))?(?::(delta|copy))?\s*")
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,20 @@ class TokenReductionPlan:
     @property
     def spec(self) -> str:
         """The steps as text that ``reduce_tokens`` reads."""
-        parts: dict[str, list[int]] = {}
+        parts: dict[tuple[str, str], list[int]] = {}
         for step in self.steps:
             setting = step.settings
             amount = setting.removed if setting.share is None else setting.share
-            parts.setdefault(f"{step.method.name}:{amount}", []).append(step.point.block)
-        return "+".join(f"{what}@{','.join(map(str, blocks))}" for what, blocks in parts.items())
+            parts.setdefault((f"{step.method.name}:{amount}", unmerge_text(step.unmerge)), []).append(step.point.block)
+        return "+".join(f"{what}@{','.join(map(str, blocks))}{back}" for (what, back), blocks in parts.items())
+
+    @property
+    def summary(self) -> str:
+        """How many tokens are left where, and by which steps."""
+        steps = self.quoted_steps or self.steps
+        back = ", ".join(str(block) for block in dict.fromkeys(s.unmerge.block for s in steps if s.unmerge is not None))
+        behind = f", all back behind block{'s' if ',' in back else ''} {back}" if back else ""
+        return f"{steps[0].settings.count} to {min(s.remaining for s in steps)} by {self.spec}{behind}"
 
     @property
     def decisions(self) -> tuple[str, ...]:
@@ -77,6 +89,7 @@ class TokenReductionPlan:
                     "method": s.method.name,
                     "tokens": s.settings.count,
                     "after": s.remaining,
+                    **({"back_behind": s.unmerge.block, "form": s.unmerge.form} if s.unmerge is not None else {}),
                     **({"any_length": True} if not s.point.fixed_length else {}),
                     **({"on_average": True} if s.method.input_adaptive else {}),
                     **({"offline": list(s.offline)} if s.offline else {}),
@@ -89,7 +102,9 @@ class TokenReductionPlan:
 def reduce_tokens(analysis: Analysis, text: str, offline: OfflineScores | None = None) -> Analysis:
     """The analysis of the model with fewer tokens, by a specification such as ``topk:0.7@3,6,9``.
 
-    A share is kept, a whole number is removed; blocks count from 1; without ``@`` every possible block is meant.
+    A share is kept, a whole number is removed; blocks count from 1; without ``@`` every possible block is meant. Where
+    the outputs need all tokens, ``merge:13@1-6/9`` has them back behind block 9, ``/9:copy`` as copies; without ``/``
+    they are back as late as possible.
     ``offline``: block -> scores from calibration data (``pipeline.token_request.measure_offline_scores``). Raises
     UserError where the reduction is not possible. The analysis is returned unchanged where no token is removed.
     """
@@ -142,7 +157,7 @@ def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
     """Block -> method and amount. Raises UserError where ``text`` cannot be parsed or carried out."""
     request: dict[int, tuple[TokenMethod, TokenAmount]] = {}
     for part in text.split("+"):
-        match = re.fullmatch(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?\s*", part)
+        match = SPEC_PART.fullmatch(part)
         if match is None:
             raise UserError(f"--tokens {text!r}: {TOKENS_SYNTAX}")
         method, token_amount = token_method(match[1]), parse_amount(text, match[2])
@@ -151,16 +166,59 @@ def parse_token_request(analysis: Analysis, text: str) -> TokenRequest:
             check_amount(analysis, block, method, token_amount)
             if block in request:
                 raise UserError(f"--tokens {text!r}: block {block} is named twice; keep one")
-            request[block] = (method, token_amount)
+            request[block] = (method, replace(token_amount, unmerge=parse_unmerge(analysis, block, match[4], match[5])))
+    check_spans(request)
     return request
+
+
+def parse_unmerge(analysis: Analysis, block: int, back: str | None, form: str | None) -> Unmerge | None:
+    """Where the tokens that are merged behind ``block`` are back, of ``/back:form``."""
+    point = analysis.tokens.at(block)
+    assert point is not None
+    if not point.exits:
+        said = (f"/{back[:20]}" if back is not None else "") + (f":{form}" if form is not None else "")
+        if said:
+            raise UserError(f"--tokens: no output needs all tokens, so none have to be back: leave out {said}")
+        return None
+    if back is not None and (len(back) > MAX_DIGITS or point.exit_at(int(back)) is None):
+        last = point.exits[-1].block
+        where = f"behind blocks {point.exits[0].block} to {last}" if len(point.exits) > 1 else f"behind block {last}"
+        raise UserError(f"--tokens: tokens that are merged behind block {block} can be back {where}, not {back[:20]}")
+    return Unmerge(int(back) if back is not None else point.exits[-1].block, "copy" if form == "copy" else "delta")
+
+
+def check_spans(request: TokenRequest) -> None:
+    """Raises UserError where tokens are merged again before those of another span are back."""
+    back = 0
+    for block in sorted(request):
+        unmerge = request[block][1].unmerge
+        if unmerge is None:
+            continue
+        if block <= back != unmerge.block:
+            raise UserError(
+                f"--tokens: behind block {block} other tokens are merged, which are back behind block {back}: "
+                f"give /{back} there too, or merge again behind a later block"
+            )
+        back = unmerge.block
+
+
+def exit_blocks(request: TokenRequest) -> frozenset[int]:
+    """The blocks at whose end all tokens are back."""
+    return frozenset(amount.unmerge.block for _, amount in request.values() if amount.unmerge is not None)
+
+
+def unmerge_text(unmerge: Unmerge | None) -> str:
+    """``/9`` or ``/9:copy``; empty where no tokens come back."""
+    return f"/{unmerge.block}{':copy' if unmerge.form == 'copy' else ''}" if unmerge is not None else ""
 
 
 @dataclass(frozen=True)
 class TokenAmount:
-    """``share`` of the tokens is kept; None: ``removed`` tokens are removed."""
+    """``share`` of the tokens is kept; None: ``removed`` tokens are removed. ``unmerge``: where all are back."""
 
     removed: int
     share: float | None = None
+    unmerge: Unmerge | None = None
 
     def removed_of(self, others: int) -> int:
         return self.removed if self.share is None else others - ceil_share(others, self.share)
@@ -236,6 +294,11 @@ def check_method(analysis: Analysis, block: int, method: TokenMethod) -> None:
         raise UserError(
             f"--tokens: {method.name} needs attention weights, which block {block} does not compute apart; use merge"
         )
+    if point.exits and not isinstance(method, Merge):
+        raise UserError(
+            f"--tokens: all tokens have to be back behind block {point.exits[-1].block}, and {method.name} cannot give "
+            f"them back; use {' or '.join(m.name for m in TOKEN_METHODS.values() if isinstance(m, Merge))}"
+        )
     if point.side_input and not method.only_selects:
         raise UserError(f"--tokens: after block {block}, {point.side_input} has an entry for each token; use topk")
 
@@ -245,8 +308,11 @@ def settings_for(
 ) -> list[StepSettings]:
     """Settings for every point, also where no token is removed. ``shares``: block -> average share that stays, where
     decided by content. ``count``: tokens before the first point, for inputs of any length; 0: that of the points."""
-    count, settings = count or points[0].count, []
+    whole = count = count or points[0].count
+    settings, back = [], 0
     for point in points:
+        if 0 < back < point.block:
+            count, back = whole, 0
         others, removed = count - point.leading, 0
         if point.block in request:
             method, amount = request[point.block]
@@ -259,7 +325,8 @@ def settings_for(
             if share is not None:
                 going = others - kept_count(method, others, shares[point.block] if method.input_adaptive else share)
             removed = max(0, min(going, method.max_removed(others)))
-            settings.append(StepSettings(count, point.leading, removed, share))
+            settings.append(StepSettings(count, point.leading, removed, share, point.depth))
+            back = amount.unmerge.block if amount.unmerge is not None else 0
         else:
             settings.append(StepSettings(count, point.leading, 0))
         count -= removed
@@ -304,10 +371,11 @@ def steps_for(analysis: Analysis, request: TokenRequest, offline: OfflineScores)
     for point, setting in zip(points, settings_for(points, request, shares), strict=True):
         if not setting.removed and setting.share is None:
             continue
-        method, _ = request[point.block]
+        method, amount = request[point.block]
         if method.needs_offline and not method.input_adaptive and any(not s.method.only_selects for s in steps):
             raise UserError(f"--tokens: {method.name} scores positions, and merged tokens have none; put it first")
         if not method.input_adaptive and any(s.method.input_adaptive for s in steps):
             raise UserError(f"--tokens: adaptive leaves a dynamic number of tokens: put {method.name} before it")
-        steps.append(TokenStep(point, method, setting, tuple(offline[point.block]) if method.needs_offline else ()))
+        scores = tuple(offline[point.block]) if method.needs_offline else ()
+        steps.append(TokenStep(point, method, setting, scores, amount.unmerge))
     return steps

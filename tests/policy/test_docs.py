@@ -61,6 +61,12 @@ def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+def test_the_reference_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "api.md", {})
+
+
+@pytest.mark.slow
 def test_finetuning_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     monkeypatch.chdir(tmp_path)
@@ -81,6 +87,51 @@ def test_the_commands_for_text_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for words in commands:
         invoke(*words)
     run_page(ROOT / "docs" / "text.md", {})
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands in their order, then its Python, which prints what is there."""
+    monkeypatch.chdir(tmp_path)
+    for words in documented_commands(ROOT / "docs" / "tutorial.md"):
+        invoke(*words, *(["--effort", "quick"] if words[0] == "prune" else []))
+    run_page(ROOT / "docs" / "tutorial.md", {})
+
+
+def test_files_are_as_their_schemas_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    monkeypatch.chdir(tmp_path)
+    invoke("example", "digits", "digits")
+    options = ("--ratio", "0.5", "--method", "select", "--calib", "digits/calib.npz", "--calib-samples", "16")
+    invoke(
+        "prune", "digits/digits_vit.onnx", *options, "--json", "report.json", "--plan", "plan.json", "-o", "half.onnx"
+    )
+    for name in ("report", "plan"):
+        schema = json.loads((ROOT / "docs" / "_static" / "schemas" / f"{name}-1.json").read_text())
+        written = json.loads(Path(f"{name}.json").read_text())
+        jsonschema.validate(written, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**written, f"snpc_{name}": 2}, schema)
+
+
+def test_calibration_data_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "calibration-data.md", {})
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    """Each heading of a message is a part of a string in the source."""
+    headings = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) >= 15
+    source = "\n".join(
+        "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+        if isinstance(node, ast.JoinedStr)
+        else str(node.value)
+        for path in (ROOT / "snpc").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    )
+    assert [heading for heading in headings if heading not in source] == []
 
 
 def test_the_documented_pass_works_as_printed() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import snpc
 
@@ -56,6 +58,24 @@ def test_every_public_callable_says_what_it_does() -> None:
 def test_no_verb_takes_too_much() -> None:
     for name in VERBS:
         assert len(inspect.signature(getattr(snpc, name)).parameters) <= MAX_PARAMETERS, name
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    for name in NAMES:
+        if inspect.isfunction(getattr(snpc, name)):
+            for parameter in inspect.signature(getattr(snpc, name)).parameters.values():
+                if re.search(r"\bPath\b", str(parameter.annotation)):
+                    assert re.search(r"\bstr\b", str(parameter.annotation)), f"{name}({parameter})"
+    folder = str(tmp_path)
+    model, data, _ = map(str, snpc.write_example("digits", folder))
+    snpc.prune(model, f"{folder}/half.onnx", ratio=0.5)
+    assert snpc.verify(model, f"{folder}/half.onnx").quality.random_inputs
+    assert snpc.bench([model, f"{folder}/half.onnx"], protocol=snpc.TimingProtocol(0, 1)).timings
+    analysis = snpc.analyze(snpc.load(model))
+    calibration = snpc.load_calibration(data, analysis.model.inputs, samples=8)
+    groups = [group for group in analysis.groups if group.role == "ffn"]
+    snpc.save_statistics(snpc.measure_statistics(analysis, calibration, groups), f"{folder}/stats.npz")
+    assert snpc.load_statistics(f"{folder}/stats.npz").samples == 8
 
 
 def test_each_step_takes_what_the_one_before_returned() -> None:

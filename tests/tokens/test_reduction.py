@@ -195,24 +195,6 @@ def test_merging_conserves_the_weighted_mean_in_the_graph(tmp_path: Path) -> Non
 
 # -- what is left alone ----------------------------------------------------------------------------------------------
 
-PINNED = {
-    "it keeps all tokens": (Encoder(exit="all"), "has all tokens"),
-    "it reads the last token": (Encoder(exit="last"), "is read at a fixed position"),
-    "a weight over tokens": (Encoder(mixing=True), "mixes tokens by position"),
-    "the largest of all": (Encoder(exit="max"), "it is reduced over"),
-}
-
-
-@pytest.mark.parametrize("name", PINNED)
-def test_other_encoders_are_left_alone(name: str, tmp_path: Path) -> None:
-    encoder, reason = PINNED[name]
-    found = analysis(encoder, tmp_path)
-    if name != "a weight over tokens":
-        assert not found.tokens.points
-    assert any(reason in pin.reason for pin in found.tokens.pins)
-    with pytest.raises(UserError, match="possible" if found.tokens.points else "cannot be reduced"):
-        reduce_tokens(found, "merge:2@1")
-
 
 @pytest.mark.parametrize("name", ["swin_timm__ts17", "gpt2__ts17", "llama__ts17", "bert__ts17"])
 def test_exports_with_pinned_tokens_are_left_alone(name: str) -> None:

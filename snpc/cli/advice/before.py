@@ -90,8 +90,7 @@ def tokens_text(plan: PruningPlan) -> str:
     """How tokens get fewer, or why they do not."""
     analysis = plan.analysis
     if analysis.reduction is not None:
-        steps = analysis.reduction.to_json()["steps"]
-        return f"{steps[0]['tokens']} to {steps[-1]['after']} by {analysis.reduction.spec}"
+        return analysis.reduction.summary
     return "all stay" + (reduction_obstacle(analysis) if not analysis.tokens.points else "")
 
 

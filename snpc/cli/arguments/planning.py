@@ -148,10 +148,11 @@ class TokenArguments(ArgumentGroup):
 
     tokens: str | None = option(
         "--tokens",
-        metavar="METHOD:N[@BLOCKS]|auto|none",
+        metavar="METHOD:N[@BLOCKS][/BLOCK]|auto|none",
         help="Drop or merge tokens; without --ratio, --target, --max-drift or --max-ppl cut no widths. merge:13: 13 "
         "fewer at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, "
-        "adaptive:0.9 (per input, as many as carry 90 % of the attention). Join several with +. auto: choose the "
+        "energy, adaptive:0.9 (per input, as many as carry 90 % of the attention). merge:13@1-6/9: where outputs need "
+        "all tokens, they are back behind block 9. Join several with +. auto: choose the "
         "method and the counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need "
         "--calib.  [default: auto for such a target with --calib, where tokens can get fewer, else none]",
     )

@@ -30,7 +30,7 @@ from snpc.ops.quantization.float_forms import (
     float_form,
 )
 from snpc.ops.quantization.layouts import Layout, read_stored, write_stored
-from snpc.ops.quantization.schemes import QuantizedArray
+from snpc.ops.quantization.schemes import QuantizedArray, common_block
 
 __all__ = [
     "COMMUTING",
@@ -50,6 +50,7 @@ __all__ = [
     "QuantizedBias",
     "QuantizedCost",
     "WeightCount",
+    "common_block",
     "dequantize_array",
     "float_form",
     "read_stored",

@@ -13,6 +13,18 @@ from snpc.types import AnyArray
 
 UNPACKED_BITS = (2, 4, 8)  # several weights, or one, fill a byte
 
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+LEVELS = (
+    (*_FP4, *(-level for level in _FP4)),
+    (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
+"""By ``quant_type`` of MatMulBnb4: what a code stands for, in units of the largest value of its block: a float of four
+bits, or quantiles of a normal distribution (github.com/bitsandbytes-foundation/bitsandbytes)."""
+
 
 def dequantize_array(
     quantized: AnyArray, scale: AnyArray, zero_point: AnyArray | None, axis: int, block: int = 0
@@ -82,6 +94,21 @@ def dequantize_blocks(attributes: Mapping[str, Any], stored: tuple[AnyArray | No
     group = np.arange(rows) // block if groups is None else groups.astype(np.int64)[:rows]
     weight = (values - zero[:, group]) * scale.astype(np.float32)[:, group]
     return np.ascontiguousarray(weight.T.astype(scales.dtype))
+
+
+def dequantize_levels(attributes: Mapping[str, Any], stored: tuple[AnyArray | None, ...]) -> AnyArray:
+    """[K, N]: the weight of a MatMulBnb4. ``stored``: two codes per byte of its transpose, row after row, the first in
+    the high bits; the largest value of each block."""
+    codes, largest, _ = stored
+    rows, columns, block = (int(attributes[name]) for name in ("K", "N", "block_size"))
+    assert codes is not None
+    assert largest is not None
+    if codes.size * 2 < rows * columns or largest.size * block < rows * columns:
+        raise misfit(largest.shape, (rows, columns))
+    levels = np.array(LEVELS[int(attributes["quant_type"])], np.float32)
+    values = levels[np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)[: rows * columns]]
+    values = values * largest.astype(np.float32).repeat(block)[: values.size]
+    return np.ascontiguousarray(values.reshape(columns, rows).T.astype(largest.dtype))
 
 
 def dequantize_table(attributes: Mapping[str, Any], stored: tuple[AnyArray | None, ...]) -> AnyArray:

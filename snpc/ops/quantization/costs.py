@@ -124,6 +124,12 @@ def _attention_macs(call: OpCall) -> int:
     return batch * length * width * projected + 2 * batch * length * length * (projected // 3)
 
 
+def _embedding_shapes(call: OpCall) -> list[Shape]:
+    """Of the embeddings, and of the number of tokens of each sample."""
+    batch, length = call.shape(0)
+    return [(batch, length, call.shape(2)[1]), (batch,)]
+
+
 def _nothing(call: OpCall) -> int:
     return 0
 
@@ -160,6 +166,8 @@ COSTS: Mapping[tuple[str, str], QuantizedCost] = {
     (MICROSOFT, "QAttention"): QuantizedCost(_attention_macs, (1,), 2, None, _attention_shape, dtype_input=3),
     (MICROSOFT, "QLinearAdd"): QuantizedCost(None, (0, 3)),
     (MICROSOFT, "QLinearMul"): QuantizedCost(None, (0, 3)),
-    (MICROSOFT, "QEmbedLayerNormalization"): QuantizedCost(None, (2, 3, 4, 5, 6)),
+    (MICROSOFT, "QEmbedLayerNormalization"): QuantizedCost(
+        None, (2, 3, 4, 5, 6), out_shapes=_embedding_shapes, dtype_input=8
+    ),
     (NCHWC, "Conv"): convolution(0, 1, bias=2),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snpc.ops import names
-from snpc.ops.quantization.arrays import UNPACKED_BITS, dequantize_blocks, dequantize_table
+from snpc.ops.quantization.arrays import UNPACKED_BITS, dequantize_blocks, dequantize_levels, dequantize_table
 from snpc.ops.quantization.costs import unpacked_table_shape
 from snpc.ops.quantization.layouts import Layout, read_stored
 from snpc.ops.spec import MICROSOFT
@@ -98,6 +98,8 @@ class FloatForm:
     """The last operand stands for one after each three inputs, as many as there are."""
     written_back: bool = True
     """Whether the float node, cut, can be this node again."""
+    equal_widths: int | None = None
+    """The input whose columns are queries, keys and values, which have one width in this node."""
 
     def operands_of(self, inputs: int) -> tuple[Operand, ...]:
         """The operands of a node with so many inputs."""
@@ -135,6 +137,10 @@ def _column_axis(attributes: Attributes) -> int:
 
 def _softmax_of_one_axis(attributes: Attributes, types: Sequence[str]) -> bool:
     return int(attributes.get("opset", 0)) >= 13
+
+
+def _is_transposed(attributes: Attributes, types: Sequence[str]) -> bool:
+    return bool(attributes.get("transB", 1))
 
 
 def _fills_bytes(attributes: Attributes, types: Sequence[str]) -> bool:
@@ -179,6 +185,10 @@ _EXPERT_ATTRIBUTES = (
     *("use_sparse_mixer", "swiglu_fusion", "swiglu_limit", "swiglu_limit_after_activation"),
 )
 _BLOCKED = Quantized(0, 1, 2, axis="axis", block="block_size")
+_ATTENTION_ATTRIBUTES = (
+    *("num_heads", "unidirectional", "scale", "mask_filter_value"),
+    *("do_rotary", "past_present_share_buffer"),
+)
 _ATTENTION = (Quantized(0, 3, 6), Quantized(1, 4, 7), Plain(2), Plain(5), Plain(8))
 
 FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
@@ -209,6 +219,13 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
         bias=Plain(5),
         condition=_fills_bytes,
     ),
+    (MICROSOFT, "MatMulBnb4"): FloatForm(
+        names.MATMUL,
+        (Plain(0), Packed((1, 2, 3), dequantize_levels, _product_shape, "product")),
+        {},
+        condition=_is_transposed,
+        written_back=False,
+    ),
     (MICROSOFT, "GatherBlockQuantized"): FloatForm(
         names.GATHER,
         (Packed((0, 2, 3), dequantize_table, unpacked_table_shape, "table"), Plain(1)),
@@ -222,7 +239,19 @@ FLOAT_FORMS: Mapping[tuple[str, str], FloatForm] = {
         domain=MICROSOFT,
         condition=_experts_in_order,
     ),
-    (MICROSOFT, "QAttention"): FloatForm(names.ATTENTION, _ATTENTION, domain=MICROSOFT, written_back=False),
+    (MICROSOFT, "QAttention"): FloatForm(
+        names.ATTENTION,
+        _ATTENTION,
+        {name: name for name in _ATTENTION_ATTRIBUTES},
+        domain=MICROSOFT,
+        equal_widths=1,
+    ),
+    (MICROSOFT, "QEmbedLayerNormalization"): FloatForm(
+        "EmbedLayerNormalization",
+        (Plain(0), Plain(1), *(Quantized(k, k + 6, k + 11) for k in range(2, 7)), Plain(7)),
+        {"epsilon": "epsilon"},
+        domain=MICROSOFT,
+    ),
     (MICROSOFT, "QLinearAdd"): _two_operands(names.ADD),
     (MICROSOFT, "QLinearMul"): _two_operands(names.MUL),
     (MICROSOFT, "QLinearConcat"): FloatForm(names.CONCAT, (Quantized(2, 3, 4),), output=(0, 1), repeated=True),

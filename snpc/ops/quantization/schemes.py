@@ -15,6 +15,21 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 FEW_CODES = 64  # with more of them the whole range is best: its extremes cost more than they round
 
 
+SMALLEST_BLOCK = 16  # that MatMulNBits and GatherBlockQuantized take
+
+
+def common_block(kept: IntArray, block: int) -> int:
+    """The largest blocks, by halving, into which the entries ``kept`` of an axis can be put in their order so that none
+    holds entries of two former ones; 0 where they are smaller than kernels take."""
+    size = block
+    while size >= SMALLEST_BLOCK:
+        former = kept // block
+        if (former == former[np.arange(len(kept)) // size * size]).all():
+            return size
+        size = size // 2 if size % 2 == 0 else 0
+    return 0
+
+
 @dataclass(frozen=True)
 class QuantizedArray:
     """``(codes - zero) * scale``. ``scale`` and ``zero`` are scalars, vectors along ``axis``, or have an entry per
@@ -43,6 +58,13 @@ class QuantizedArray:
             entries = kept[:: self.block] // self.block if self.block and axis == own else kept
             scale, zero = (take_entries(p, self.codes.ndim, axis, own, entries) for p in (scale, zero))
         return replace(self, codes=codes, scale=scale, zero=zero)
+
+    def in_blocks_of(self, block: int) -> QuantizedArray:
+        """The same in smaller blocks, a divisor of those: each has the scale and zero point of the one around it."""
+        size, times = self.codes.shape[self.axis], self.block // block
+        entries = np.arange(-(-size // block)) // times
+        scale, zero = (p if p.size == 1 else p.take(entries, self.axis) for p in (self.scale, self.zero))
+        return replace(self, scale=scale, zero=zero, block=block)
 
     def quantize(self, array: AnyArray, scale: AnyArray | None = None) -> QuantizedArray:
         """``array``, of the shape of the codes, in the same scheme: range, axis, blocks, symmetric or not.

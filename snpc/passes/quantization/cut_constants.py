@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.errors import CheckFailed
-from snpc.ops import QuantizedArray, read_stored, write_stored
+from snpc.ops import QuantizedArray, common_block, read_stored, write_stored
 from snpc.passes.canonicalization import original_name
 from snpc.passes.quantization.float_values import stored
 from snpc.types import AnyArray, IntArray, QuantizedForm, Shape, StoredConstant
@@ -22,18 +22,20 @@ Keep = Mapping[int, IntArray]
 class CutConstant:
     """A constant after the cut. ``parts``: those of its stored parts that are others now. ``shape``: of the float
     constant. ``sliced``: its codes and scales are among those of the file. ``bias_scale``: of a bias, which has that of
-    its weight and its input."""
+    its weight and its input. ``block``: so many entries share a scale, where they are fewer now."""
 
     constant: StoredConstant
     parts: Mapping[str, AnyArray]
     shape: Shape
     sliced: bool
     bias_scale: AnyArray | None = None
+    block: int = 0
 
     @property
     def attributes(self) -> Mapping[str, int]:
         """Those of its reader that the cut changes."""
-        return {"K": self.shape[0], "N": self.shape[1]} if self.constant.layout == "product" else {}
+        sizes = {"K": self.shape[0], "N": self.shape[1]} if self.constant.layout == "product" else {}
+        return {**sizes, **({"block_size": self.block} if self.block else {})}
 
     def part(self, form: QuantizedForm, part: str) -> AnyArray:
         return self.parts[part] if part in self.parts else stored_array(form, self.constant.parts[part])
@@ -44,7 +46,7 @@ class CutConstant:
         layout, attributes = self.constant.layout, {**self.constant.attributes, **self.attributes}
         if self.bias_scale is not None:
             layout, held = "tensor", {"codes": held["codes"], "scale": self.bias_scale}
-        return read_stored(layout, held, attributes, self.constant.axis, self.constant.block).dequantize()
+        return read_stored(layout, held, attributes, self.constant.axis, self.block or self.constant.block).dequantize()
 
 
 def cut_constants(
@@ -90,23 +92,34 @@ def cut_constant(
 ) -> CutConstant:
     """``wanted`` as what the file holds. ``weight``: the one whose scale a bias shares."""
     before = {part: stored_array(form, initializer) for part, initializer in constant.parts.items()}
-    taken = read_stored(constant.layout, before, constant.attributes, constant.axis, constant.block).take(keep)
+    whole = read_stored(constant.layout, before, constant.attributes, constant.axis, constant.block)
+    smaller = whole if constant.layout == "experts" else in_common_blocks(whole, keep)  # one node has several of those
+    taken = smaller.take(keep)
     is_bias = shares_scale(form, constant)
     scale = scale_of_bias(form, taken.scale, weight, keep) if is_bias else None
     sliced = np.array_equal(taken.dequantize().astype(wanted.dtype), wanted)
     sliced = sliced and (scale is None or np.array_equal(scale, taken.scale))
-    array = taken if sliced else taken.quantize(wanted, scale)
+    array = taken if sliced else whole.take(keep).quantize(wanted, scale)
     parts = write_stored(constant.layout, array, before, constant.attributes)
     check_bytes_are_full(constant, array, parts)
     changed = {part: contents for part, contents in parts.items() if not np.array_equal(contents, before[part])}
-    return CutConstant(constant, changed, array.codes.shape, sliced, scale)
+    block = array.block if array.block != whole.block else 0
+    return CutConstant(constant, changed, array.codes.shape, sliced, scale, block)
+
+
+def in_common_blocks(whole: QuantizedArray, keep: Keep) -> QuantizedArray:
+    """``whole`` in blocks so small that none is cut in part, where kernels take such."""
+    kept = keep.get(whole.axis % whole.codes.ndim)
+    block = common_block(kept, whole.block) if kept is not None and whole.block else 0
+    return whole.in_blocks_of(block) if block not in (0, whole.block) else whole
 
 
 def check_bytes_are_full(constant: StoredConstant, array: QuantizedArray, parts: Mapping[str, AnyArray]) -> None:
     """Raise CheckFailed where rows of packed codes fill their last byte in part: then it would have more."""
-    if constant.layout not in ("table", "experts"):
+    codes = parts["codes"]
+    if constant.layout not in ("table", "experts") or codes.dtype != np.uint8:
         return
-    columns = read_stored(constant.layout, parts, constant.attributes, 0, 0).codes.shape[-1]
+    columns = codes.shape[-1] * 8 // int(constant.attributes["bits"])
     if columns != array.codes.shape[-1]:
         raise CheckFailed(
             f"{constant.parts['codes']}: {array.codes.shape[-1]} columns do not fill bytes; try --round-to 2, or "

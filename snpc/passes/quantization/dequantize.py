@@ -200,6 +200,8 @@ def operand_value(values: FloatValues, node: ir.Node, operand: Operand) -> ir.Va
     match operand:
         case Plain(data):
             return given_input(node, data)
+        case Quantized(data, _, _) if given_input(node, data) is None:
+            return None
         case Quantized(data, scale, zero_point):
             attributes = attribute_values(node)
             block = int(attributes.get(operand.block, 0))

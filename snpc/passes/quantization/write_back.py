@@ -104,6 +104,7 @@ class Writer:
             places = {index: part for part, node, index in cut.constant.places if node == cut.constant.reader}
             inputs = [None if v is None else self.part(name, places[k]) for k, v in enumerate(reader.inputs)]
             node = copy_node(reader, inputs, name=str(reader.name), outputs=[f"{name}_dequantized"])
+            node.attributes.update({a.name: a for a in ir.convenience.convert_attributes(cut.attributes)})
             self.graph.insert_before(self.graph[0], node)
             value.replace_all_uses_with(node.outputs[0])
             self.outputs[name] = node.outputs[0]
@@ -158,8 +159,7 @@ class Writer:
             self.gone.update(names)
             return
         clone = copy_node(node, inputs, name=str(node.name), outputs=names)
-        for name, value in self.new_attributes(node).items():
-            clone.attributes[name] = ir.convenience.convert_attribute(name, value)
+        clone.attributes.update({a.name: a for a in ir.convenience.convert_attributes(self.new_attributes(node))})
         self.graph.append(clone)
         self.outputs |= dict(zip(names, clone.outputs, strict=True))
 

@@ -27,14 +27,16 @@ from snpc.passes.token_analysis.state import (
 )
 
 MAX_FOLLOWED_TOKENS = 1 << 20
+BYPASS = "the tokens in front of it are read behind it too"
 
 
-def follow_tokens(graph: TokenGraph, value: ir.Value, axis: int) -> TokenFlow:
-    """Follow the tokens along ``axis`` of ``value``. ``TokenFlow.pin`` says what stopped them, None if nothing did."""
+def follow_tokens(graph: TokenGraph, value: ir.Value, axis: int, end: ir.Value | None = None) -> TokenFlow:
+    """Follow the tokens along ``axis`` of ``value``, up to ``end``. ``TokenFlow.pin`` says what stopped them, None if
+    nothing did."""
     origins = {value: TokenAxes({axis: 0})}
     attempts: list[TokenFlow] = []
     while True:
-        attempts.append(TokenFlow(value, frozenset(origins), dict(origins)))
+        attempts.append(TokenFlow(value, frozenset(origins), dict(origins), end=end))
         try:
             propagate_tokens(graph, attempts[-1])
             return attempts[-1]
@@ -49,7 +51,7 @@ def follow_tokens(graph: TokenGraph, value: ir.Value, axis: int) -> TokenFlow:
 def propagate_tokens(graph: TokenGraph, flow: TokenFlow) -> None:
     """Follow all origins of ``flow``. Ancestors of the stream are skipped. Raises TokenPin, or NeedsSideInput."""
     value = flow.stream
-    if value.is_graph_output():
+    if value.is_graph_output() and flow.end is None:
         raise TokenPin(None, str(value.name), f"graph output {value.name} has all tokens")
     side_origins = flow.origins - {value}
     skipped = flow.stream_ancestors if side_origins else set()
@@ -62,13 +64,15 @@ def propagate_tokens(graph: TokenGraph, flow: TokenFlow) -> None:
         if position == last or node in skipped:
             continue
         last = position
+        if flow.end is not None:
+            check_before_end(graph, flow.end, node)
         flow.nodes.append(node)
         for index, operand in enumerate(node.inputs):
             if operand in side_origins:
                 flow.side_inputs.append(SideInput(node, index, flow.axes[operand].axes, False, str(operand.name)))
         propagate_token_node(TokenNodeContext(graph, flow, node))
         for out in node.outputs:
-            for reader in graph.readers.get(out, ()) if out in flow.axes else ():
+            for reader in graph.readers.get(out, ()) if out in flow.axes and out is not flow.end else ():
                 heapq.heappush(waiting, (positions[reader], reader))
     from_side_inputs_only = (
         dependent_values(graph.model, side_origins, skipped) - dependent_values(graph.model, [value])
@@ -84,6 +88,17 @@ def propagate_tokens(graph: TokenGraph, flow: TokenFlow) -> None:
             )
 
 
+def check_before_end(graph: TokenGraph, end: ir.Value, node: ir.Node) -> None:
+    """Raises TokenPin where ``node``, which reads tokens, does not lie before ``end``: some go past it."""
+    if end in node.inputs or graph.positions[node] > producer_position(graph, end):
+        raise TokenPin(node, str(end.name), BYPASS)
+
+
+def producer_position(graph: TokenGraph, value: ir.Value) -> int:
+    producer = value.producer()
+    return graph.positions[producer] if producer is not None else -1
+
+
 def propagate_token_node(context: TokenNodeContext) -> None:
     """Set the token axes of the outputs of one node. Raises TokenPin where tokens cannot be removed."""
     node = context.node
@@ -96,7 +111,7 @@ def propagate_token_node(context: TokenNodeContext) -> None:
     for value, axes in zip(node.outputs, output_axes, strict=False):
         if axes is None or not axes.axes:
             continue
-        if value.is_graph_output():
+        if value.is_graph_output() and value is not context.flow.end:
             raise TokenPin(node, str(value.name), f"graph output {value.name} has all tokens")
         context.flow.axes[value] = axes
 

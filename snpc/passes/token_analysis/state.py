@@ -19,6 +19,8 @@ from snpc.graph import (
 )
 from snpc.ops import OpCall, OpSpec, lookup
 
+TOKEN_AXIS = 1
+
 
 class TokenPin(Exception):
     """Tokens cannot be removed in front of ``node`` (None: the model as a whole): ``tensor`` is its input that says
@@ -85,7 +87,7 @@ class TokenFlow:
     inputs that are gathered as its tokens are (the mask of a mean over unpadded tokens). ``axes``: token axes of every
     value that was reached; ``nodes``: the nodes that were passed. ``read_positions``: fixed positions that are read;
     ``softmaxes``, ``means``, ``sums``: reductions over tokens (``sums``: all that are unweighted). ``pin``: what
-    stopped the flow, None if it reached the outputs.
+    stopped the flow, None if it reached the outputs. ``end``: where all tokens are back: what reads it is not followed.
     """
 
     stream: ir.Value
@@ -98,6 +100,7 @@ class TokenFlow:
     sums: list[TokenReduce] = field(default_factory=list)
     side_inputs: list[SideInput] = field(default_factory=list)
     pin: TokenPin | None = None
+    end: ir.Value | None = None
 
     @cached_property
     def stream_ancestors(self) -> set[ir.Node]:

@@ -171,7 +171,7 @@ DEFAULT_PROTOCOL = TimingProtocol()
 
 
 def bench(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     data: RandomInputs | Feeds | Iterable[Feeds] = ONE_RANDOM_SAMPLE,
     *,
     protocol: TimingProtocol = DEFAULT_PROTOCOL,
@@ -186,9 +186,10 @@ def bench(
     """
     if not paths:
         raise UserError("no model to time: name at least one ONNX file")
-    labels = _model_labels(paths)
-    runners = [open_runner(path, execution=execution) for path in execution.track("loading", paths, len(paths))]
-    own = inputs_with_cache_widths(paths, [runner.inputs for runner in runners])
+    files = [Path(path) for path in paths]
+    labels = _model_labels(files)
+    runners = [open_runner(path, execution=execution) for path in execution.track("loading", files, len(files))]
+    own = inputs_with_cache_widths(files, [runner.inputs for runner in runners])
     inputs = common_inputs(labels, own)
     feeds, seed = _read_feeds(inputs, data), data.seed if isinstance(data, RandomInputs) else 0
     own_feeds = [[narrow_past(feed, specs) for feed in feeds] for specs in own]

@@ -13,7 +13,7 @@ from snpc.runtime.io.publish import publish_files
 EXAMPLES: dict[str, tuple[str, ...]] = {"digits": ("digits_vit.onnx", "calib.npz", "eval.npz")}
 
 
-def write_example(name: str, folder: Path) -> tuple[Path, ...]:
+def write_example(name: str, folder: Path | str) -> tuple[Path, ...]:
     """Copy example ``name`` into ``folder``, made if missing; files of the same names there are replaced.
 
     Returned are the paths written. For ``"digits"``, a Vision Transformer trained on 8x8 images of handwritten digits:
@@ -26,7 +26,7 @@ def write_example(name: str, folder: Path) -> tuple[Path, ...]:
     All files are written in full beside their places before the first takes its place, so a crash or a full disk
     leaves no half-written file. Raises ``UserError`` for an unknown name or a folder that cannot be written.
     """
-    contents = _read_example(name)
+    contents, folder = _read_example(name), Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return _replace_all(folder, contents)

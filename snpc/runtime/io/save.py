@@ -22,12 +22,13 @@ def external_data_path(target: Path) -> Path:
     return target.parent / f"{target.name}.data"
 
 
-def save(model: ir.Model, target: Path, external: bool = False) -> None:
+def save(model: ir.Model, target: Path | str, external: bool = False) -> None:
     """Write ``model`` to ``target``: weights inside, or beside it in ``<name>.data`` where ``external`` asks for it or
     the model is too big for one protobuf message.
 
     For temporary and staging folders: ``publish_files`` brings a model to a user's folder.
     """
+    target = Path(target)
     weights = sum(weight_bytes(v.const_value) for v in model.graph.initializers.values() if v.const_value is not None)
     if external or weights > PROTOBUF_LIMIT:
         save_external(model, target)

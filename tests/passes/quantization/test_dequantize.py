@@ -360,6 +360,29 @@ def test_fused_attention(per_column: bool, tmp_path: Path) -> None:
     assert relative(floats, quantized) < 0.01
 
 
+@pytest.mark.parametrize("kind", [0, 1], ids=["float4", "normal"])
+def test_levels_of_four_bits(kind: int, tmp_path: Path) -> None:
+    """MatMulBnb4: blocks run over the rows of its transpose. It is not cut, and its pin says what takes it."""
+    rng = np.random.default_rng(9)
+    held = {
+        "enter": rng.standard_normal((8, 72)).astype(np.float32),
+        "w": rng.integers(0, 256, 72 * 24 // 2, dtype=np.uint8),
+        "largest": rng.uniform(0.1, 1, 72 * 24 // 32).astype(np.float32),
+    }
+    sizes = {"K": 72, "N": 24, "block_size": 32, "quant_type": kind}
+    nodes = [
+        helper.make_node("MatMul", ["x", "enter"], ["h"]),
+        helper.make_node("MatMulBnb4", ["h", "w", "largest"], ["y"], domain=MICROSOFT, **sizes),
+    ]
+    path = graph_of(nodes, {"x": [3, 8]}, held, tmp_path / "m.onnx")
+    assert any("--dequantize" in pin.reason for pin in snpc.analyze(snpc.load(path)).pins)
+    model = snpc.dequantize(path, tmp_path / "float.onnx")
+    feeds = {"x": rng.standard_normal((3, 8)).astype(np.float32)}
+    floats, quantized = (outputs_of(p, feeds)[0] for p in (tmp_path / "float.onnx", path))
+    assert relative(floats, quantized) < 1e-6
+    assert any(g.size == 72 and g.prunable for g in snpc.analyze(model).groups)
+
+
 def test_values_of_another_scale_stay_quantized(tmp_path: Path) -> None:
     """Bytes that are read with another scale than they were written with are multiplied; no rule says so."""
     held = {"s": np.float32(0.1), "t": np.float32(0.2), "z": np.uint8(0)}

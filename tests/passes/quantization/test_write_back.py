@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 from onnx import numpy_helper
-from onnxruntime.quantization import QuantFormat, QuantType
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
 
 import snpc
 from snpc.ops import Layout, QuantizedArray, write_stored
@@ -22,6 +22,7 @@ from snpc.passes.analyze import Analysis
 from snpc.planning import cuts_of
 from tests.models.experts import fused_model, quantized_experts
 from tests.models.exports import export, load_feeds
+from tests.models.optimizer_forms import fused_encoder
 from tests.models.quantized import FORMS, statically
 from tests.oracle import run
 from tests.patching import patch
@@ -57,6 +58,24 @@ def whole_blocks_plan(analysis: Analysis) -> snpc.PruningPlan:
     plan = snpc.plan(analysis, snpc.Budget(ratio=0.3, roles=("qk", "ffn")), **SELECT)
     ffn = {g.id: (tuple(k for k in range(g.size) if k // BLOCK != 1),) for g in analysis.groups if g.role == "ffn"}
     return replace(plan, slices=replace(plan.slices, keep={**plan.slices.keep, **ffn}))
+
+
+@pytest.mark.parametrize("form", ["uint4_blocks", "int4_blocks_pairs"])
+def test_pieces_of_blocks_keep_their_codes_in_smaller_blocks(
+    form: str, files: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Each new block has the scale of the one around it, where no new block holds parts of two."""
+    plan = whole_blocks_plan(snpc.analyze(snpc.load(files[form])))
+    pieces = {name: tuple(k for k in range(max(*kept[0], 63) + 1) if k // 16 % 3 != 1)
+              for name, kept in plan.slices.keep.items() if name.startswith("ffn")}  # fmt: skip
+    keep = {**plan.slices.keep, **{name: (kept,) for name, kept in pieces.items()}}
+    result, error = apply_and_silence(files[form], replace(plan, slices=replace(plan.slices, keep=keep)), tmp_path)
+    assert result.verification.requantization is not None
+    assert result.verification.requantization.requantized == 0
+    assert error < 1e-6
+    blocks = Counter(a.i for n in onnx.load(result.path).graph.node for a in n.attribute if a.name == "block_size")
+    assert set(blocks) == {16, 32}
+    assert blocks[16] == len(pieces)
 
 
 def apply_and_silence(path: Path, plan: snpc.PruningPlan, folder: Path) -> tuple[snpc.PrunedModel, float]:
@@ -135,6 +154,29 @@ def test_experts_that_may_be_laid_out_for_a_device_stay(tmp_path: Path) -> None:
         assert any(g.role == "experts" and g.prunable for g in analysis.groups) == found
         if layout is not None:
             node.attribute.pop()
+
+
+def test_fused_attention_keeps_one_width(tmp_path: Path) -> None:
+    """QAttention reads queries, keys and values as three equal parts of its columns; each loses channels of its own."""
+    encoder, path = fused_encoder(17), tmp_path / "q.onnx"
+    onnx.save(encoder.model, tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", path, per_channel=True, extra_options={"DefaultTensorType": 1})
+    analysis = snpc.analyze(snpc.load(path))
+    plan = snpc.plan(analysis, snpc.Budget(ratio=0.4), **SELECT)
+    widths = {g.id: plan.slices.kept_width(g) for g in analysis.groups}
+    assert widths["qk.0"] == widths["vo.0"] < 8
+    assert plan.slices.keep["qk.0"] != plan.slices.keep["vo.0"]
+    result = snpc.apply(plan, tmp_path / "cut.onnx")
+    masked = silenced(path, analysis, plan.slices, tmp_path / "masked.onnx")
+    cut, expected, dense = (run(file, encoder.feeds)[0] for file in (result.path, masked, path))
+    assert relative(cut, expected) < 1e-6
+    assert relative(cut, dense) > 1e-2
+    record = result.verification.requantization
+    assert record is not None and record.requantized == 0
+    counts = [Counter(n.op_type for n in onnx.load(p).graph.node) for p in (path, result.path)]
+    assert counts[0] == counts[1] and counts[1]["QAttention"] == 2
+    with pytest.raises(snpc.UserError, match="is as wide as"):
+        snpc.plan(analysis, snpc.Budget(ratio=0.4, roles=("vo",)), **SELECT)
 
 
 # -- refitted weights ------------------------------------------------------------------------------------------------

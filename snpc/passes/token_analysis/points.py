@@ -1,0 +1,130 @@
+"""Token points: values of the residual stream where tokens can get fewer, and where all of them are back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from snpc.graph import ShapeFacts, is_float
+from snpc.ops import lookup
+from snpc.passes.token_analysis.attention_scores import AttentionScores
+from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenFlow, TokenGraph, TokenPin
+from snpc.types import Pin
+
+MAX_LEADING_SHARE = 0.25  # of all tokens; if more are read at fixed positions, they are no class tokens
+
+
+@dataclass(frozen=True)
+class TokenExit:
+    """The end of ``block``, a value of the residual stream that has all tokens again. ``flow``: from a reduction point
+    to here."""
+
+    block: int
+    stream: ir.Value = field(repr=False, compare=False)
+    flow: TokenFlow = field(repr=False, compare=False)
+
+    @property
+    def value(self) -> str:
+        """Name of the residual stream there."""
+        return str(self.stream.name)
+
+
+@dataclass(frozen=True)
+class TokenPoint:
+    """A value of the residual stream, [batch, ``count``, width], whose tokens can be reduced.
+
+    ``block``: number of the attention in front of it, from 1. ``leading``: number of class, register and other tokens
+    in front that always stay; ``leading_reads``: how many of these the outputs read. ``pooled``: a mean is taken over
+    tokens. ``fixed_length``: all inputs have ``count`` tokens (otherwise ``count`` is for the sizes of the analysis).
+    ``side_input``: name of a tensor with an entry per token that later nodes read (a mask), "" if there is none.
+    ``exits``: where all tokens have to be back, one of them; empty where the outputs need no token back.
+    """
+
+    block: int
+    value: str
+    count: int
+    leading: int
+    leading_reads: int
+    pooled: bool
+    fixed_length: bool
+    side_input: str
+    scores: AttentionScores | None
+    stream: ir.Value = field(repr=False, compare=False)
+    flow: TokenFlow = field(repr=False, compare=False)
+    exits: tuple[TokenExit, ...] = ()
+    depth: float = 0.0
+    """Share of the model's attentions that lie in front."""
+
+    def exit_at(self, block: int) -> TokenExit | None:
+        """The exit behind ``block``; None if there is none."""
+        return next((e for e in self.exits if e.block == block), None)
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """Reduction points of a model, and pins of the blocks that have none. ``blocks``: number of attentions."""
+
+    points: tuple[TokenPoint, ...]
+    pins: tuple[Pin, ...]
+    blocks: int
+
+    def at(self, block: int) -> TokenPoint | None:
+        """The reduction point after attention number ``block``; None if there is none."""
+        return next((p for p in self.points if p.block == block), None)
+
+
+NO_TOKENS = TokenFacts((), (), 0)
+
+
+@dataclass(frozen=True)
+class PointSearch:
+    """What the search for points reads. ``fixed``: whether a value has the same number of tokens for all inputs.
+    ``blocks``: number of attentions."""
+
+    graph: TokenGraph
+    fixed: Callable[[ir.Value], bool]
+    blocks: int
+    doomed: dict[ir.Value, TokenPin] = field(default_factory=dict)
+    """Values whose tokens an earlier search found to end in a graph output, with its pin."""
+
+
+def is_residual_sum(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> bool:
+    """Whether ``node`` adds two activations of one shape [batch, tokens, width]."""
+    spec = lookup(node.domain, node.op_type)
+    out = node.outputs[0]
+    shape = facts.shape.get(out)
+    if spec.effect != "add" or spec.kind != "pointwise" or spec.subtracts or shape is None or len(shape) != 3:
+        return False
+    same = [v for v in node.inputs if v is not None and facts.shape.get(v) == shape and v in data_dependent]
+    return len(same) > 1 and is_float(facts.dtype.get(out))
+
+
+def input_batch_size(model: ir.Model, facts: ShapeFacts) -> int | None:
+    """Size of the first axis of the first input."""
+    shapes = [facts.shape.get(value) for value in model.graph.inputs if not value.is_initializer()]
+    return shapes[0][0] if shapes and shapes[0] else None
+
+
+def count_constant_tokens(facts: ShapeFacts, data_dependent: frozenset[ir.Value], model: ir.Model, count: int) -> int:
+    """Number of leading tokens that do not depend on the input: class and register tokens concatenated in front."""
+    most = 0
+    for node in model.graph:
+        shape = facts.shape.get(node.outputs[0]) or ()
+        if lookup(node.domain, node.op_type).kind != "concat" or len(shape) != 3 or shape[TOKEN_AXIS] != count:
+            continue
+        if node.outputs[0] not in data_dependent:  # a table of positions
+            continue
+        axis = int(node.attributes["axis"].value) % 3
+        if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
+            most = max(most, sum(leading_constant_lengths(facts, data_dependent, node)))
+    return most
+
+
+def leading_constant_lengths(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
+    """Lengths along the token axis of the leading inputs that do not depend on data."""
+    for value in node.inputs:
+        if value is None or value in data_dependent:
+            return
+        yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
