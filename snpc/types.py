@@ -284,6 +284,24 @@ class Group:
         return self.approximate and self.role != "residual"
 
 
+@dataclass(frozen=True)
+class StreamBasis:
+    """A residual stream (of group ``group``), with what its width costs by channels and by directions of a basis.
+
+    ``channels``, ``rotation``: [size + 1], the share of what the weights behind its normalizations read that is lost,
+    after a refit, by the width that is kept: of the best channels, and of principal directions. Empty where the stream
+    cannot be rotated, for ``reason``. ``rotated``: is it? ``digest``: of the basis.
+    """
+
+    group: str
+    size: int
+    rotated: bool
+    reason: str = ""
+    channels: tuple[float, ...] = field(default=(), repr=False)
+    rotation: tuple[float, ...] = field(default=(), repr=False)
+    digest: str = ""
+
+
 SublayerKind = Literal["attention", "feed-forward", "convolution"]
 
 

@@ -119,6 +119,12 @@ def prune_command(
     """Prune MODEL, write the result, verify what was written, and show before and after.
 
     MODEL may be a folder, as onnxruntime-genai, optimum and transformers.js load it: then a folder is written.
+
+    \b
+    snpc prune vit.onnx --target macs=0.7 --calib pictures/
+    snpc prune bert.onnx --target macs=0.8 --calib sentences.jsonl
+    snpc prune detector.onnx --max-drift 0.1 --calib data.npz
+    snpc prune vit.onnx --tokens guided:20@3-9        (no data: tokens only)
     """
     observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)
@@ -299,9 +305,9 @@ def print_folder(folder: PrunedFolder) -> None:
         )
     if folder.left_out:
         names = ", ".join(map(str, folder.left_out))
-        tables.print_note(
-            f"left out, since they hold the dense model: {names}; quantize or convert the pruned one again"
-        )
+        tables.print_note(f"left out, since they hold the dense model: {names}; the pruned one makes them again:")
+        for command in folder.conversions.values():
+            tables.print_step(command)
 
 
 def show_plan(plan: PruningPlan, json: JsonArguments) -> None:

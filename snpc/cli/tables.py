@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
-from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation
+from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation, describe_stream
 from snpc.planning import SlicePlan, read_provenance
 from snpc.report import (
     dequantization_text,
@@ -337,6 +337,7 @@ def print_plan(plan: SlicePlan) -> None:
             )
     if rows or plan.analysis.removal is None:
         print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    print_streams(plan)
     if plan.method == "select":
         print_approximations(plan, {})
     else:
@@ -383,6 +384,7 @@ def print_result(result: PrunedModel) -> None:
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     print_removed_layers(result.plan)
+    print_streams(result.plan)
     slower = slower_decoding_text(*result.head_size) if result.head_size else ""
     if slower:
         print_note(slower)
@@ -411,6 +413,13 @@ def print_removed_layers(plan: SlicePlan) -> None:
     if removal is not None:
         listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
         print_line(f"layers gone: {', '.join(listed)}")
+
+
+def print_streams(plan: SlicePlan) -> None:
+    """The basis of each residual stream that is cut with refitted weights, a line each."""
+    for stream in plan.analysis.stream_bases:
+        if stream.group in plan.keep:
+            print_line(describe_stream(stream, plan.kept_width(plan.analysis.group(stream.group))))
 
 
 def note_if_predicted(plan: PruningPlan) -> None:

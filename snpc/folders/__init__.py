@@ -1,6 +1,8 @@
 """Model folders: an ONNX model beside its configuration and tokenizer, as runtimes load them.
 
 Files
+  forms           Other precisions of a model, which stand beside it under names of their own, and the commands that
+                  make them.
   generation      Generation from a written folder: its runtime must make the tokens that its model stands for.
   model_folder    What a folder holds: the model that is cut, its other forms, and everything else.
   output_folder   The folder with the pruned model: written beside its place, and renamed.

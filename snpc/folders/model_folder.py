@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import UserError
+from snpc.folders.forms import form_of
 from snpc.graph import is_cache_name, is_float
 from snpc.runtime.calibration import EncoderDecoder
 from snpc.runtime.io import load, model_files
@@ -21,8 +22,6 @@ MODEL_PLACES = ("", "onnx")  # subfolders in which tools put models
 USUAL_NAME = "model.onnx"  # of the one model of a folder
 PARTS = ("encoder", "decoder")
 MIN_ELEMENTS = 256  # of a constant that is compared with those of other models
-FORMS = ("fp16", "bf16", "int8", "uint8", "quantized", "q4", "q4f16", "q8", "bnb4", "int4", "optimized")
-"""Endings of the names of a model's other forms: ``model_q4.onnx`` holds what ``model.onnx`` does."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
     encoder, decoders = encoder_and_decoders(path, models) if file is None else (None, [])
     model, *companions = decoders or decoders_alike(path, models, chosen_model(path, models, file))
     source = ModelFolder(path, model, tuple(companions), encoder)
-    forms = [form for form in models if form not in source.cut and any(is_form_of(form, m) for m in source.cut)]
+    forms = [form for form in models if form not in source.cut and form_of(form, source.cut)]
     own = files_of(path, source.cut)
     left_out = files_of(path, forms) - own
     others = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p, path)]
@@ -179,14 +178,9 @@ def is_part(model: Path) -> bool:
     return any(word in model.stem for word in ("encoder", "decoder", "embed", "vision"))
 
 
-def is_form_of(model: Path, other: Path) -> bool:
-    """Does ``model`` have the name of another precision of ``other``?"""
-    return model.parent == other.parent and any(model.stem == f"{other.stem}_{form}" for form in FORMS)
-
-
 def without_forms(models: Sequence[Path]) -> list[Path]:
     """The models that do not have the name of another precision of one of them."""
-    return [model for model in models if not any(is_form_of(model, other) for other in models if other != model)]
+    return [model for model in models if form_of(model, models) is None]
 
 
 def genai_model(path: Path) -> Path | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from snpc.errors import CheckFailed, UserError
+from snpc.folders.forms import conversion_command
 from snpc.folders.generation import check_generation
 from snpc.folders.model_folder import CONFIGS, ModelFolder, read_json
 from snpc.folders.parts import WholeVerdict
@@ -40,6 +41,15 @@ class PrunedFolder:
     whole: WholeVerdict | None = None
     cache_offer: tuple[int, int] | None = None
 
+    @property
+    def conversions(self) -> dict[Path, str]:
+        """Model that is left out -> the command that makes it of the pruned one."""
+        parts = [part for part in (self.model, self.encoder) if part is not None]
+        written = [path for part in parts for path in (part.path, *(c.path for c in part.companions))]
+        models = [path.relative_to(self.path) for path in written]
+        forms = [file for file in self.left_out if file.suffix == ".onnx"]
+        return {form: conversion_command(self.path, form, models) for form in forms}
+
     def to_json(self) -> dict[str, Any]:
         words = {name: {str(f): list(w) for f, w in getattr(self, name).items()} for name in ("changed", "unsaid")}
         files = {name: [str(file) for file in getattr(self, name)] for name in ("copied", "left_out")}
@@ -49,6 +59,7 @@ class PrunedFolder:
             "path": str(self.path),
             **files,
             **words,
+            "conversions": {str(form): command for form, command in self.conversions.items()},
             "generation": self.generation,
             "cache_bytes_per_token": offer,
             **whole,

@@ -20,6 +20,7 @@ from __future__ import annotations
 from snpc.planning.allocate import (
     allocate_widths,
     allocation_path,
+    check_ranked_streams,
     groups_to_prune,
     make_slice_plan,
     predicted_drift,
@@ -69,6 +70,7 @@ __all__ = [
     "allocate_widths",
     "allocation_path",
     "allowed_widths",
+    "check_ranked_streams",
     "cuts_of",
     "groups_to_prune",
     "make_slice_plan",

@@ -41,11 +41,6 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     prunable = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
     check_ties_are_whole(prunable, analysis.groups, name)
-    if budget.ratio is None and any(g.approximate and not g.normalized_inside for g in prunable):
-        raise UserError(
-            f"{name}: --target and --max-drift cannot rank the residual width, since the loss through "
-            "normalization statistics is not measured: cut it with --ratio, or leave out the role residual"
-        )
     if prunable:
         return prunable
     if of_roles and not named:
@@ -64,9 +59,26 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     )
 
 
+def check_ranked_streams(analysis: Analysis, groups: Sequence[Group], budget: Budget) -> None:
+    """Raise UserError where the budget ranks a residual stream whose loss is not known."""
+    known = {stream.group: stream for stream in analysis.stream_bases}
+    for group in groups if budget.ratio is None else ():
+        stream = known.get(group.id)
+        if group.approximate and not group.normalized_inside and (stream is None or not stream.rotated):
+            why = "it is rotated with --calib DATA, and without --criterion, --method select and the role layer"
+            if stream is not None:
+                why = stream.reason or "its channels lose less than a rotation"
+            raise UserError(
+                f"{analysis.model.path.name}: --target and --max-drift cannot rank the residual width, since what its "
+                f"normalizations lose is known of a rotated stream only, and {group.id} is none: {why}; cut it with "
+                "--ratio, or leave out the role residual"
+            )
+
+
 def make_slice_plan(scores: UnitScores, budget: Budget) -> SlicePlan:
     """Allocate the widths, and choose the units that stay."""
     groups = groups_to_prune(scores.analysis, budget)
+    check_ranked_streams(scores.analysis, groups, budget)
     return select_units(scores, budget, allocate_widths(groups, scores, budget))
 
 

@@ -45,6 +45,10 @@ def test_the_model_is_cut_and_everything_else_goes_with_it(tmp_path: Path) -> No
     assert found.model.after.macs < found.model.before.macs
     assert (tmp_path / "half" / "tokenizer.json").read_bytes() == before["tokenizer.json"]
     assert [path.name for path in found.left_out] == ["model_q4.onnx", "model_q4.onnx.data"]
+    ((form, command),) = found.conversions.items()
+    assert form == Path("onnx/model_q4.onnx")
+    assert command.startswith("python -m onnxruntime.quantization.matmul_nbits_quantizer")
+    assert f"--input_model {found.model.path} --output_model {tmp_path / 'half' / form}" in command
     assert not (tmp_path / "half" / ".git").exists()
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config == {**CONFIG, "intermediate_size": HIDDEN // 2}, "and no other number that happens to be the same"

@@ -1,6 +1,6 @@
 """Merged decoders: two models as branches of one ``If``, taken apart and put together again.
 
-transformers.js loads ``decoder_model_merged.onnx``: its only node reads the prompt in one branch, and goes on from
+transformers.js loads ``decoder_model_merged.onnx``: its last node reads the prompt in one branch, and goes on from
 caches in the other. Weights lie outside of both, once. A branch returns a constant for a cache that it does not make.
 """
 
@@ -26,9 +26,10 @@ from snpc.ops import IDENTITY, lookup
 
 
 def branch_node(model: ir.Model) -> ir.Node | None:
-    """The one node of a merged decoder; None of any other model."""
-    nodes = [node for node in model.graph if any(v is not None for v in node.inputs)]
-    if len(nodes) != 1 or lookup(nodes[0].domain, nodes[0].op_type).branches is None:
+    """The node with both decoders of a merged one, which makes all outputs; None of any other model. Quantized files
+    have nodes in front of it, for weights and inputs that both branches may read."""
+    nodes = [node for node in model.graph if lookup(node.domain, node.op_type).branches is not None]
+    if len(nodes) != 1 or any(value.producer() is not nodes[0] for value in model.graph.outputs):
         return None
     switch = nodes[0].inputs[0]
     is_switch = switch is not None and switch.is_graph_input() and decoder_input(str(switch.name)) == "branch"

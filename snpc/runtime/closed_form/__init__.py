@@ -20,6 +20,8 @@ Files
   ridge                  The ridge of a regression, chosen by two halves of the calibration samples.
   stages                 The stages of layer-wise fitting: residual sums whose error a weight in front can compensate,
                          and the segments between them.
+  stream_basis           Bases of residual streams: principal directions in place of channels, where fewer of them say
+                         more.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from snpc.runtime.closed_form.stages import (
     residual_sums,
     residual_values,
 )
+from snpc.runtime.closed_form.stream_basis import with_stream_bases
 
 __all__ = [
     "ClosedForms",
@@ -67,5 +70,6 @@ __all__ = [
     "solve_closed_forms",
     "trial_weights",
     "using_algebra",
+    "with_stream_bases",
     "without_groups",
 ]

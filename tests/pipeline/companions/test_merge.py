@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnxruntime.quantization import quantize_dynamic
 
 import snpc
 from snpc.errors import CheckFailed, UserError
@@ -43,6 +44,22 @@ def test_a_merged_decoder_is_cut_in_both_branches(caches: bool, tmp_path: Path) 
     (logits,) = session.run(["logits"], {**data, **empty, "use_cache_branch": np.array([False])})
     (expected,) = ort.InferenceSession(again.path, providers=["CPUExecutionProvider"]).run(["logits"], data)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_quantized_merged_decoder_is_cut_as_it_is_stored(tmp_path: Path) -> None:
+    """Its states are quantized in front of the branches, for the one that reads them."""
+    source = tmp_path / "decoder_model_merged_quantized.onnx"
+    quantize_dynamic(write_merged(tmp_path / MERGED), source, extra_options={"EnableSubgraph": True})
+    assert [node.op_type for node in onnx.load(source).graph.node] == ["DynamicQuantizeLinear", "If"]
+    found = snpc.prune(source, tmp_path / "half.onnx", ratio=0.5, uniform=True, method="select", criterion="magnitude")
+    assert found.after.bytes < 0.8 * found.before.bytes
+    checks = " ".join(found.verification.structure)
+    assert "_with_past.onnx: sliced equals masked to 0.0e+00" in checks
+    assert f"{source.name}: both branches make the outputs of the verified files" in checks
+    branches = [attribute.g for node in onnx.load(found.path).graph.node for attribute in node.attribute]
+    assert all("MatMulInteger" in {node.op_type for node in branch.node} for branch in branches)
+    weights = {tuple(t.dims) for t in onnx.load(found.path).graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    assert (24, 16) in weights and (24, 32) not in weights, "the hidden layers' own weights"
 
 
 def test_a_model_in_memory_comes_back_merged(tmp_path: Path) -> None:
