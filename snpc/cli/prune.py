@@ -119,6 +119,12 @@ def prune_command(
     """Prune MODEL, write the result, verify what was written, and show before and after.
 
     MODEL may be a folder, as onnxruntime-genai, optimum and transformers.js load it: then a folder is written.
+
+    \b
+    snpc prune vit.onnx --target macs=0.7 --calib pictures/
+    snpc prune bert.onnx --target macs=0.8 --calib sentences.jsonl
+    snpc prune detector.onnx --max-drift 0.1 --calib data.npz
+    snpc prune vit.onnx --tokens guided:20@3-9        (no data: tokens only)
     """
     observer, typed = model.dump.load(), TypedCommand.current()
     execution = replace(running.load(), observer=observer)

@@ -37,7 +37,7 @@ from snpc.report import (
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult, slower_decoding_text
-from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict
+from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict, shape_text
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -521,12 +521,18 @@ def print_sweep(result: SweepResult) -> None:
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
+MAX_SHAPES = 3  # in a title: a decoder has as many caches as layers
+
+
 def print_bench(result: BenchResult) -> None:
     """A row for each model, after a title that says what was measured where."""
     header, *rows = result.rows()
     machine = result.machine
     threads = machine.threads or "the runtime's choice of"
+    shapes = [f"{name} {shape_text(shape)}" for name, shape in result.shapes.items()]
+    more = f" and {len(shapes) - MAX_SHAPES} more" if len(shapes) > MAX_SHAPES else ""
     print_table(
+        f"{', '.join(shapes[:MAX_SHAPES])}{more}; "
         f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,

@@ -42,16 +42,19 @@ class SelectionArguments(ArgumentGroup):
         show_default=True,
         metavar="ROLE,...",
         callback=parse_roles,
-        help="Roles of the groups to prune: qk, vo, ffn, head, experts, conv, residual, other; all: qk, vo, ffn, conv "
-        "and other; layer, whole attention and feed-forward layers (needs --calib); or none.",
+        help="What to prune: qk (width of query and key), vo (width of value and output), ffn (hidden width of "
+        "feed-forward layers), head (whole heads), experts (whole experts), conv (channels of convolutions), residual "
+        "(width of the residual stream), other; all: qk, vo, ffn, conv and other; layer: whole attention and "
+        "feed-forward layers (needs --calib); or none.",
     )
     include: str | None = option("--include", metavar="REGEX", help="Prune only groups whose id matches.")
     exclude: str | None = option("--exclude", metavar="REGEX", help="Do not prune groups whose id matches.")
     method: PruningMethod | None = option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
-        help="auto: rotate, slice and refit the weights in closed form, layer by layer (needs --calib). parallel: the "
-        "same, all layers at once. select: remove the units that --criterion scores lowest, change no other weight.  "
+        help="auto: narrow layer after layer, and refit the weights that are left to the calibration data by least "
+        "squares (needs --calib). parallel: the same for all layers at once, which is faster and keeps less. select: "
+        "remove the units that --criterion scores lowest, and change no other weight.  "
         "[default: auto with --calib and no --criterion; parallel with --load-stats alone; else select]",
     )
     criterion: str | None = option(
@@ -64,9 +67,9 @@ class SelectionArguments(ArgumentGroup):
         type=click.Choice(["quick", "normal", "search"]),
         default="normal",
         show_default=True,
-        help="What choosing the widths may cost. quick: no trial runs; the closed forms' own loss says "
-        "which widths go. normal: a few trials per group. search: moves of units between groups are tried besides, "
-        "for --target macs=R, params=R or bytes=R.",
+        help="How long to look for the best widths. quick: predict what each width costs. normal: also try a few "
+        "widths of every group on the model. search: then try to move units between groups, for --target macs=R, "
+        "params=R or bytes=R.",
     )
     round_to: int | str | snpc.PreferredWidths = option(
         "--round-to",
@@ -149,12 +152,12 @@ class TokenArguments(ArgumentGroup):
     tokens: str | None = option(
         "--tokens",
         metavar="METHOD:N[@BLOCKS][/BLOCK]|auto|none",
-        help="Drop or merge tokens; without --ratio, --target, --max-drift or --max-ppl cut no widths. merge:13: 13 "
-        "fewer at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, "
-        "energy, adaptive:0.9 (per input, as many as carry 90 % of the attention). merge:13@1-6/9: where outputs need "
-        "all tokens, they are back behind block 9. Join several with +. auto: choose the "
-        "method and the counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need "
-        "--calib.  [default: auto for such a target with --calib, where tokens can get fewer, else none]",
+        help="Use fewer tokens (patches, words); without --ratio, --target, --max-drift or --max-ppl cut no widths. "
+        "merge:13: merge 13 at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, "
+        "guided, energy, adaptive:0.9 (per input, as many as carry 90 % of the attention). merge:13@1-6/9: where "
+        "outputs need all tokens, they are back behind block 9. Join several with +. auto: choose the method and the "
+        "counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need --calib.  [default: "
+        "auto for such a target with --calib, where tokens can get fewer, else none]",
     )
 
     @property
