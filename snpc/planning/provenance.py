@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from snpc.planning.plan import SlicePlan
@@ -27,14 +28,15 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
     """How a model was pruned. ``calibration``: the data, in words; "" without.
 
     ``target`` says how much was asked for, ``options`` is JSON of all options that were set, ``widths`` of group id ->
-    [units per block before, after], of the groups that were cut.
+    [units per block before, after], of the groups that were cut. ``plan_sha256`` is that of the plan without the record
+    of its data, which a plan has once it was read from a file.
     """
     groups = {group.id: group for group in plan.analysis.groups}
     widths = {name: [groups[name].size, len(rows[0])] for name, rows in plan.keep.items()}
     analysis = plan.analysis
     return {
         "step": "prune",
-        "plan_sha256": hashlib.sha256(plan_to_json(plan).encode()).hexdigest(),
+        "plan_sha256": hashlib.sha256(plan_to_json(replace(plan, data=None)).encode()).hexdigest(),
         "target": target_text(plan.options),
         "options": compact_json(plan.options),
         "method": plan.method,
