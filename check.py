@@ -1,10 +1,11 @@
 """Check all of snpc: python3 check.py [--fast | --docs] [arguments of pytest]
 
-Sets up an environment in .venv, then runs ruff, mypy --strict, the test suite, builds the documentation, and runs snpc
-with the oldest versions of its dependencies. Without arguments this is what .ci/run runs: everything. --fast leaves out
-the last two checks, and tests that are slow, need torch or compare times: for the loop between two edits. --docs only
-builds the documentation into build/docs; warnings and broken internal links are errors. Other arguments go to pytest in
-place of its usual ones. Exits with 1 if any of the checks fails.
+Sets up an environment in .venv, then runs ruff, mypy --strict and the test suite, builds the documentation, runs snpc
+with the oldest versions of its dependencies, and builds the wheel and runs it in an empty environment. Without
+arguments this is what .ci/run runs: everything. --fast leaves out the last three checks, and tests that are slow, need
+torch or compare times: for the loop between two edits. --docs only builds the documentation into build/docs; warnings
+and broken internal links are errors. Other arguments go to pytest in place of its usual ones. Exits with 1 if any of
+the checks fails.
 """
 
 import subprocess
@@ -47,7 +48,15 @@ def checks(arguments):
         ("mypy --strict", ["-m", "mypy", "--strict", "-p", "snpc", *HELPERS.split()]),
         ("mypy, example", ["-m", "mypy", "--strict", "examples/prune_digits.py"]),
         ("pytest", ["-m", "pytest", *(fast + given or PARALLEL)]),
-        *([] if arguments else [DOCS_CHECK, ("oldest versions", ["scripts/oldest_dependencies.py"])]),
+        *(
+            []
+            if arguments
+            else [
+                DOCS_CHECK,
+                ("oldest versions", ["scripts/oldest_dependencies.py"]),
+                ("wheel", ["scripts/built_wheel.py"]),
+            ]
+        ),
     ]
 
 

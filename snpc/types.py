@@ -284,6 +284,24 @@ class Group:
         return self.approximate and self.role != "residual"
 
 
+@dataclass(frozen=True)
+class StreamBasis:
+    """A residual stream (of group ``group``), with what its width costs by channels and by directions of a basis.
+
+    ``channels``, ``rotation``: [size + 1], the share of what the weights behind its normalizations read that is lost,
+    after a refit, by the width that is kept: of the best channels, and of principal directions. Empty where the stream
+    cannot be rotated, for ``reason``. ``rotated``: is it? ``digest``: of the basis.
+    """
+
+    group: str
+    size: int
+    rotated: bool
+    reason: str = ""
+    channels: tuple[float, ...] = field(default=(), repr=False)
+    rotation: tuple[float, ...] = field(default=(), repr=False)
+    digest: str = ""
+
+
 SublayerKind = Literal["attention", "feed-forward", "convolution"]
 
 
@@ -378,6 +396,24 @@ class Perplexity:
     def factor(self) -> float:
         """How many times as large it is."""
         return self.after / self.before
+
+
+@dataclass(frozen=True)
+class TaskChange:
+    """The score on labels by ``metric``, from 0 to 1, of the original (``before``) and the written file (``after``).
+    ``error``: standard error of the change; 0 where it is not known."""
+
+    metric: str
+    before: float
+    after: float
+    samples: int
+    source: str
+    error: float = 0.0
+
+    @property
+    def drop(self) -> float:
+        """By how many points the score is lower: 1 is one in a hundred."""
+        return 100 * (self.before - self.after)
 
 
 @dataclass(frozen=True)

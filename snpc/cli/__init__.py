@@ -123,4 +123,9 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="snpc")
 def main() -> None:
-    """Make exported attention models small and fast: structured pruning of ONNX files, without training code."""
+    """Make exported attention models small and fast: structured pruning of ONNX files, without training code.
+
+    \b
+    snpc inspect model.onnx
+    snpc prune model.onnx --target macs=0.5 --calib images/
+    """

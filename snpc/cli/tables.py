@@ -18,7 +18,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
-from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation
+from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation, describe_stream
 from snpc.planning import SlicePlan, read_provenance
 from snpc.report import (
     dequantization_text,
@@ -33,11 +33,12 @@ from snpc.report import (
     requantization_text,
     restriction_text,
     rewrite_text,
+    task_text,
 )
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult, slower_decoding_text
-from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict
+from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict, shape_text
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -337,6 +338,7 @@ def print_plan(plan: SlicePlan) -> None:
             )
     if rows or plan.analysis.removal is None:
         print_table(f"plan by {plan.criterion}", ("group", "role", "now", "kept", "share"), rows, right=(4,))
+    print_streams(plan)
     if plan.method == "select":
         print_approximations(plan, {})
     else:
@@ -383,6 +385,7 @@ def print_result(result: PrunedModel) -> None:
         + f" ({describe_method(result)}{', ' + result.calibration if result.calibration else ', no data'})"
     )
     print_removed_layers(result.plan)
+    print_streams(result.plan)
     slower = slower_decoding_text(*result.head_size) if result.head_size else ""
     if slower:
         print_note(slower)
@@ -403,6 +406,8 @@ def print_result(result: PrunedModel) -> None:
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
     print_verdict(result.verification)
+    if result.task is not None:
+        print_line(task_text(result.task))
 
 
 def print_removed_layers(plan: SlicePlan) -> None:
@@ -411,6 +416,13 @@ def print_removed_layers(plan: SlicePlan) -> None:
     if removal is not None:
         listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
         print_line(f"layers gone: {', '.join(listed)}")
+
+
+def print_streams(plan: SlicePlan) -> None:
+    """The basis of each residual stream that is cut with refitted weights, a line each."""
+    for stream in plan.analysis.stream_bases:
+        if stream.group in plan.keep:
+            print_line(describe_stream(stream, plan.kept_width(plan.analysis.group(stream.group))))
 
 
 def note_if_predicted(plan: PruningPlan) -> None:
@@ -487,7 +499,7 @@ def print_sweep(result: SweepResult) -> None:
     has_perplexity = dense.perplexity is not None
     has_tokens = any(p.tokens for p in result.points)
     first = ("target", *(("tokens",) if has_tokens else ()))
-    judged = [name for name, known in (("accuracy", has_accuracy), ("perplexity", has_perplexity)) if known]
+    judged = [name for name, known in ((result.metric, has_accuracy), ("perplexity", has_perplexity)) if known]
     last = ("MACs", "params", "ms", "speed-up", *judged, "drift", "same top", "")
     rows = [
         (
@@ -512,12 +524,18 @@ def print_sweep(result: SweepResult) -> None:
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
+MAX_SHAPES = 3  # in a title: a decoder has as many caches as layers
+
+
 def print_bench(result: BenchResult) -> None:
     """A row for each model, after a title that says what was measured where."""
     header, *rows = result.rows()
     machine = result.machine
     threads = machine.threads or "the runtime's choice of"
+    shapes = [f"{name} {shape_text(shape)}" for name, shape in result.shapes.items()]
+    more = f" and {len(shapes) - MAX_SHAPES} more" if len(shapes) > MAX_SHAPES else ""
     print_table(
+        f"{', '.join(shapes[:MAX_SHAPES])}{more}; "
         f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,

@@ -13,6 +13,7 @@ Files
                      of them.
   propagation/       Label propagation: which positions of which constants each position of a tensor depends on.
   quantization/      Quantized files: what is quantized, and the float model that such a file stands for.
+  rotation/          Rotation: residual streams in another orthogonal basis, with the same outputs.
   slicing/           Rewrites that remove units: sliced weights, recomputed shape parameters, and the masked oracle.
   sublayers/         Sublayers: what a model computes between a read of its residual stream and the sum that returns to
                      it, and their removal.
@@ -32,6 +33,7 @@ from snpc.passes.analyze import (
     cost_without,
     quoted_facts,
     remove_sublayers,
+    turn_streams,
 )
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.passes.output_kinds import OutputKind, find_output_kinds, partly_written_outputs
@@ -56,4 +58,5 @@ __all__ = [
     "partly_written_outputs",
     "quoted_facts",
     "remove_sublayers",
+    "turn_streams",
 ]

@@ -35,10 +35,21 @@ from snpc.passes.grouping import (
 )
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.quantization import with_float_graph, with_stored_widths
+from snpc.passes.rotation import ResidualStream, turned_graph
 from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
-from snpc.types import QUANTIZED_TOKENS_REASON, ChosenMetric, Cost, Group, Model, Pin, Sublayer
+from snpc.types import (
+    QUANTIZED_TOKENS_REASON,
+    ChosenMetric,
+    Cost,
+    FloatArray,
+    Group,
+    Model,
+    Pin,
+    StreamBasis,
+    Sublayer,
+)
 
 QUOTED_LENGTHS = (128, 64, 32, 16)
 
@@ -70,6 +81,8 @@ class Analysis:
     """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
     companions: tuple[Companion, ...] = field(default=(), repr=False)
     """Models that are cut alike; what they cannot cut is pinned here."""
+    stream_bases: tuple[StreamBasis, ...] = ()
+    """Residual streams that were looked at with data: which are rotated in ``traced_graph``, and why others are not."""
 
     @property
     def name(self) -> str:
@@ -80,13 +93,14 @@ class Analysis:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that statistics depend on: the file's contents, how tokens are reduced, and which
-        layers are gone."""
+        """SHA-256 of everything that statistics depend on: the file's contents, how tokens are reduced, which
+        layers are gone, and the bases of rotated streams."""
         changes: list[object] = []
         if self.reduction is not None:
             changes.append(self.reduction.to_json())
         if self.removal is not None:
             changes.append([self.removal.names, {name: mean.tolist() for name, mean in self.removal.means.items()}])
+        changes += [[stream.group, stream.digest] for stream in self.stream_bases if stream.rotated]
         if not changes:
             return self.model.digest
         text = " ".join(json.dumps(change, sort_keys=True) for change in changes)
@@ -125,6 +139,11 @@ class Analysis:
     def share_left(self, kind: str) -> float:
         """What is left of the model's "macs", "params" or "bytes" at full widths."""
         return 1 - self.saved_before(kind) / float(max(getattr(self.cost, kind), 1))
+
+    def stream_loss(self, group: Group) -> FloatArray | None:
+        """[size + 1]: what a rotated residual stream loses by its width; None of any other group."""
+        losses = (s.rotation for s in self.stream_bases if s.rotated and s.group == group.id)
+        return next((np.array(loss) for loss in losses), None)
 
     def group(self, name: str) -> Group:
         """The group with this id."""
@@ -283,6 +302,24 @@ def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO
     without = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
     used = {name: mean for name, mean in means.items() if name in wanted}
     return replace(without, removal=SublayerRemoval(gone, used, source, continued), metrics=analysis.metrics)
+
+
+def turn_streams(analysis: Analysis, turns: Sequence[tuple[ResidualStream, FloatArray]]) -> Analysis:
+    """The analysis of the graph with each stream turned by its matrix (``passes.rotation``), which changes no output.
+    What is added by it counts as MACs that are not saved."""
+    source = analysis.traced_graph
+    graph = turned_graph(source, turns)
+    sized = at_sizes_of(analysis, graph)
+    before = cost_of(source.model, infer_graph(source.model, dict(analysis.dim_sizes)))
+    added = cost_of(graph, sized.quoted.facts).macs - before.macs
+    turned = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
+    return replace(
+        turned,
+        dead_macs=analysis.dead_macs - added,
+        tokens=analysis.tokens,
+        reduction=analysis.reduction,
+        metrics=analysis.metrics,
+    )
 
 
 def cost_without(analysis: Analysis, names: Collection[str]) -> Cost:

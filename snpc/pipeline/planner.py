@@ -28,6 +28,7 @@ from snpc.planning import (
     ResourceTarget,
     SlicePlan,
     UnitScores,
+    check_ranked_streams,
     groups_to_prune,
     make_slice_plan,
     metrics_in,
@@ -39,7 +40,7 @@ from snpc.planning import (
     token_reduction_in,
     without_removed_layers,
 )
-from snpc.runtime.batches import DenseValues
+from snpc.runtime.batches import DenseValues, check_runs_whole
 from snpc.runtime.calibration import Calibration, find_ids
 from snpc.runtime.closed_form import (
     ClosedForms,
@@ -47,6 +48,7 @@ from snpc.runtime.closed_form import (
     residual_error_values,
     solve_closed_forms,
     using_algebra,
+    with_stream_bases,
 )
 from snpc.runtime.evaluation import (
     MetricRequest,
@@ -231,6 +233,7 @@ def measure_request(
         raise UserError("the role layer tries layers on all the data: leave it out where parts of it are measured")
     analysis = with_selected_caches(analysis, calibration, None)
     groups = groups_to_prune(analysis, request.budget)
+    check_ranked_streams(analysis, groups, request.budget)
     check_finite_weights(analysis, groups)
     calibration = with_token_decisions(analysis, calibration, execution) or calibration
     return measure_statistics(
@@ -252,15 +255,19 @@ def make_plan(
 ) -> PruningPlan:
     """``plan``, by a request."""
     budget = request.budget
+    check_memory(analysis, request, calibration, execution)
     if LAYER_ROLE not in budget.roles:
         return plan_widths(analysis, request, calibration, statistics, execution)
     check_layer_budget(analysis, budget, calibration)
-    if set(budget.roles) == {LAYER_ROLE}:
-        return plan_of_layers(remove_layers(analysis, budget, calibration, execution), request, calibration, execution)
-    if budget.target is None:
-        analysis = remove_layers(analysis, budget, calibration, execution)
-        return plan_widths(analysis, request, calibration, statistics, execution)
-    return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    alone = set(budget.roles) == {LAYER_ROLE}
+    if not alone and budget.target is not None:
+        return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    method = request.method or default_method(calibration, request.criterion is None)
+    refits = method == "auto" and request.effort != "quick"
+    analysis = remove_layers(analysis, budget, calibration, execution, refits=refits)
+    if alone:
+        return plan_of_layers(analysis, request, calibration, execution)
+    return plan_widths(analysis, request, calibration, statistics, execution)
 
 
 def plan_layers_and_widths(
@@ -347,11 +354,16 @@ def measure_widths(
     analysis = with_selected_caches(analysis, calibration, statistics)
     groups = groups_to_prune(analysis, budget)
     check_finite_weights(analysis, groups)
+    check_request(request, calibration)
     calibration = with_token_decisions(analysis, calibration, execution)
+    if calibration is not None and statistics is None and rotates_streams(request):
+        with using_algebra(execution.algebra):
+            analysis = with_stream_bases(analysis, calibration, execution)
+        groups = groups_to_prune(analysis, budget)
+    check_ranked_streams(analysis, groups, budget)
     has_data = calibration is not None or statistics is not None
     method = request.method or default_method(calibration, has_data and request.criterion is None)
     check_refit_data(method, calibration, statistics)
-    check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
     criterion = default_criterion if request.criterion is None else request.criterion
     dense = None
@@ -389,6 +401,14 @@ def measure_widths(
     elif not measures_curves and method != "select" and not budget.uniform:
         scores = replace(scores, curves=predicted_curves(closed_forms, scores, groups))
     return WidthMeasurement(closed_forms, scores, groups, calibration, statistics, dense)
+
+
+def rotates_streams(request: PlanRequest) -> bool:
+    """May the width of residual streams be cut in another basis? Not where a criterion is named, which scores channels,
+    nor where weights are sliced as they are, or layers go."""
+    roles = request.budget.roles
+    named = request.method == "select" or request.criterion is not None
+    return "residual" in roles and LAYER_ROLE not in roles and not named
 
 
 def plan_of_layers(
@@ -471,13 +491,32 @@ def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequenc
 
 def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
     if request.budget.limits_quality and calibration is None:
-        flag = "--max-drift" if request.budget.max_drift is not None else "--max-ppl"
-        raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
+        raise UserError(f"{request.budget.quality_flag} needs calibration data, on which it is measured: give --calib")
     if request.budget.max_ppl is not None and calibration is not None and find_ids(calibration.inputs) is None:
         raise UserError(f"{NO_PERPLEXITY}: no input of the model is known to take token ids; use --max-drift")
     if request.workload is not None and not request.budget.is_latency:
         raise UserError("batch, input shapes and threads are for --target latency=...: leave them out")
     check_effort(request, calibration)
+
+
+def check_memory(
+    analysis: Analysis, request: PlanRequest, calibration: Calibration | None, execution: Execution
+) -> None:
+    """Raise UserError where the request takes the whole model at once, and there is no memory for that."""
+    budget = request.budget
+    method = request.method or default_method(calibration, calibration is not None and request.criterion is None)
+    requests: list[tuple[str, str]] = []
+    if LAYER_ROLE in budget.roles:
+        requests.append(("--roles layer tries layers on", "leave the role out, so that widths are cut"))
+    if budget.is_latency:
+        requests.append(("--target latency times", "give --target macs=R"))
+    if execution.executor is not None and execution.memory_limit is not None:  # each worker has that much
+        requests.append(("each worker of --cluster runs", "leave --cluster out, so that it runs segment by segment"))
+    if "residual" in budget.roles and method != "select":
+        instead = "give --method select, or leave the role residual out"
+        requests.append(("refitting normalizations (--roles residual) runs", instead))
+    for subject, instead in requests:
+        check_runs_whole(analysis.traced_graph.model, execution, f"{analysis.name}: {subject}", instead)
 
 
 def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
@@ -486,9 +525,9 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
     if effort not in get_args(Effort):
         raise UserError(f"effort {effort!r} is not one of {', '.join(get_args(Effort))}")
     if effort == "quick" and budget.limits_quality:
-        flag = "--max-drift" if budget.max_drift is not None else "--max-ppl"
         raise UserError(
-            f"--effort quick measures no loss curves, which say how far {flag} lets widths go: leave out one"
+            f"--effort quick measures no loss curves, which say how far {budget.quality_flag} lets widths go: "
+            "leave out one"
         )
     if effort == "search":
         movable = budget.target is not None and not budget.is_latency
@@ -524,6 +563,9 @@ def with_closed_form_order(scores: UnitScores, closed_forms: ClosedForms, method
     for name, parts in closed_forms.bases.items():
         size = len(parts[0].loss) - 1
         values[name] = np.tile(np.arange(size, 0, -1, dtype=np.float64), (len(parts), 1))
+    for stream in scores.analysis.stream_bases:
+        if stream.rotated and stream.group in values:
+            values[stream.group] = np.arange(stream.size, 0, -1, dtype=np.float64)[None]
     samples = max(scores.samples, closed_forms.samples)
     return replace(scores, values=values, method=method, samples=samples)
 
@@ -554,6 +596,8 @@ def complete_plan(
     """
     slices = replace(slices, analysis=with_selected_caches(slices.analysis, calibration, statistics))
     calibration = with_token_decisions(slices.analysis, calibration, execution)
+    if slices.rotated:
+        slices = with_planned_bases(slices, calibration, execution)
     if slices.method == "select":
         return PruningPlan(slices, calibration=calibration, execution=execution)
     if calibration is None and statistics is None:
@@ -571,6 +615,16 @@ def complete_plan(
     with using_algebra(execution.algebra):
         closed_forms = solve_closed_forms(slices.analysis, statistics, groups, progress=execution.progress)
     return PruningPlan(slices, closed_forms, statistics=statistics, calibration=calibration, execution=execution)
+
+
+def with_planned_bases(slices: SlicePlan, calibration: Calibration | None, execution: Execution) -> SlicePlan:
+    """The plan, with the residual streams that it rotates in their bases. Raises UserError where there is no data."""
+    if calibration is None:
+        raise UserError(
+            f"this plan rotates the residual stream {slices.rotated[0]}: give --calib, the data that it was made with"
+        )
+    with using_algebra(execution.algebra):
+        return replace(slices, analysis=with_stream_bases(slices.analysis, calibration, execution, slices.rotated))
 
 
 def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | None = None) -> SlicePlan:

@@ -17,7 +17,7 @@ from snpc.passes.slicing import Cuts
 from snpc.pipeline.candidate import PrunedModel
 from snpc.planning import SlicePlan, cuts_of, read_provenance
 from snpc.runtime.io import atomic_write
-from snpc.types import ClosedFormKind, FloatArray, Model, Quality, Verdict
+from snpc.types import ClosedFormKind, FloatArray, Model, Quality, StreamBasis, Verdict
 
 
 def json_report(result: PrunedModel) -> dict[str, Any]:
@@ -47,8 +47,10 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "macs_at": dict(plan.analysis.dim_sizes),
         "tokens": plan.analysis.reduction.to_json() if plan.analysis.reduction is not None else None,
         "layers": layers_json(plan.analysis),
+        "residual_streams": streams_json(plan),
         "groups": groups_json(plan, result.closed_forms),
         "pins": pins_json(plan.analysis),
+        "task": {**asdict(result.task), "drop": result.task.drop} if result.task is not None else None,
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
@@ -69,6 +71,38 @@ def layers_json(analysis: Analysis) -> list[dict[str, Any]]:
         }
         for sublayer in removal.sublayers
     ]
+
+
+def streams_json(plan: SlicePlan) -> list[dict[str, Any]]:
+    """The residual streams that are cut with refitted weights, and what each basis loses: the share of what is read
+    behind the normalizations, by the best channels and by principal directions. None where it cannot be rotated."""
+    entries = []
+    for stream in plan.analysis.stream_bases:
+        kept = plan.kept_width(plan.analysis.group(stream.group))
+        entries.append(
+            {
+                "group": stream.group,
+                "size": stream.size,
+                "kept": kept,
+                "basis": "rotated" if stream.rotated else "channels",
+                "not_rotated": stream.reason or None,
+                "loss_of_channels": stream.channels[kept] if stream.channels else None,
+                "loss_of_rotation": stream.rotation[kept] if stream.rotation else None,
+            }
+        )
+    return entries
+
+
+def describe_stream(stream: StreamBasis, kept: int) -> str:
+    """The basis of a residual stream that is cut to ``kept``, and what the other one would lose."""
+    if stream.reason:
+        return f"{stream.group}: cut by channels, as it cannot be rotated: {stream.reason}"
+    losses = {"by channels": stream.channels[kept], "rotated": stream.rotation[kept]}
+    used, other = ("rotated", "by channels") if stream.rotated else ("by channels", "rotated")
+    return (
+        f"{stream.group}: cut {used}: {losses[used]:.1%} of what is read behind its normalizations is lost, "
+        f"{losses[other]:.1%} {other}"
+    )
 
 
 def dequantization_json(model: Model) -> dict[str, Any] | None:
@@ -128,6 +162,8 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
     kinds = kinds or {}
     graph = plan.analysis.traced_graph.model.graph
     cuts = cuts_in_file(cuts_of(plan), graph)
+    turned = {stream.group for stream in plan.analysis.stream_bases if stream.rotated}
+    stored = {original_name(value) for value in plan.analysis.model.graph.graph.initializers.values()}
     entries = []
     for group in plan.analysis.groups:
         if group.pins:
@@ -136,9 +172,9 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
         for site in group.sites:
             tensor = original_name(graph.initializers[site.tensor])
             removed = cuts.get((tensor, site.axis))
-            if removed is not None:
+            if removed is not None and (tensor in stored or group.id not in turned):
                 place = {"tensor": tensor, "axis": site.axis}
-                rotated = kinds.get(group.id) in ("low_rank_qk", "low_rank_vo")
+                rotated = kinds.get(group.id) in ("low_rank_qk", "low_rank_vo") or group.id in turned
                 sites.append(place if rotated else {**place, "keep": np.flatnonzero(~removed).tolist()})
         entries.append(
             {

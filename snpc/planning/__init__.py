@@ -18,8 +18,10 @@ Files
 from __future__ import annotations
 
 from snpc.planning.allocate import (
+    GUESSED_DRIFT,
     allocate_widths,
     allocation_path,
+    check_ranked_streams,
     groups_to_prune,
     make_slice_plan,
     predicted_drift,
@@ -54,6 +56,7 @@ from snpc.planning.provenance import pruning_provenance, read_provenance, write_
 
 __all__ = [
     "DEFAULT_ROLES",
+    "GUESSED_DRIFT",
     "SAFE_DRIFT",
     "AllocationPath",
     "Allocator",
@@ -69,6 +72,7 @@ __all__ = [
     "allocate_widths",
     "allocation_path",
     "allowed_widths",
+    "check_ranked_streams",
     "cuts_of",
     "groups_to_prune",
     "make_slice_plan",

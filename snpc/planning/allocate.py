@@ -26,6 +26,7 @@ from snpc.planning.tied_widths import (
 from snpc.types import FloatArray, Group
 
 NATS_PER_CHANGE = 7.0  # of a language model: a change of 1 is as far as equal probabilities, log(50 000) less its own
+GUESSED_DRIFT = 0.2  # of the first plan that is tried for a score on labels
 GUESSED_FACTOR = 1.1  # on the perplexity, where the dense model's is not known yet
 
 
@@ -41,11 +42,6 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     prunable = [g for g in named if g.prunable and g.size > 1]
     name = analysis.model.path.name
     check_ties_are_whole(prunable, analysis.groups, name)
-    if budget.ratio is None and any(g.approximate and not g.normalized_inside for g in prunable):
-        raise UserError(
-            f"{name}: --target and --max-drift cannot rank the residual width, since the loss through "
-            "normalization statistics is not measured: cut it with --ratio, or leave out the role residual"
-        )
     if prunable:
         return prunable
     if of_roles and not named:
@@ -64,9 +60,26 @@ def groups_to_prune(analysis: Analysis, budget: Budget) -> list[Group]:
     )
 
 
+def check_ranked_streams(analysis: Analysis, groups: Sequence[Group], budget: Budget) -> None:
+    """Raise UserError where the budget ranks a residual stream whose loss is not known."""
+    known = {stream.group: stream for stream in analysis.stream_bases}
+    for group in groups if budget.ratio is None else ():
+        stream = known.get(group.id)
+        if group.approximate and not group.normalized_inside and (stream is None or not stream.rotated):
+            why = "it is rotated with --calib DATA, and without --criterion, --method select and the role layer"
+            if stream is not None:
+                why = stream.reason or "its channels lose less than a rotation"
+            raise UserError(
+                f"{analysis.model.path.name}: --target and --max-drift cannot rank the residual width, since what its "
+                f"normalizations lose is known of a rotated stream only, and {group.id} is none: {why}; cut it with "
+                "--ratio, or leave out the role residual"
+            )
+
+
 def make_slice_plan(scores: UnitScores, budget: Budget) -> SlicePlan:
     """Allocate the widths, and choose the units that stay."""
     groups = groups_to_prune(scores.analysis, budget)
+    check_ranked_streams(scores.analysis, groups, budget)
     return select_units(scores, budget, allocate_widths(groups, scores, budget))
 
 
@@ -80,6 +93,9 @@ def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget)
         return drift_widths(groups, scores, budget)
     if budget.max_ppl is not None:
         return perplexity_widths(groups, scores, budget)
+    if budget.max_drop is not None:  # a guess, for the first that is measured
+        path, _ = allocation_path(groups, scores, budget)
+        return path.widths_after(int(np.flatnonzero(predicted_drift(path, scores) <= GUESSED_DRIFT)[-1]))
     if budget.uniform:
         return uniform_widths(groups, budget)
     ranked = groups_ranked_together(groups, budget.roles)
@@ -144,7 +160,7 @@ def check_reachable(budget: Budget, required: float, most: float, reachable: str
 def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> tuple[AllocationPath, FloatArray]:
     """The steps towards the budget's target, and [steps + 1] the savings after each: MACs, parameters, bytes or ms.
 
-    For ``max_drift`` and ``max_ppl`` the savings are MACs.
+    For limits of quality the savings are MACs.
     """
     target = budget.target if budget.target is not None else ResourceTarget("macs", 0.0)
     savings = {g.id: savings_by_width(scores, g, target) for g in groups}

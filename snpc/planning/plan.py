@@ -63,6 +63,8 @@ class SlicePlan:
     "auto": refitted one layer after the other, each on the activations of the pruned layers before it."""
     data: Mapping[str, Any] | None = field(default=None, repr=False)
     """The record of the calibration data (``Calibration.record``), of a plan that was read from a file."""
+    rotated: tuple[str, ...] = ()
+    """The residual streams whose units are directions of a basis that is found on the data, of such a plan."""
 
     def kept_width(self, group: Group) -> int:
         """Units per block that are kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -47,6 +47,9 @@ def plan_to_json(plan: SlicePlan) -> str:
         head["layers"] = {
             name: join_numbers(removal.means[name].tolist()) if name in removal.means else "" for name in removal.names
         }
+    rotated = [stream.group for stream in plan.analysis.stream_bases if stream.rotated and stream.group in plan.keep]
+    if rotated or plan.rotated:
+        head["rotated"] = rotated or list(plan.rotated)
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
         steps = plan.analysis.reduction.to_json()["steps"]
@@ -177,7 +180,22 @@ def plan_from_json(text: str, analysis: Analysis, name: str) -> SlicePlan:
     record = data.get("calibration")
     if record is not None and not (isinstance(record, dict) and isinstance(record.get("digest"), str)):
         raise UserError(f'{name}: its "calibration" is not what `snpc plan` writes; remove it, or make a new plan')
-    return SlicePlan(analysis, str(data.get("criterion", "by hand")), options, keep, method, record)
+    rotated = parse_rotated(data.get("rotated", []), keep, groups, method, name)
+    return SlicePlan(analysis, str(data.get("criterion", "by hand")), options, keep, method, record, rotated)
+
+
+def parse_rotated(
+    entry: object, keep: Collection[str], groups: Mapping[str, Group], method: str, name: str
+) -> tuple[str, ...]:
+    """The groups that a plan rotates: residual streams that it cuts, with refitted weights."""
+    if not isinstance(entry, list):
+        raise UserError(f'{name}: "rotated" must be a list of groups')
+    for group_id in entry:
+        if group_id not in keep or groups[group_id].role != "residual":
+            raise UserError(f'{name}: "rotated" names {group_id!r}, which is no residual stream that the plan cuts')
+    if entry and method == "select":
+        raise UserError(f'{name}: "rotated" is for plans that refit weights; its method is select')
+    return tuple(entry)
 
 
 def parse_kept_units(rows: Any, group: Group, name: str) -> tuple[tuple[int, ...], ...]:

@@ -52,7 +52,7 @@ def _build_roberta_class(attention: str) -> Model:
     return _classifier(attention, "Roberta", **_SIZES, type_vocab_size=1, pad_token_id=0)
 
 
-@_register("ts17 ts17_sdpa dyn20_sdpa", "transformers")
+@_register("ts17 dyn20_sdpa", "transformers")
 def _build_distilbert_class(attention: str) -> Model:
     sizes = {"dim": WIDTH, "n_layers": 3, "n_heads": 4, "hidden_dim": 96}
     return _classifier(attention, "DistilBert", **sizes)
@@ -106,7 +106,7 @@ def _multiplied(states: Any, mask: Any) -> Any:
     return torch.bmm(weights, states).squeeze(1) / weights.sum(-1)
 
 
-@_register_sentence("ts17 ts17_sdpa ts17_static dyn20 dyn20_sdpa dyn23_sdpa", "transformers")
+@_register_sentence("ts17 ts17_static dyn20_sdpa dyn23_sdpa", "transformers")
 def _build_bert_mean(attention: str) -> Model:
     return _sentence(attention, "Bert", _expanded, **_SIZES)
 

@@ -37,8 +37,6 @@ ODD_HEADS = 3  # for an even number, and for ReLU, torch has a fused path that T
 LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH = 2, 4, 2, 12
 PAST_LENGTH = 5  # differs from both lengths of exports.py
 
-VARIANTS = "ts14 ts14_sdpa ts17 ts17_sdpa dyn20 dyn20_sdpa dyn23 dyn23_sdpa"
-
 
 @dataclass(frozen=True)
 class CachedExport(Export):
@@ -108,7 +106,7 @@ def _options(attention: str) -> dict[str, Any]:
     return {"vocab_size": VOCABULARY, "attn_implementation": attention}
 
 
-@register(VARIANTS, "transformers", into=DECODERS, source=__file__)
+@register("ts14 ts17_sdpa dyn20_sdpa dyn23", "transformers", into=DECODERS, source=__file__)
 def _build_gpt2_cached(attention: str) -> Model:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -116,7 +114,7 @@ def _build_gpt2_cached(attention: str) -> Model:
     return _cached_decoder(GPT2LMHeadModel(config), HEADS)
 
 
-@register(VARIANTS, "transformers", into=DECODERS, source=__file__)
+@register("ts14_sdpa ts17 dyn20 dyn23", "transformers", into=DECODERS, source=__file__)
 def _build_llama_cached(attention: str) -> Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 

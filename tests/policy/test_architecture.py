@@ -36,7 +36,7 @@ INSIDE: Mapping[str, Sequence[tuple[str, ...]]] = {
         ("canonicalization", "propagation"),
         ("quantization", "grouping", "fusion"),
         ("weights", "token_analysis", "sublayers"),
-        ("slicing", "companions"),
+        ("slicing", "companions", "rotation"),
         ("analyze",),
         ("mac_breakdown", "output_kinds", "pass_list"),
     ),

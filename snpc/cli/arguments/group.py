@@ -24,7 +24,7 @@ FILE_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is
 GroupT = TypeVar("GroupT", bound="ArgumentGroup")
 
 SECTIONS = (
-    "What to cut", "How much", "Inputs", "Calibration", "Tokens", "Training", "Evaluation", "Pruning", "Checks",
+    "How much", "Inputs", "Calibration", "What to cut", "Tokens", "Training", "Evaluation", "Pruning", "Checks",
     "Output", "Building", "Running",
 )  # fmt: skip
 """Sections of ``--help``, in this order; any other comes last."""

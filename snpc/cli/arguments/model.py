@@ -98,7 +98,7 @@ class QuantizedModelArguments(ModelArguments):
         "--dequantize",
         is_flag=True,
         section="What to cut",
-        help="MODEL is quantized: take the float model that it stands for.",
+        help="MODEL is quantized: prune the float model that its numbers stand for.",
     )
 
     def read(self, observer: PassObserver | None = None) -> snpc.Model:

@@ -42,16 +42,19 @@ class SelectionArguments(ArgumentGroup):
         show_default=True,
         metavar="ROLE,...",
         callback=parse_roles,
-        help="Roles of the groups to prune: qk, vo, ffn, head, experts, conv, residual, other; all: qk, vo, ffn, conv "
-        "and other; layer, whole attention and feed-forward layers (needs --calib); or none.",
+        help="What to prune: qk (width of query and key), vo (width of value and output), ffn (hidden width of "
+        "feed-forward layers), head (whole heads), experts (whole experts), conv (channels of convolutions), residual "
+        "(width of the residual stream), other; all: qk, vo, ffn, conv and other; layer: whole attention and "
+        "feed-forward layers (needs --calib); or none.",
     )
     include: str | None = option("--include", metavar="REGEX", help="Prune only groups whose id matches.")
     exclude: str | None = option("--exclude", metavar="REGEX", help="Do not prune groups whose id matches.")
     method: PruningMethod | None = option(
         "--method",
         type=click.Choice(["auto", "parallel", "select"]),
-        help="auto: rotate, slice and refit the weights in closed form, layer by layer (needs --calib). parallel: the "
-        "same, all layers at once. select: remove the units that --criterion scores lowest, change no other weight.  "
+        help="auto: narrow layer after layer, and refit the weights that are left to the calibration data by least "
+        "squares (needs --calib). parallel: the same for all layers at once, which is faster and keeps less. select: "
+        "remove the units that --criterion scores lowest, and change no other weight.  "
         "[default: auto with --calib and no --criterion; parallel with --load-stats alone; else select]",
     )
     criterion: str | None = option(
@@ -64,9 +67,9 @@ class SelectionArguments(ArgumentGroup):
         type=click.Choice(["quick", "normal", "search"]),
         default="normal",
         show_default=True,
-        help="What choosing the widths may cost. quick: no trial runs; the closed forms' own loss says "
-        "which widths go. normal: a few trials per group. search: moves of units between groups are tried besides, "
-        "for --target macs=R, params=R or bytes=R.",
+        help="How long to look for the best widths. quick: predict what each width costs. normal: also try a few "
+        "widths of every group on the model. search: then try to move units between groups, for --target macs=R, "
+        "params=R or bytes=R.",
     )
     round_to: int | str | snpc.PreferredWidths = option(
         "--round-to",
@@ -114,6 +117,13 @@ class BudgetArguments(ArgumentGroup):
         help="Prune as far as possible while the perplexity of a causal language model stays within this: 1.1x is a "
         "factor on the dense model's, 25 a perplexity; measured on the written model (needs --calib).",
     )
+    max_drop: float | None = option(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="Prune as far as possible while the score on labels falls by at most so many points (1.0: one in a "
+        "hundred), measured on the written model (needs --calib, --eval and --labels).",
+    )
     uniform: bool = option(
         "--uniform", is_flag=True, help="Remove the same fraction of every group, instead of ranking across groups."
     )
@@ -132,7 +142,7 @@ class BudgetArguments(ArgumentGroup):
 
     @property
     def is_given(self) -> bool:
-        return (self.ratio, self.target, self.max_drift, self.max_ppl) != (None,) * 4
+        return (self.ratio, self.target, self.max_drift, self.max_ppl, self.max_drop) != (None,) * 5
 
     @property
     def wants_latency(self) -> bool:
@@ -149,12 +159,12 @@ class TokenArguments(ArgumentGroup):
     tokens: str | None = option(
         "--tokens",
         metavar="METHOD:N[@BLOCKS][/BLOCK]|auto|none",
-        help="Drop or merge tokens; without --ratio, --target, --max-drift or --max-ppl cut no widths. merge:13: 13 "
-        "fewer at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, guided, "
-        "energy, adaptive:0.9 (per input, as many as carry 90 % of the attention). merge:13@1-6/9: where outputs need "
-        "all tokens, they are back behind block 9. Join several with +. auto: choose the "
-        "method and the counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need "
-        "--calib.  [default: auto for such a target with --calib, where tokens can get fewer, else none]",
+        help="Use fewer tokens (patches, words); without --ratio, --target, --max-drift or --max-ppl cut no widths. "
+        "merge:13: merge 13 at every block. topk:0.7@3,6,9: keep 70 % after these blocks. Other methods: star, fuse, "
+        "guided, energy, adaptive:0.9 (per input, as many as carry 90 % of the attention). merge:13@1-6/9: where "
+        "outputs need all tokens, they are back behind block 9. Join several with +. auto: choose the method and the "
+        "counts for --target macs=R or latency=R. none: all stay. star, adaptive and auto need --calib.  [default: "
+        "auto for such a target with --calib, where tokens can get fewer, else none]",
     )
 
     @property
@@ -201,11 +211,18 @@ class PlanningArguments(ArgumentGroup):
             allocator=amount.allocator,
             max_ppl=parse_perplexity_limit(amount.max_ppl) if amount.max_ppl is not None else None,
             head_sizes=widths.head_sizes,
+            max_drop=amount.max_drop,
         )
 
     def check_predictable(self) -> None:
-        """Refuse a limit that says nothing of widths before the original is run: a perplexity that is no factor."""
+        """Refuse a limit that says nothing of widths before the original is run: a score on labels, and a perplexity
+        that is no factor."""
         limit = self.amount.max_ppl
+        if self.amount.max_drop is not None or self.judging.task() is not None:
+            raise UserError(
+                "--max-drop and scores on labels are measured on a written model: let `snpc prune` write it, or give "
+                "--target, --ratio or --max-drift"
+            )
         if limit is not None and not parse_perplexity_limit(limit).relative:
             raise UserError(
                 f"--max-ppl {limit}: widths for it are found by measuring; let `snpc prune` write the model, or give a "
@@ -214,15 +231,15 @@ class PlanningArguments(ArgumentGroup):
 
     @property
     def cuts_widths(self) -> bool:
-        """Widths are cut by --ratio, --target, --max-drift or --max-ppl, unless --roles none; a --tokens schedule alone
-        cuts none.
+        """Widths are cut by --ratio, --target, --max-drift, --max-ppl or --max-drop, unless --roles none; a --tokens
+        schedule alone cuts none.
 
         Raises UserError where nothing says how much goes.
         """
         if self.selection.roles and not self.amount.is_given and self.reduction.schedule is None:
             raise UserError(
-                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R, --max-drift X or "
-                "--max-ppl X for widths, --tokens SCHEDULE for tokens alone"
+                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R, --max-drift X, "
+                "--max-ppl X or --max-drop POINTS for widths, --tokens SCHEDULE for tokens alone"
             )
         return bool(self.selection.roles) and self.amount.is_given
 
@@ -235,7 +252,12 @@ class PlanningArguments(ArgumentGroup):
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""
         selection, amount = self.selection, self.amount
-        amounts = {"--ratio": amount.ratio, "--max-drift": amount.max_drift, "--max-ppl": amount.max_ppl}
+        amounts = {
+            "--ratio": amount.ratio,
+            "--max-drift": amount.max_drift,
+            "--max-ppl": amount.max_ppl,
+            "--max-drop": amount.max_drop,
+        }
         for flag, value in amounts.items():
             if value is not None:
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")

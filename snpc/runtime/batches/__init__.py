@@ -24,6 +24,7 @@ from snpc.runtime.batches.program import BatchProgram, BatchSums
 from snpc.runtime.batches.streamed_model import (
     StreamedModel,
     border_store,
+    check_runs_whole,
     must_stream,
     open_file,
     open_graph,
@@ -42,6 +43,7 @@ __all__ = [
     "StreamedModel",
     "add_up",
     "border_store",
+    "check_runs_whole",
     "dense_name",
     "must_stream",
     "open_file",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from snpc.errors import UserError
 from snpc.graph import Segment, ShapeFacts, extract_segment, infer_graph, split_into_segments
 from snpc.passes.canonicalization import InlineFunctions
 from snpc.runtime.batches.partition import Span, partition, weights_of
@@ -24,6 +25,8 @@ from snpc.runtime.execution import (
     RunFunction,
     SpillableStore,
     file_session,
+    format_bytes,
+    free_memory,
     ignore_advance,
     memory_budget,
     model_weights,
@@ -47,6 +50,20 @@ def must_stream(model: ir.Model, execution: Execution) -> bool:
     """Whether the weights of ``model`` in a session take more than the memory limit. Other devices than the CPU have
     memory of their own."""
     return execution.on_cpu and session_bytes(model_weights(model)) > weight_budget(execution.memory_limit)
+
+
+def check_runs_whole(model: ir.Model, execution: Execution, subject: str, instead: str) -> None:
+    """Raise UserError where the weights of ``model`` in one session take more than the memory limit, or, where there is
+    none, than the free memory. ``subject``: what cannot be streamed, with its verb; ``instead``: what to ask for."""
+    needed, limit, free = session_bytes(model_weights(model)), execution.memory_limit, free_memory()
+    available = free if limit is None else min(limit, free)
+    if not execution.on_cpu or needed <= available:
+        return
+    there = "are free" if available == free else "is the --memory-limit"
+    raise UserError(
+        f"{subject} the whole model at once, whose weights take {format_bytes(needed)}, and "
+        f"{format_bytes(available)} {there}: {instead}"
+    )
 
 
 def border_store(execution: Execution) -> SpillableStore:

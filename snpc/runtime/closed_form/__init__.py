@@ -3,6 +3,7 @@
 Files
   algebra                Linear algebra of the closed forms: low-rank bases and refitted weights from second moments of
                          activations.
+  cut_stream             Refits what reads a cut residual stream on what the cut model itself computes.
   dense_algebra          The dense algebra that closed forms are solved with: numpy's, or another implementation that
                          registers itself.
   elimination            The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
@@ -20,10 +21,13 @@ Files
   ridge                  The ridge of a regression, chosen by two halves of the calibration samples.
   stages                 The stages of layer-wise fitting: residual sums whose error a weight in front can compensate,
                          and the segments between them.
+  stream_basis           Bases of residual streams: principal directions in place of channels, where fewer of them say
+                         more.
 """
 
 from __future__ import annotations
 
+from snpc.runtime.closed_form.cut_stream import fit_on_cut_stream
 from snpc.runtime.closed_form.dense_algebra import DenseAlgebra, current_algebra, register_algebra, using_algebra
 from snpc.runtime.closed_form.fit import (
     ClosedForms,
@@ -43,6 +47,7 @@ from snpc.runtime.closed_form.stages import (
     residual_sums,
     residual_values,
 )
+from snpc.runtime.closed_form.stream_basis import with_stream_bases
 
 __all__ = [
     "ClosedForms",
@@ -57,6 +62,7 @@ __all__ = [
     "edited_constants",
     "fit_layerwise",
     "fit_normalizations",
+    "fit_on_cut_stream",
     "fit_parallel",
     "in_rotated_order",
     "missing_statistics",
@@ -67,5 +73,6 @@ __all__ = [
     "solve_closed_forms",
     "trial_weights",
     "using_algebra",
+    "with_stream_bases",
     "without_groups",
 ]

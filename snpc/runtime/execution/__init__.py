@@ -30,9 +30,10 @@ from snpc.graph import register_shape_source
 from snpc.runtime.execution.cluster import open_cluster, parse_cluster
 from snpc.runtime.execution.execution import DEFAULT_EXECUTION, AlgebraName, Execution
 from snpc.runtime.execution.feeds import RandomInputs, check_feeds, check_shape, parse_shapes, random_feeds
-from snpc.runtime.execution.machine import available_cores, cpu_name, vector_width
+from snpc.runtime.execution.machine import available_cores, cpu_name, free_memory, vector_width
 from snpc.runtime.execution.memory import (
     SpillableStore,
+    format_bytes,
     memory_budget,
     model_weights,
     parse_bytes,
@@ -123,6 +124,8 @@ __all__ = [
     "file_session",
     "find_running_sizes",
     "first_lines",
+    "format_bytes",
+    "free_memory",
     "id_limits",
     "ignore_advance",
     "import_openvino",

@@ -43,6 +43,12 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def format_bytes(count: int) -> str:
+    """``3400000`` -> ``"3.4 MB"``."""
+    unit = next((unit for unit in ("G", "M") if count >= BYTE_UNITS[unit]), "K")
+    return f"{count / BYTE_UNITS[unit]:.1f} {unit.replace('K', 'k')}B"
+
+
 def release_free_memory() -> None:
     """Return freed memory to the system: glibc keeps it otherwise, more than a gigabyte after a large session. With
     other C libraries nothing happens."""

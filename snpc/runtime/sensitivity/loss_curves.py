@@ -297,6 +297,7 @@ def nearest_widths(group: Group, shares: Sequence[float]) -> list[int]:
 def prior_curve(closed_forms: ClosedForms, group: Group) -> FloatArray:
     """[size + 1]: the closed-form loss. Where there is none, a parabola: equal changes per unit, which add up."""
     curve = closed_forms.loss_curve(group)
+    curve = closed_forms.analysis.stream_loss(group) if curve is None else curve
     return curve if curve is not None else np.linspace(1.0, 0.0, group.size + 1) ** 2
 
 

@@ -55,6 +55,7 @@ def role_levels(groups: Sequence[Group], losses: Mapping[str, float]) -> dict[st
 def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
     """[size + 1]: the closed form's loss relative to that of removing the whole group, or the scores' in its place."""
     curve = closed_forms.loss_curve(group)
+    curve = closed_forms.analysis.stream_loss(group) if curve is None else curve
     if curve is None:
         ordered = np.sort(scores.values[group.id], axis=1).mean(0)
         curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]

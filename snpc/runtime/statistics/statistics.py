@@ -16,7 +16,14 @@ from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.passes.weights import closed_form_kinds
 from snpc.planning import PruningMethod
-from snpc.runtime.batches import DenseValues, DistributedBatchValues, add_up, must_stream, unpacked_size
+from snpc.runtime.batches import (
+    DenseValues,
+    DistributedBatchValues,
+    add_up,
+    check_runs_whole,
+    must_stream,
+    unpacked_size,
+)
 from snpc.runtime.calibration import Calibration, DataPart
 from snpc.runtime.execution import (
     DEFAULT_EXECUTION,
@@ -226,6 +233,10 @@ def run_measurement(
     keys = {
         g.id: required_statistics(analysis.weights[g.id]) if g.id in kinds else criterion_keys(judge, g) for g in groups
     }
+    gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
+    if gated:
+        subject = f"{analysis.name}: criterion {judge.name} takes gradients of"
+        check_runs_whole(analysis.traced_graph.model, execution, subject, "choose the criterion mixed")
     requests = statistic_requests(analysis, keys)
     masked = find_padding(
         analysis.traced_graph, probe_row_counters((r.probe, r.group.blocks * r.group.size) for r in requests)
@@ -247,7 +258,6 @@ def run_measurement(
         with execution.progress.stage("statistics", len(passes) * len(calibration.batch_plan)) as advance:
             measure = measure_passes if execution.executor is None else measure_passes_on_workers
             measure(analysis, calibration, passes, totals, dense, execution, advance)
-    gated = [g for g in groups if g.id not in kinds and needs_gate_gradients(judge, g)]
     if gated:
         roles = {g.id: g.role for g in gated}
         observe_gate_gradients(

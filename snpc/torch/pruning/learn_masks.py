@@ -8,7 +8,7 @@ import torch
 
 from snpc.errors import UserError
 from snpc.passes import Analysis
-from snpc.planning import Budget, SlicePlan, UnitScores, groups_to_prune, make_slice_plan
+from snpc.planning import Budget, SlicePlan, UnitScores, check_ranked_streams, groups_to_prune, make_slice_plan
 from snpc.runtime.calibration import Calibration
 from snpc.torch.finetune import FinetuneTask, loss_output_names
 from snpc.torch.pruning.gates import canonical_module, make_gate
@@ -75,6 +75,7 @@ def learn_masks(
     if training.sparsify:
         raise UserError("masks prune whole units, and weights do not train with them: leave out --sparsify")
     groups = groups_to_prune(analysis, budget)
+    check_ranked_streams(analysis, groups, budget)
     with distributed_worker() as worker:
         masked = MaskedModule(
             canonical_module(analysis),

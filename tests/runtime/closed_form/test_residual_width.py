@@ -543,8 +543,9 @@ def test_without_data_nothing_but_slices_changes(tmp_path: Path) -> None:
         )
 
 
-def test_a_target_is_refused_in_words(tmp_path: Path) -> None:
-    flags = ("--roles", "residual,ffn", "--target", "macs=0.8", "--calib", CALIB, "-o", tmp_path / "out.onnx")
+def test_a_target_is_refused_in_words_without_data(tmp_path: Path) -> None:
+    flags = ("--roles", "residual,ffn", "--target", "macs=0.8", "-o", tmp_path / "out.onnx")
     said = invoke("prune", VIT, *flags, code=2).stderr
     assert "--target and --max-drift cannot rank the residual width" in said
+    assert "--calib" in said
     assert "--ratio" in said

@@ -4,6 +4,7 @@ they do not fit. ``benchmarks/huge.py`` does it at full size."""
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,34 @@ def test_weights_are_fitted_without_a_session_of_the_whole(
     assert set(streamed.closed_forms.values()) >= {"refit", "low_rank_vo"}
     assert streamed.verification.equals_mask
     assert streamed.quality.drift == pytest.approx(whole.quality.drift, rel=0.05)
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "choose the criterion mixed": {"target": "macs=0.8", "criterion": "taylor"},
+    "leave the role residual out": {"ratio": 0.2, "roles": ("residual", "ffn")},
+    "leave the role out": {"target": "macs=0.8", "roles": ("layer",)},
+    "give --target macs=R": {"target": "latency=0.8"},
+    "leave --cluster out": {"target": "macs=0.8", "cluster": True},
+}
+
+
+@pytest.mark.parametrize("advice", WHOLE)
+def test_what_runs_the_whole_model_is_refused_before_anything_runs(
+    advice: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the limit is less than its weights take; the line says what to ask for."""
+    analysis, options = snpc.analyze(snpc.load(llama)), dict(WHOLE[advice])
+    ids = np.random.default_rng(0).integers(0, 50, (8, 16))
+    calibration = snpc.load_calibration({"input_ids": ids}, analysis.model.inputs)
+    needed = memory.session_bytes(memory.model_weights(analysis.traced_graph.model))
+    criterion, workers = options.pop("criterion", None), ThreadPoolExecutor(1)
+    if "target" in options:
+        options["target"] = snpc.parse_target(options["target"])
+    execution = snpc.Execution(memory_limit=needed - 1, executor=workers if options.pop("cluster", False) else None)
+    sessions = patch_sessions(monkeypatch)
+    with pytest.raises(snpc.UserError, match=f"the whole model at once, .* is the --memory-limit: .*{advice}"):
+        snpc.plan(analysis, snpc.Budget(**options), calibration, criterion=criterion, execution=execution)
+    assert not sessions
 
 
 def patch_sessions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
