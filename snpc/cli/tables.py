@@ -33,11 +33,12 @@ from snpc.report import (
     requantization_text,
     restriction_text,
     rewrite_text,
+    task_text,
 )
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult, slower_decoding_text
-from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict
+from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict, shape_text
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -405,6 +406,8 @@ def print_result(result: PrunedModel) -> None:
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
     print_verdict(result.verification)
+    if result.task is not None:
+        print_line(task_text(result.task))
 
 
 def print_removed_layers(plan: SlicePlan) -> None:
@@ -496,7 +499,7 @@ def print_sweep(result: SweepResult) -> None:
     has_perplexity = dense.perplexity is not None
     has_tokens = any(p.tokens for p in result.points)
     first = ("target", *(("tokens",) if has_tokens else ()))
-    judged = [name for name, known in (("accuracy", has_accuracy), ("perplexity", has_perplexity)) if known]
+    judged = [name for name, known in ((result.metric, has_accuracy), ("perplexity", has_perplexity)) if known]
     last = ("MACs", "params", "ms", "speed-up", *judged, "drift", "same top", "")
     rows = [
         (
@@ -521,12 +524,18 @@ def print_sweep(result: SweepResult) -> None:
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
+MAX_SHAPES = 3  # in a title: a decoder has as many caches as layers
+
+
 def print_bench(result: BenchResult) -> None:
     """A row for each model, after a title that says what was measured where."""
     header, *rows = result.rows()
     machine = result.machine
     threads = machine.threads or "the runtime's choice of"
+    shapes = [f"{name} {shape_text(shape)}" for name, shape in result.shapes.items()]
+    more = f" and {len(shapes) - MAX_SHAPES} more" if len(shapes) > MAX_SHAPES else ""
     print_table(
+        f"{', '.join(shapes[:MAX_SHAPES])}{more}; "
         f"{machine.provider}, {threads} threads, {machine.cpu} x {machine.cores}, {machine.runtime}; "
         f"{result.rounds} interleaved rounds after {result.warmup} of warm-up",
         header,

@@ -29,7 +29,8 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
     """How a model was pruned. ``calibration``: the data, in words; "" without.
 
     ``target`` says how much was asked for, ``options`` is JSON of all options that were set, ``widths`` of group id ->
-    [units per block before, after], of the groups that were cut.
+    [units per block before, after], of the groups that were cut. ``plan_sha256`` is that of the plan without the record
+    of its data, which a plan has once it was read from a file.
     """
     groups = {group.id: group for group in plan.analysis.groups}
     widths = {name: [groups[name].size, len(rows[0])] for name, rows in plan.keep.items()}
@@ -52,7 +53,7 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
 def target_text(options: Mapping[str, Any]) -> str:
     """How much was asked for, as on the command line: ``macs=0.5``, ``ratio=0.5`` or ``max_drift=0.1``; "" where the
     plan was made by hand."""
-    given = {key: options[key] for key in ("ratio", "max_drift", "max_ppl") if options.get(key) is not None}
+    given = {key: options[key] for key in ("ratio", "max_drift", "max_ppl", "max_drop") if options.get(key) is not None}
     texts = [str(options["target"])] if options.get("target") is not None else []
     return ", ".join([*texts, *(f"{key}={value}" for key, value in given.items())])
 

@@ -656,7 +656,7 @@ class TestBench:
         assert (report["rounds"], report["warmup"]) == (3, 1)
         assert [s[0] for s in report["shapes"].values()] == [4]
         text = invoke("bench", VIT, third[0], *flags, "--json", tmp_path / "b.json").stdout
-        assert "digits_vit" in text
+        assert "digits_vit" in text and "image [4,1,8,8]" in text
         assert len(json.loads((tmp_path / "b.json").read_text())["timings"]) == 2
 
     def test_data_and_shapes(self) -> None:

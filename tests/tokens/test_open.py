@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import token_cost
 from snpc.tokens.inplace_oracle import token_membership
 from snpc.tokens.reduction import TokenReductionPlan, exit_blocks, parse_token_request, reduce_tokens, settings_for
+from tests.command_line import invoke
 from tests.models.encoders import Array, Encoder, norm
 
 DENSE = Encoder(exit="all")
@@ -178,3 +180,20 @@ def test_the_numbers_of_tokens_are_told(tmp_path: Path) -> None:
         (9, 4, "copy"),
     ]
     assert isinstance(reduced.traced_graph.model, ir.Model)
+
+
+def test_the_command_line_chooses_spans(tmp_path: Path) -> None:
+    model, out, report = (str(tmp_path / name) for name in ("encoder.onnx", "out.onnx", "report.json"))
+    analysis(Encoder(exit="all", depth=2, patches=16).model(), tmp_path)
+    np.savez(tmp_path / "calib.npz", x=Encoder(patches=16).feeds(12)["x"])
+    data = ("--calib", str(tmp_path / "calib.npz"))
+    plan, page = str(tmp_path / "plan.json"), str(tmp_path / "page.html")
+    written_too = ("--plan", plan, "--json", report, "--report", page)
+    text = invoke("prune", model, "--roles", "none", "--target", "macs=0.8", *data, "-o", out, *written_too).output
+    assert "all back behind block" in text and "taken out in place" in text
+    steps = json.loads(Path(report).read_text())["tokens"]["steps"]
+    assert all(step["back_behind"] >= step["block"] for step in steps)
+    invoke("apply", model, plan, "-o", str(tmp_path / "again.onnx"))
+    assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(out).graph
+    assert "mergeable after blocks 1 to 2 of 2, if all are back behind block 2" in invoke("inspect", model).output
+    assert json.loads(Path(plan).read_text())["tokens"] in Path(page).read_text()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -18,12 +19,17 @@ MAX_LEADING_SHARE = 0.25  # of all tokens; if more are read at fixed positions, 
 
 @dataclass(frozen=True)
 class TokenExit:
-    """The end of ``block``, a value of the residual stream that has all tokens again. ``flow``: from a reduction point
-    to here."""
+    """The end of ``block``, a value of the residual stream that has all tokens again. ``segments``: the tokens from a
+    reduction point to here, one stretch after the other."""
 
     block: int
     stream: ir.Value = field(repr=False, compare=False)
-    flow: TokenFlow = field(repr=False, compare=False)
+    segments: tuple[TokenFlow, ...] = field(repr=False, compare=False)
+
+    @cached_property
+    def flow(self) -> TokenFlow:
+        """The tokens from the reduction point to here."""
+        return join_flows(self.segments)
 
     @property
     def value(self) -> str:
@@ -76,6 +82,20 @@ class TokenFacts:
 
 
 NO_TOKENS = TokenFacts((), (), 0)
+
+
+def join_flows(flows: Sequence[TokenFlow]) -> TokenFlow:
+    """The flow through a chain of segments."""
+    joined = TokenFlow(flows[0].stream, flows[0].origins, {}, end=flows[-1].end)
+    for flow in flows:
+        joined.axes.update(flow.axes)
+        joined.nodes += flow.nodes
+        joined.read_positions |= flow.read_positions
+        joined.softmaxes += flow.softmaxes
+        joined.means += flow.means
+        joined.sums += flow.sums
+        joined.side_inputs += flow.side_inputs
+    return joined
 
 
 @dataclass(frozen=True)

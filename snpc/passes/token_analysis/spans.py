@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from snpc.graph import ancestor_nodes
 from snpc.passes.token_analysis.attention_scores import attention_scores_of
 from snpc.passes.token_analysis.points import (
     MAX_LEADING_SHARE,
@@ -28,6 +29,7 @@ from snpc.passes.token_analysis.points import (
 from snpc.passes.token_analysis.propagate import BYPASS, follow_tokens
 from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenFlow, TokenPin
 
+TEXT = "the tokens are those of a text, and the outputs need all"
 DIFFERENT_LENGTHS = "inputs have different numbers of tokens, and the outputs need all"
 
 
@@ -90,6 +92,8 @@ def segment_of(search: PointSearch, block: AttentionBlock) -> BlockSegment | Tok
     if not sums or (facts.shape[sums[0]] or (None,))[0] != input_batch_size(search.graph.model, facts):
         return None
     start, first_pin = sums[0], None
+    if reads_ids(search, start):
+        return TokenPin(start.producer(), str(start.name), TEXT)
     if not search.fixed(start):
         return TokenPin(start.producer(), str(start.name), DIFFERENT_LENGTHS)
     for end in reversed(sums[1:]):
@@ -101,6 +105,18 @@ def segment_of(search: PointSearch, block: AttentionBlock) -> BlockSegment | Tok
         if first_pin is None or first_pin.reason == BYPASS:
             first_pin = flow.pin
     return first_pin if first_pin is not None else BlockSegment(block, start, start, None)
+
+
+def reads_ids(search: PointSearch, value: ir.Value) -> bool:
+    """Is ``value`` computed from token ids, an integer input [batch, tokens]? Merging would mix words, and in a decoder
+    let a token see those that follow."""
+    facts = search.graph.facts
+    ids = {
+        v
+        for v in search.graph.model.graph.inputs
+        if facts.dtype.get(v) in (ir.DataType.INT32, ir.DataType.INT64) and len(facts.shape.get(v) or ()) == 2
+    }
+    return any(not ids.isdisjoint(node.inputs) for node in ancestor_nodes(value))
 
 
 def closed_flow(search: PointSearch, start: ir.Value, end: ir.Value) -> TokenFlow:
@@ -137,7 +153,7 @@ def exits_of(
         segment = segments[block]
         flows += [segment.flow] if segment.flow is not None else []
         if flows:
-            exits.append(TokenExit(block, segment.end, join_flows(flows)))
+            exits.append(TokenExit(block, segment.end, tuple(flows)))
         if block not in links:
             break
         flows.append(links[block])
@@ -172,17 +188,3 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
         exits,
         segment.block.number / search.blocks,
     )
-
-
-def join_flows(flows: Sequence[TokenFlow]) -> TokenFlow:
-    """The flow through a chain of segments."""
-    joined = TokenFlow(flows[0].stream, flows[0].origins, {}, end=flows[-1].end)
-    for flow in flows:
-        joined.axes.update(flow.axes)
-        joined.nodes += flow.nodes
-        joined.read_positions |= flow.read_positions
-        joined.softmaxes += flow.softmaxes
-        joined.means += flow.means
-        joined.sums += flow.sums
-        joined.side_inputs += flow.side_inputs
-    return joined

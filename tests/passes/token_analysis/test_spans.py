@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -48,3 +49,15 @@ def test_a_stream_that_is_returned_halfway_has_all_tokens_there(tmp_path: Path) 
     found = snpc.analyze(snpc.load(tmp_path / "encoder.onnx")).tokens
     assert dense.name == "y"
     assert {p.block: [e.block for e in p.exits] for p in found.points} == {1: [1, 2], 2: [2], 3: [3, 4], 4: [4]}
+
+
+def test_words_are_not_merged(tmp_path: Path) -> None:
+    """A decoder of a fixed length would see the words that follow."""
+    model = DENSE.model()
+    table = np.random.default_rng(0).standard_normal((9, DENSE.width)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(table, "embedding"))
+    model.graph.node.insert(0, onnx.helper.make_node("Gather", ["embedding", "ids"], ["x"], name="embed"))
+    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n", 12]))
+    onnx.save(model, tmp_path / "text.onnx")
+    found = snpc.analyze(snpc.load(tmp_path / "text.onnx")).tokens
+    assert not found.points and "tokens are those of a text" in found.pins[0].reason
