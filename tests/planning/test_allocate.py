@@ -34,7 +34,7 @@ def analysis(*groups: Group) -> Analysis:
     traced_graph = SimpleNamespace(kv_cache=False)
     cost = Cost(1, 1, 1, 1)
     parts = {"groups": groups, "pins": (), "model": model, "traced_graph": traced_graph, "cost": cost}
-    return cast(Analysis, SimpleNamespace(**parts, reduction=None, removal=None, metrics={}))
+    return cast(Analysis, SimpleNamespace(**parts, reduction=None, removal=None, metrics={}, stream_bases=()))
 
 
 def scores(values: Mapping[str, Array], *groups: Group) -> snpc.UnitScores:
