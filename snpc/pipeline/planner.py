@@ -491,8 +491,7 @@ def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequenc
 
 def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
     if request.budget.limits_quality and calibration is None:
-        flag = "--max-drift" if request.budget.max_drift is not None else "--max-ppl"
-        raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
+        raise UserError(f"{request.budget.quality_flag} needs calibration data, on which it is measured: give --calib")
     if request.budget.max_ppl is not None and calibration is not None and find_ids(calibration.inputs) is None:
         raise UserError(f"{NO_PERPLEXITY}: no input of the model is known to take token ids; use --max-drift")
     if request.workload is not None and not request.budget.is_latency:
@@ -526,9 +525,9 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
     if effort not in get_args(Effort):
         raise UserError(f"effort {effort!r} is not one of {', '.join(get_args(Effort))}")
     if effort == "quick" and budget.limits_quality:
-        flag = "--max-drift" if budget.max_drift is not None else "--max-ppl"
         raise UserError(
-            f"--effort quick measures no loss curves, which say how far {flag} lets widths go: leave out one"
+            f"--effort quick measures no loss curves, which say how far {budget.quality_flag} lets widths go: "
+            "leave out one"
         )
     if effort == "search":
         movable = budget.target is not None and not budget.is_latency

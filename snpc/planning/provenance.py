@@ -51,7 +51,7 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
 def target_text(options: Mapping[str, Any]) -> str:
     """How much was asked for, as on the command line: ``macs=0.5``, ``ratio=0.5`` or ``max_drift=0.1``; "" where the
     plan was made by hand."""
-    given = {key: options[key] for key in ("ratio", "max_drift", "max_ppl") if options.get(key) is not None}
+    given = {key: options[key] for key in ("ratio", "max_drift", "max_ppl", "max_drop") if options.get(key) is not None}
     texts = [str(options["target"])] if options.get("target") is not None else []
     return ", ".join([*texts, *(f"{key}={value}" for key, value in given.items())])
 
