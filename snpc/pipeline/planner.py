@@ -259,12 +259,15 @@ def make_plan(
     if LAYER_ROLE not in budget.roles:
         return plan_widths(analysis, request, calibration, statistics, execution)
     check_layer_budget(analysis, budget, calibration)
-    if set(budget.roles) == {LAYER_ROLE}:
-        return plan_of_layers(remove_layers(analysis, budget, calibration, execution), request, calibration, execution)
-    if budget.target is None:
-        analysis = remove_layers(analysis, budget, calibration, execution)
-        return plan_widths(analysis, request, calibration, statistics, execution)
-    return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    alone = set(budget.roles) == {LAYER_ROLE}
+    if not alone and budget.target is not None:
+        return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    method = request.method or default_method(calibration, request.criterion is None)
+    refits = method == "auto" and request.effort != "quick"
+    analysis = remove_layers(analysis, budget, calibration, execution, refits=refits)
+    if alone:
+        return plan_of_layers(analysis, request, calibration, execution)
+    return plan_widths(analysis, request, calibration, statistics, execution)
 
 
 def plan_layers_and_widths(
@@ -349,17 +352,18 @@ def measure_widths(
     """Statistics, closed forms, scores and loss curves of the groups that the budget names."""
     budget = request.budget
     analysis = with_selected_caches(analysis, calibration, statistics)
+    groups = groups_to_prune(analysis, budget)
+    check_finite_weights(analysis, groups)
+    check_request(request, calibration)
     calibration = with_token_decisions(analysis, calibration, execution)
     if calibration is not None and statistics is None and rotates_streams(request):
         with using_algebra(execution.algebra):
             analysis = with_stream_bases(analysis, calibration, execution)
-    groups = groups_to_prune(analysis, budget)
+        groups = groups_to_prune(analysis, budget)
     check_ranked_streams(analysis, groups, budget)
-    check_finite_weights(analysis, groups)
     has_data = calibration is not None or statistics is not None
     method = request.method or default_method(calibration, has_data and request.criterion is None)
     check_refit_data(method, calibration, statistics)
-    check_request(request, calibration)
     default_criterion = statistics.criterion if statistics else "mixed" if has_data else "magnitude"
     criterion = default_criterion if request.criterion is None else request.criterion
     dense = None
@@ -487,8 +491,7 @@ def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequenc
 
 def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
     if request.budget.limits_quality and calibration is None:
-        flag = "--max-drift" if request.budget.max_drift is not None else "--max-ppl"
-        raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
+        raise UserError(f"{request.budget.quality_flag} needs calibration data, on which it is measured: give --calib")
     if request.budget.max_ppl is not None and calibration is not None and find_ids(calibration.inputs) is None:
         raise UserError(f"{NO_PERPLEXITY}: no input of the model is known to take token ids; use --max-drift")
     if request.workload is not None and not request.budget.is_latency:
@@ -522,9 +525,9 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
     if effort not in get_args(Effort):
         raise UserError(f"effort {effort!r} is not one of {', '.join(get_args(Effort))}")
     if effort == "quick" and budget.limits_quality:
-        flag = "--max-drift" if budget.max_drift is not None else "--max-ppl"
         raise UserError(
-            f"--effort quick measures no loss curves, which say how far {flag} lets widths go: leave out one"
+            f"--effort quick measures no loss curves, which say how far {budget.quality_flag} lets widths go: "
+            "leave out one"
         )
     if effort == "search":
         movable = budget.target is not None and not budget.is_latency

@@ -12,6 +12,7 @@ from snpc.runtime.closed_form import (
     approximate_groups,
     fit_layerwise,
     fit_normalizations,
+    fit_on_cut_stream,
     fit_parallel,
     in_rotated_order,
     using_algebra,
@@ -41,7 +42,10 @@ def with_refitted_weights(plan: PruningPlan) -> tuple[SlicePlan, TracedGraph]:
         if not approximate:
             return slices, source
         assert calibration is not None
-        return slices, fit_normalizations(source, slices, calibration, execution=plan.execution)
+        fitted = fit_normalizations(source, slices, calibration, execution=plan.execution)
+        if slices.method == "auto":
+            fitted = fit_on_cut_stream(source, fitted, slices, calibration, plan.execution)
+        return slices, fitted
 
 
 def refit_weights(plan: PruningPlan, closed_forms: ClosedForms, slices: SlicePlan) -> TracedGraph:

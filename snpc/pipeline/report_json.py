@@ -50,6 +50,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "residual_streams": streams_json(plan),
         "groups": groups_json(plan, result.closed_forms),
         "pins": pins_json(plan.analysis),
+        "task": {**asdict(result.task), "drop": result.task.drop} if result.task is not None else None,
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }
@@ -171,7 +172,7 @@ def groups_json(plan: SlicePlan, kinds: Mapping[str, ClosedFormKind] | None = No
         for site in group.sites:
             tensor = original_name(graph.initializers[site.tensor])
             removed = cuts.get((tensor, site.axis))
-            if removed is not None and tensor in stored:
+            if removed is not None and (tensor in stored or group.id not in turned):
                 place = {"tensor": tensor, "axis": site.axis}
                 rotated = kinds.get(group.id) in ("low_rank_qk", "low_rank_vo") or group.id in turned
                 sites.append(place if rotated else {**place, "keep": np.flatnonzero(~removed).tolist()})

@@ -3,6 +3,7 @@
 Files
   algebra                Linear algebra of the closed forms: low-rank bases and refitted weights from second moments of
                          activations.
+  cut_stream             Refits what reads a cut residual stream on what the cut model itself computes.
   dense_algebra          The dense algebra that closed forms are solved with: numpy's, or another implementation that
                          registers itself.
   elimination            The order in which units are removed: structured optimal brain surgeon (OBS), and greedy
@@ -26,6 +27,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.runtime.closed_form.cut_stream import fit_on_cut_stream
 from snpc.runtime.closed_form.dense_algebra import DenseAlgebra, current_algebra, register_algebra, using_algebra
 from snpc.runtime.closed_form.fit import (
     ClosedForms,
@@ -60,6 +62,7 @@ __all__ = [
     "edited_constants",
     "fit_layerwise",
     "fit_normalizations",
+    "fit_on_cut_stream",
     "fit_parallel",
     "in_rotated_order",
     "missing_statistics",

@@ -68,7 +68,7 @@ def with_stream_bases(
     if streams and (rotated is None or rotated):
         base = turn_streams(analysis, [(stream, first_basis(stream)) for stream in streams])
         difference = turned_difference(analysis.traced_graph, base.traced_graph, calibration, execution)
-        if difference > rounding_tolerance(analysis.model):
+        if not difference <= rounding_tolerance(analysis.model):  # also where it is NaN
             reason = f"outputs change by {difference:.1e} where it is rotated"
             found |= {s.group.id: StreamBasis(s.group.id, s.group.size, False, reason) for s in streams}
             streams = []
@@ -113,7 +113,7 @@ def turned_difference(before: TracedGraph, after: TracedGraph, calibration: Cali
         if array.size and np.issubdtype(array.dtype, np.floating):
             x, y = (np.nan_to_num(o[name].astype(np.float64)) for o in outputs)
             differences.append(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)))
-    return max(differences)
+    return float(np.max(differences))
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
