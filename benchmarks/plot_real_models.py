@@ -24,6 +24,7 @@ UNITS = {"top1": "top-1", "spearman": "Spearman", "tokens": "tokens right", "per
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 62, 170, 72, 56  # of the plot area, to the edges
 LINE = 16  # between two labels
+MIN_ROWS = 4  # of a model in the picture
 NOTHING = 0.05  # of the dense model's score: as good as gone
 MOST, LEAST = 1.0, 0.2  # shares of the MACs at the left and right edge
 THEMES: Mapping[str, Mapping[str, str]] = {
@@ -82,8 +83,9 @@ def axes(theme: Mapping[str, str]) -> Iterator[str]:
 
 
 def lines(theme: str, results: Mapping[str, Any]) -> Iterator[str]:
-    """Each model twice, with a label at the end of each line."""
-    drawn = [name for name, model in results.items() if model["metric"] != "perplexity"]
+    """Each model twice, with a label at the end of each line. Those with few sizes are in the tables only."""
+    scored = [name for name, model in results.items() if model["metric"] != "perplexity"]
+    drawn = [name for name in scored if len(results[name]["rows"]) >= MIN_ROWS]
     labels = []
     for color, name in zip(COLORS[theme], drawn, strict=False):
         model = results[name]

@@ -29,7 +29,7 @@ from .planning import (
 from .report import write_report
 from .runtime.calibration import Calibration, ImageOptions, TextOptions, load_calibration
 from .runtime.closed_form import ClosedForms, solve_closed_forms
-from .runtime.evaluation import BenchResult, TimingProtocol, Workload, bench
+from .runtime.evaluation import BenchResult, EvaluationData, TaskMetric, TimingProtocol, Workload, bench
 from .runtime.execution import Execution, RandomInputs, random_calibration
 from .runtime.io import WorkFolder, load, save, write_example
 from .runtime.statistics import Statistics, load_statistics, measure_statistics, save_statistics
@@ -62,6 +62,7 @@ __all__ = [
     "Cost",
     "Dequantization",
     "Difference",
+    "EvaluationData",
     "Execution",
     "Group",
     "ImageOptions",
@@ -79,6 +80,7 @@ __all__ = [
     "SlicePlan",
     "SnpcError",
     "Statistics",
+    "TaskMetric",
     "TextOptions",
     "TimingProtocol",
     "UnitScores",

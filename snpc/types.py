@@ -399,6 +399,24 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class TaskChange:
+    """The score on labels by ``metric``, from 0 to 1, of the original (``before``) and the written file (``after``).
+    ``error``: standard error of the change; 0 where it is not known."""
+
+    metric: str
+    before: float
+    after: float
+    samples: int
+    source: str
+    error: float = 0.0
+
+    @property
+    def drop(self) -> float:
+        """By how many points the score is lower: 1 is one in a hundred."""
+        return 100 * (self.before - self.after)
+
+
+@dataclass(frozen=True)
 class Difference:
     """Two outputs of the same name compared: largest difference, and root mean square relative to the reference."""
 

@@ -201,7 +201,7 @@ def prune_on_schedule(
     else:
         objective: DriftLimit | AccuracyDrop
         if evaluation is not None and pruning.max_drop is not None:
-            objective = AccuracyDrop(pruning.max_drop, run.models.teacher, evaluation)
+            objective = AccuracyDrop(pruning.max_drop / 100, run.models.teacher, evaluation)
         else:
             assert pruning.max_drift is not None  # check_schedule
             objective = DriftLimit(pruning.max_drift)

@@ -14,13 +14,13 @@ from snpc.cli.advice import announce_cost, announce_plan, print_better_command, 
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
-    CalibrationArguments,
     JsonArguments,
     LimitedExecutionArguments,
     PlanningArguments,
     PruneBuildArguments,
     PrunedModelArguments,
     SavedStatisticsArguments,
+    ScoredCalibrationArguments,
     TypedCommand,
     WorkloadArguments,
     check_output_paths,
@@ -109,7 +109,7 @@ def output_place(
 def prune_command(
     model: PrunedModelArguments,
     planning: PlanningArguments,
-    calibration: CalibrationArguments,
+    calibration: ScoredCalibrationArguments,
     statistics: SavedStatisticsArguments,
     output: PruneOutput,
     build: PruneBuildArguments,
@@ -131,6 +131,7 @@ def prune_command(
     stopwatch = Stopwatch(execution.progress)
     if output.dry_run:
         planning.check_predictable()
+    calibration.evaluating.check()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
     with output_place(model, output.output) as (model, place):
@@ -145,10 +146,11 @@ def prune_command(
             planning = planning.alone()
         artifacts = build.check(place.path, execution, calibration.calib is not None)
         artifacts += [vocabulary_path(place.path)] if model.vocabulary is not None else []
-        inputs = [*model.files(), calibration.calib, *statistics.load_stats]
+        inputs = [*model.files(), *calibration.sources(), *statistics.load_stats]
         check_output_paths([*output.paths(place.path, artifacts), statistics.save_stats], *inputs)
         with stopwatch.stage("calibration"):
-            data = calibration.load(analysis)
+            data = calibration.load(analysis, others=[calibration.evaluating.held_out])
+            evaluation = calibration.load_scored(analysis, planning.judging.task())
         planning = planning.with_width_multiple(build.build, execution)
         artifact, shapes = None, None
         if planning.amount.wants_latency:
@@ -168,7 +170,9 @@ def prune_command(
         if output.dry_run:
             show_plan(plan, output.json)
             return
-        result, folder = place.publish(snpc.apply(plan, place.path, stopwatch=stopwatch), execution)
+        result, folder = place.publish(
+            snpc.apply(plan, place.path, stopwatch=stopwatch, evaluation=evaluation), execution
+        )
     if output.plan_path is not None and result.search is not None:
         snpc.save_plan(result.plan, output.plan_path)
     kept = kept_vocabulary(plan.analysis.model)
@@ -197,7 +201,7 @@ class PartsCommand:
 
     model: PrunedModelArguments
     planning: PlanningArguments
-    calibration: CalibrationArguments
+    calibration: ScoredCalibrationArguments
     statistics: SavedStatisticsArguments
     output: PruneOutput
     execution: snpc.Execution
@@ -220,6 +224,8 @@ class PartsCommand:
                 "--save-stats": self.statistics.save_stats,
                 "--load-stats": self.statistics.load_stats,
                 "--shard": self.statistics.shard,
+                "--eval": self.calibration.evaluating.held_out,
+                "--max-drop": amount.max_drop,
             },
         )
 

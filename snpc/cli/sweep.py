@@ -13,10 +13,10 @@ from snpc.cli.advice import print_next
 from snpc.cli.arguments import (
     FILE_PATH,
     ArgumentGroup,
-    CalibrationArguments,
     LimitedExecutionArguments,
     ModelArguments,
     PlanningArguments,
+    ScoredCalibrationArguments,
     TypedCommand,
     check_output_paths,
     command,
@@ -49,18 +49,6 @@ class SweepArguments(ArgumentGroup):
         type=FILE_PATH,
         section="Output",
         help="Folder for table, plot and models.  [default: MODEL-sweep]",
-    )
-    held_out: str | None = option(
-        "--eval",
-        metavar="DATA",
-        section="Evaluation",
-        help="Inputs to evaluate on (forms as --calib).  [default: those of --calib]",
-    )
-    labels: str | None = option(
-        "--labels",
-        metavar="NAME",
-        section="Evaluation",
-        help="Array of the --eval .npz with the right class of every sample.",
     )
     build: str | None = option(
         "--build",
@@ -95,7 +83,7 @@ def sweep_command(
     model: ModelArguments,
     arguments: SweepArguments,
     planning: PlanningArguments,
-    calibration: CalibrationArguments,
+    calibration: ScoredCalibrationArguments,
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
@@ -106,19 +94,18 @@ def sweep_command(
     The folder gets sweep.json, sweep.svg (quality against latency) and the models that no other one beats.
     """
     check_sweep(arguments, planning, calibration)
+    calibration.evaluating.check()
     execution = running.load()
     planning = planning.with_width_multiple(arguments.build, execution)
     targets = [parse_target(text) for text in parse_target_list(arguments.targets)]
     folder = arguments.output or model.sibling("-sweep")
     analysis = planning.judging.apply(model.load())
-    data = calibration.load(analysis, others=[arguments.held_out])
+    data = calibration.load(analysis, others=[calibration.evaluating.held_out])
     assert data is not None  # --calib is required
     folder.mkdir(exist_ok=True)
     table, plot = folder / "sweep.json", folder / "sweep.svg"
-    check_output_paths([table, plot], model.path, calibration.calib, arguments.held_out)
-    evaluation = None
-    if arguments.held_out is not None:
-        evaluation = calibration.load_evaluation(arguments.held_out, arguments.labels, analysis)
+    check_output_paths([table, plot], model.path, *calibration.sources())
+    evaluation = calibration.load_scored(analysis, planning.judging.task())
     request = SweepRequest(
         planning.budget(targets[0]) if planning.selection.roles else None,
         planning.reduction.tokens,
@@ -158,7 +145,9 @@ def sweep_builder(arguments: SweepArguments, calibration: Calibration, execution
     return SweepBuilder(snpc.TARGETS[target].suffix, build, artifact)
 
 
-def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibration: CalibrationArguments) -> None:
+def check_sweep(
+    arguments: SweepArguments, planning: PlanningArguments, calibration: ScoredCalibrationArguments
+) -> None:
     """Refuse options of ``prune`` that a sweep sets itself, and options that lack what they need."""
     amount = planning.amount
     given = {
@@ -166,6 +155,7 @@ def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibrat
         "--target": amount.target,
         "--max-drift": amount.max_drift,
         "--max-ppl": amount.max_ppl,
+        "--max-drop": amount.max_drop,
     }
     for flag, value in given.items():
         if value is not None:
@@ -174,8 +164,6 @@ def check_sweep(arguments: SweepArguments, planning: PlanningArguments, calibrat
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if arguments.precision is not None and arguments.build is None:
         raise UserError("--precision is for a build: give --build TARGET too, or leave it out")
-    if arguments.labels and not arguments.held_out:
-        raise UserError("--labels names an array of --eval: give --eval DATA.npz too")
     if calibration.calib is None:
         raise UserError("a sweep measures what goes: give --calib DATA")
 

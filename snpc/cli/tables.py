@@ -33,6 +33,7 @@ from snpc.report import (
     requantization_text,
     restriction_text,
     rewrite_text,
+    task_text,
 )
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
@@ -405,6 +406,8 @@ def print_result(result: PrunedModel) -> None:
     seconds = [(name, f"{value:.2f}") for name, value in result.seconds.items()]
     print_line("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds if float(value)))
     print_verdict(result.verification)
+    if result.task is not None:
+        print_line(task_text(result.task))
 
 
 def print_removed_layers(plan: SlicePlan) -> None:
@@ -496,7 +499,7 @@ def print_sweep(result: SweepResult) -> None:
     has_perplexity = dense.perplexity is not None
     has_tokens = any(p.tokens for p in result.points)
     first = ("target", *(("tokens",) if has_tokens else ()))
-    judged = [name for name, known in (("accuracy", has_accuracy), ("perplexity", has_perplexity)) if known]
+    judged = [name for name, known in ((result.metric, has_accuracy), ("perplexity", has_perplexity)) if known]
     last = ("MACs", "params", "ms", "speed-up", *judged, "drift", "same top", "")
     rows = [
         (

@@ -18,7 +18,7 @@ from snpc.types import Model
 
 GENAI_CONFIG = "genai_config.json"
 CONFIGS = (GENAI_CONFIG, "config.json")
-MODEL_PLACES = ("", "onnx")  # subfolders in which tools put models
+MODEL_PLACES = ("", "onnx", "encoder", "decoder")  # subfolders in which tools put models
 USUAL_NAME = "model.onnx"  # of the one model of a folder
 PARTS = ("encoder", "decoder")
 MIN_ELEMENTS = 256  # of a constant that is compared with those of other models
@@ -64,8 +64,8 @@ class ModelFolder:
         if self.encoder is not None:
             return "decoder"
         models = [file for file in (self.model, *self.others) if file.suffix == ".onnx"]
-        parts = {part for part in PARTS for model in models if part in model.stem}
-        return next((part for part in PARTS if part in self.model.stem and parts == set(PARTS)), "")
+        parts = {part for part in PARTS for model in models if part in words_of(model)}
+        return next((part for part in PARTS if part in words_of(self.model) and parts == set(PARTS)), "")
 
     @property
     def says_cache_widths(self) -> bool:
@@ -129,12 +129,12 @@ def encoder_and_decoders(path: Path, models: Sequence[Path]) -> tuple[Path | Non
     """An encoder and the decoders that read its states, the one to plan on first, where a folder holds nothing else;
     (None, []) of any other folder."""
     bare = without_forms(models)
-    encoders = [model for model in bare if "encoder" in model.stem and "decoder" not in model.stem]
+    encoders = [model for model in bare if "encoder" in words_of(model) and "decoder" not in words_of(model)]
     rest = [model for model in bare if model not in encoders]
     if len(encoders) != 1 or not rest or genai_model(path) is not None:
         return None, []
     decoders = decoders_alike(path, rest, rest[0])
-    if len(decoders) != len(rest) or decoders[0].parent != encoders[0].parent:
+    if len(decoders) != len(rest):
         return None, []
     reads = EncoderDecoder.of(load(path / encoders[0]), load(path / decoders[0]))
     return (encoders[0], decoders) if reads is not None else (None, [])
@@ -175,7 +175,12 @@ def listed(models: Sequence[Path]) -> str:
 
 def is_part(model: Path) -> bool:
     """Is this one of several models that make one, such as an encoder and a decoder?"""
-    return any(word in model.stem for word in ("encoder", "decoder", "embed", "vision"))
+    return any(word in words_of(model) for word in (*PARTS, "embed", "vision"))
+
+
+def words_of(model: Path) -> str:
+    """What the path of a model says of it: ``encoder_model.onnx`` or ``encoder/model.onnx``."""
+    return f"{model.parent.name}/{model.stem}"
 
 
 def without_forms(models: Sequence[Path]) -> list[Path]:

@@ -162,7 +162,8 @@ def open_output_folder(source: ModelFolder, target: Path) -> Iterator[OutputFold
     with write_errors(target):
         folder = TemporaryFolder(target.parent)
         staged = folder.path / target.name
-        (staged / source.model).parent.mkdir(parents=True)
+        for model in source.cut:
+            (staged / model).parent.mkdir(parents=True, exist_ok=True)
     try:
         yield OutputFolder(source, target, staged)
     except (CheckFailed, UserError) as error:  # the folder is gone when a user reads it

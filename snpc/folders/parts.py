@@ -89,11 +89,14 @@ class ModelParts:
         self, encoder_path: Path, path: Path, data: Calibration | None, prune_part: PrunePart, execution: Execution
     ) -> PrunedParts:
         """Write both parts. Raises CheckFailed where they do not decode together."""
-        encoder = prune_part(self.encoder, encoder_path, self.reads.encoder_data(data) if data is not None else None)
+        with naming_part("encoder", self.encoder):
+            own = self.reads.encoder_data(data) if data is not None else None
+            encoder = prune_part(self.encoder, encoder_path, own)
         decoder_data = self.decoder_data(data, encoder.path, execution) if data is not None else None
-        decoder = prune_part(self.decoder, path, decoder_data)
+        with naming_part("decoder", self.decoder):
+            decoder = prune_part(self.decoder, path, decoder_data)
         checks = self.checks(encoder, decoder, data, execution)
-        quality = self.quality(decoder, data, decoder_data, execution)
+        quality = self.quality(encoder, decoder, data, execution) if data is not None else None
         return PrunedParts(encoder, decoder, WholeVerdict(checks, quality))
 
     def decoder_data(self, data: Calibration, encoder: Path, execution: Execution) -> Calibration:
@@ -121,21 +124,18 @@ class ModelParts:
         with open_file(encoder, execution) as run:
             return {name: array[:1] for name, array in self.reads.states_feeds(feeds, run).items()}
 
-    def quality(
-        self, decoder: PrunedModel, data: Calibration | None, decoder_data: Calibration | None, execution: Execution
-    ) -> Quality | None:
+    def quality(self, encoder: PrunedModel, decoder: PrunedModel, data: Calibration, execution: Execution) -> Quality:
         """On samples that were held out, where there are some."""
-        if data is None or decoder_data is None:
-            return None
-        analysis, held_out = decoder.plan.analysis, data.held_out is not None
-        before = self.decoder_data(data.held_out or data, self.encoder, execution)
+        analysis, shown = decoder.plan.analysis, data.held_out or data
+        written = replace(self, reads=replace(self.reads, decoder=decoder.inputs))  # caches may be narrower
 
-        def fed(calibration: Calibration) -> VerificationData:
-            found = verification_data(analysis, calibration, fitted_to=False, execution=execution)
-            return replace(found, held_out=held_out)
+        def fed(parts: ModelParts, file: Path) -> VerificationData:
+            behind = parts.decoder_data(shown, file, execution)
+            found = verification_data(analysis, behind, fitted_to=False, execution=execution)
+            return replace(found, held_out=data.held_out is not None)
 
-        after = fed(decoder_data.held_out or decoder_data)
-        return measure_whole(analysis, load(decoder.path).path, fed(before), after, execution)
+        before, after = fed(self, self.encoder), fed(written, encoder.path)
+        return measure_whole(analysis, load(decoder.path).path, before, after, execution)
 
 
 def decoder_pairs(model: Model, states: Feeds) -> dict[str, DecoderPair]:
@@ -151,6 +151,17 @@ def decoder_pairs(model: Model, states: Feeds) -> dict[str, DecoderPair]:
             file = model.merged or companion.path
             pairs[file.name] = DecoderPair(model, companion, states)
     return pairs
+
+
+@contextmanager
+def naming_part(part: str, model: Path) -> Iterator[None]:
+    """What cannot be done with one part names it, and how the other goes without it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{part} {model.name}: {error}; encoder and decoder are asked for the same, and --file cuts one of them"
+        ) from None
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from snpc.ops.attention import (
     head_counts,
     partly_written,
     qkv_widths,
+    required_outputs,
     rolling_pasts,
     rotary_tables,
 )
@@ -240,6 +241,7 @@ __all__ = [
     "partly_written",
     "qkv_widths",
     "read_stored",
+    "required_outputs",
     "reshape_labels",
     "rolling_pasts",
     "rotary_form",

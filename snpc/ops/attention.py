@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -103,6 +103,14 @@ class AttentionGeometry:
     def columns(self) -> tuple[int, int, int]:
         """Widths of Q, K and V laid flat."""
         return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
+
+
+def required_outputs(domain: str, op_type: str, inputs: Sequence[object | None]) -> tuple[int, ...]:
+    """Outputs that onnxruntime wants of a node with these ``inputs`` (None: left out) even if nothing reads them:
+    caches come out where they go in."""
+    form = ATTENTION_FORMS.get((domain, op_type))
+    takes_past = form is not None and any(k < len(inputs) and inputs[k] is not None for k in form.past)
+    return form.present if form is not None and takes_past else ()
 
 
 def partly_written(domain: str, op_type: str, attributes: Mapping[str, Any]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, s
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.search import search_plans
 from snpc.pipeline.verify import Reference
+from snpc.runtime.evaluation import EvaluationData, measure_task
 from snpc.temporary import TemporaryFolder
 
 
@@ -18,30 +19,46 @@ def apply(
     *,
     stopwatch: Stopwatch | None = None,
     reference: Reference | None = None,
+    evaluation: EvaluationData | None = None,
 ) -> PrunedModel:
     """Write the pruned model to ``path``, verified before it is renamed into place. None: nothing is left on disk;
     ``PrunedModel.model`` has the result.
 
-    Of a budget for a drift, a perplexity or a latency, the limit is measured on written candidates, and wider or
-    narrower plans are tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``.
+    Of a budget for a drift, a perplexity, a drop or a latency, the limit is measured on written candidates, and wider
+    or narrower plans are tried while it is exceeded or clearly not exhausted: at most ``search.SEARCH_ROUNDS``.
     ``reference``: what the original makes of the samples to verify on, where it was run for another plan
-    (``candidate_reference``).
+    (``candidate_reference``). ``evaluation``: data with labels, on which both models are scored (``PrunedModel.task``),
+    and on which a drop is measured.
 
     Raises UserError where ``path`` cannot be written or a latency cannot be reached; CheckFailed where the written
     model differs from the masked one, or where the smallest cut exceeds the limit. Then nothing is left at ``path``.
     """
     stopwatch = stopwatch or Stopwatch(plan.execution.progress)
     if path is not None:
-        return apply_to_file(plan, Path(path), stopwatch, reference)
+        return with_task_score(apply_to_file(plan, Path(path), stopwatch, reference, evaluation), plan, evaluation)
     folder = TemporaryFolder()
     target = folder.path / plan.analysis.model.path.name
-    return replace(apply_to_file(plan, target, stopwatch, reference), folder=folder)
+    written = with_task_score(apply_to_file(plan, target, stopwatch, reference, evaluation), plan, evaluation)
+    return replace(written, folder=folder)
 
 
-def apply_to_file(plan: PruningPlan, target: Path, stopwatch: Stopwatch, reference: Reference | None) -> PrunedModel:
+def with_task_score(result: PrunedModel, plan: PruningPlan, evaluation: EvaluationData | None) -> PrunedModel:
+    """The result with the score of its task, where there are labels."""
+    if evaluation is None or evaluation.labels is None:
+        return result
+    return replace(result, task=measure_task(plan.analysis.model.path, result.path, evaluation, plan.execution))
+
+
+def apply_to_file(
+    plan: PruningPlan,
+    target: Path,
+    stopwatch: Stopwatch,
+    reference: Reference | None,
+    evaluation: EvaluationData | None,
+) -> PrunedModel:
     budget = plan.budget
     if budget is not None and plan.scores is not None and (budget.is_latency or budget.limits_quality):
-        return search_plans(plan, budget, plan.scores, target, stopwatch, reference)
+        return search_plans(plan, budget, plan.scores, target, stopwatch, reference, evaluation)
     with staging_folder_for(plan, target) as folder:
         candidate = write_candidate(plan, folder / target.name, stopwatch, reference)
         return publish_candidate(candidate, plan, target, stopwatch)

@@ -36,7 +36,7 @@ from snpc.runtime.io import (
 )
 from snpc.runtime.statistics import SampledRows
 from snpc.temporary import TemporaryFolder
-from snpc.types import ClosedFormKind, Cost, Model, Quality, TensorSpec, Verdict
+from snpc.types import ClosedFormKind, Cost, Model, Quality, TaskChange, TensorSpec, Verdict
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
@@ -65,11 +65,11 @@ class SearchResult:
     """Plans that were written and measured on the way to a limit.
 
     ``kind`` "drift": change of the outputs, relative or by the user's metric; "perplexity": itself, or as a multiple of
-    the dense model's; "latency": share of the dense model's time, or ms. ``tried``: (predicted, measured) of each plan,
-    in order.
+    the dense model's; "drop": points of the score on labels; "latency": share of the dense model's time, or ms.
+    ``tried``: (predicted, measured) of each plan, in order.
     """
 
-    kind: Literal["drift", "perplexity", "latency"]
+    kind: Literal["drift", "perplexity", "drop", "latency"]
     unit: str
     limit: float
     reached: float
@@ -102,6 +102,8 @@ class PrunedModel:
     """Where second moments are not from all rows of the calibration data."""
     companions: tuple[WrittenCompanion, ...] = ()
     """Models with the same weights that were cut alike, and written beside it."""
+    task: TaskChange | None = None
+    """The score on labels, where there were some."""
 
     @property
     def quality(self) -> Quality:

@@ -259,12 +259,15 @@ def make_plan(
     if LAYER_ROLE not in budget.roles:
         return plan_widths(analysis, request, calibration, statistics, execution)
     check_layer_budget(analysis, budget, calibration)
-    if set(budget.roles) == {LAYER_ROLE}:
-        return plan_of_layers(remove_layers(analysis, budget, calibration, execution), request, calibration, execution)
-    if budget.target is None:
-        analysis = remove_layers(analysis, budget, calibration, execution)
-        return plan_widths(analysis, request, calibration, statistics, execution)
-    return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    alone = set(budget.roles) == {LAYER_ROLE}
+    if not alone and budget.target is not None:
+        return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
+    method = request.method or default_method(calibration, request.criterion is None)
+    refits = method == "auto" and request.effort != "quick"
+    analysis = remove_layers(analysis, budget, calibration, execution, refits=refits)
+    if alone:
+        return plan_of_layers(analysis, request, calibration, execution)
+    return plan_widths(analysis, request, calibration, statistics, execution)
 
 
 def plan_layers_and_widths(
@@ -488,8 +491,7 @@ def check_numbers(scores: UnitScores, closed_forms: ClosedForms, groups: Sequenc
 
 def check_request(request: PlanRequest, calibration: Calibration | None) -> None:
     if request.budget.limits_quality and calibration is None:
-        flag = "--max-drift" if request.budget.max_drift is not None else "--max-ppl"
-        raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
+        raise UserError(f"{request.budget.quality_flag} needs calibration data, on which it is measured: give --calib")
     if request.budget.max_ppl is not None and calibration is not None and find_ids(calibration.inputs) is None:
         raise UserError(f"{NO_PERPLEXITY}: no input of the model is known to take token ids; use --max-drift")
     if request.workload is not None and not request.budget.is_latency:
@@ -523,9 +525,9 @@ def check_effort(request: PlanRequest, calibration: Calibration | None) -> None:
     if effort not in get_args(Effort):
         raise UserError(f"effort {effort!r} is not one of {', '.join(get_args(Effort))}")
     if effort == "quick" and budget.limits_quality:
-        flag = "--max-drift" if budget.max_drift is not None else "--max-ppl"
         raise UserError(
-            f"--effort quick measures no loss curves, which say how far {flag} lets widths go: leave out one"
+            f"--effort quick measures no loss curves, which say how far {budget.quality_flag} lets widths go: "
+            "leave out one"
         )
     if effort == "search":
         movable = budget.target is not None and not budget.is_latency

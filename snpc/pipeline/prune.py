@@ -15,7 +15,7 @@ from snpc.pipeline.stage_costs import run_stages
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
 from snpc.planning import Allocator, Budget, Effort, PruningMethod, ResourceTarget
 from snpc.runtime.calibration import Calibration, TextOptions, find_tokenizer, load_calibration
-from snpc.runtime.evaluation import MetricRequest, with_metrics
+from snpc.runtime.evaluation import EvaluationData, MetricRequest, with_metrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, announce
 from snpc.runtime.io import load
 from snpc.targets import dequantize as dequantized
@@ -35,6 +35,7 @@ class BudgetOptions(TypedDict, total=False):
     target: ResourceTarget | str
     max_drift: float
     max_ppl: float | str
+    max_drop: float
     roles: tuple[Role, ...]
     uniform: bool
     round_to: int
@@ -65,6 +66,7 @@ def prune(
     path: Path | str | None = None,
     *,
     calibration: Calibration | Any = None,
+    evaluation: EvaluationData | None = None,
     tokens: str | None = None,
     execution: Execution = DEFAULT_EXECUTION,
     **options: Unpack[PruneOptions],
@@ -75,15 +77,16 @@ def prune(
 
     ``model``: a path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graph of onnx-graphsurgeon. ``calibration``: a
     ``Calibration``, or what ``load_calibration`` reads; of text, the tokenizer is the ``tokenizer.json`` beside the
-    model. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as many go as is best for a target in MACs or of
-    latency; "none": all stay. None is "auto" where there is such a target and calibration data and the model's tokens
-    can get fewer, else "none". ``options``: the fields of ``Budget``, one of ``ratio``, ``target``, ``max_drift`` and
-    ``max_ppl`` among them; with ``tokens`` alone no widths are cut. ``method``, ``criterion``, ``metric`` and
-    ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a quantized one is pruned, see
-    ``snpc.dequantize``. ``vocabulary``, ``last_logits``: the model says less first, see ``snpc.restrict``; ids of the
-    data are those of the original, and without an amount to cut, nothing else goes. ``companions``: models with the
-    same weights (a decoder that goes on from this one's caches), cut by the same plan and written beside ``path`` under
-    their own names.
+    model. ``evaluation``: data with labels, on which the original and the result are scored (``PrunedModel.task``), and
+    ``max_drop`` is measured. ``tokens``: how tokens are reduced ("merge:8@3-9"); "auto": as many go as is best for a
+    target in MACs or of latency; "none": all stay. None is "auto" where there is such a target and calibration data and
+    the model's tokens can get fewer, else "none". ``options``: the fields of ``Budget``, one of ``ratio``, ``target``,
+    ``max_drift``, ``max_ppl`` and ``max_drop`` among them; with ``tokens`` alone no widths are cut. ``method``,
+    ``criterion``, ``metric`` and ``effort`` are among them too: see ``plan``. ``dequantize``: the float model of a
+    quantized one is pruned, see ``snpc.dequantize``. ``vocabulary``, ``last_logits``: the model says less first, see
+    ``snpc.restrict``; ids of the data are those of the original, and without an amount to cut, nothing else goes.
+    ``companions``: models with the same weights (a decoder that goes on from this one's caches), cut by the same plan
+    and written beside ``path`` under their own names.
 
     Raises UserError where the request cannot be served, CheckFailed where the result fails verification; then nothing
     is left at ``path``.
@@ -122,7 +125,7 @@ def prune(
     pruning_plan = plan(
         analysis, limits, calibration, method=method, criterion=criterion, execution=execution, effort=effort
     )
-    result = apply(pruning_plan, path)
+    result = apply(pruning_plan, path, evaluation=evaluation)
     kept = kept_vocabulary(loaded)
     if path is not None and kept is not None:
         write_vocabulary(Path(path), kept)

@@ -50,6 +50,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "residual_streams": streams_json(plan),
         "groups": groups_json(plan, result.closed_forms),
         "pins": pins_json(plan.analysis),
+        "task": {**asdict(result.task), "drop": result.task.drop} if result.task is not None else None,
         "verify": verdict_json(result.verification),
         "seconds": {k: round(v, 4) for k, v in result.seconds.items()},
     }

@@ -1,4 +1,4 @@
-"""Search for a plan that meets a drift, a perplexity or a latency: candidates are written and measured."""
+"""Search for a plan that meets a drift, a perplexity, a score or a latency: candidates are written and measured."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from snpc.pipeline.candidate import (
 from snpc.pipeline.planner import NO_PERPLEXITY, PruningPlan
 from snpc.pipeline.verify import Reference, candidate_reference
 from snpc.planning import (
+    GUESSED_DRIFT,
     AllocationPath,
     Budget,
     PerplexityLimit,
@@ -32,7 +33,7 @@ from snpc.planning import (
     predicted_surprise,
     select_units,
 )
-from snpc.runtime.evaluation import OutputMetrics, Workload, time_pair
+from snpc.runtime.evaluation import EvaluationData, OutputMetrics, Workload, task_score, time_pair
 from snpc.runtime.execution import Advance, ignore_advance
 from snpc.temporary import temporary_folder
 from snpc.types import FloatArray
@@ -50,11 +51,14 @@ def search_plans(
     target: Path,
     stopwatch: Stopwatch,
     reference: Reference | None = None,
+    evaluation: EvaluationData | None = None,
 ) -> PrunedModel:
-    """Write the narrowest model within ``budget.max_drift`` or ``budget.max_ppl``, or the widest within the latency.
-    See ``apply``."""
+    """Write the narrowest model within ``budget.max_drift``, ``max_ppl`` or ``max_drop``, or the widest within the
+    latency. See ``apply``."""
     with staging_folder_for(plan, target) as folder:
         search = PlanSearch(plan, budget, scores, target, stopwatch, folder, reference=reference)
+        if budget.max_drop is not None:
+            return meet_drop(search, budget.max_drop, evaluation)
         if budget.max_ppl is not None:
             return meet_perplexity(search, budget.max_ppl)
         return meet_latency(search) if budget.is_latency else meet_drift(search)
@@ -174,6 +178,33 @@ def dense_perplexity(search: PlanSearch) -> float:
             "--max-drift"
         )
     return language.dense.perplexity
+
+
+def meet_drop(search: PlanSearch, limit: float, evaluation: EvaluationData | None) -> PrunedModel:
+    """The narrowest model that loses at most ``limit`` points of the score on labels. The original's is measured first;
+    how far a drift goes in points shows at the first candidate."""
+    if evaluation is None or evaluation.labels is None:
+        raise UserError("--max-drop is measured on labels: give --eval DATA --labels NAME")
+    original, execution = search.plan.analysis.model.path, search.plan.execution
+    dense, path = task_score(original, evaluation, execution).value, search_path(search)
+    predicted = np.log(np.maximum(predicted_drift(path, search.scores)[1:] / GUESSED_DRIFT, NO_GROWTH))
+
+    def measure(index: int) -> float:
+        candidate = search.write(path, index + 1)
+        drop = 100 * (dense - task_score(candidate.path, evaluation, execution).value)
+        search.record(candidate, limit * math.exp(float(predicted[index])), drop, limit)
+        return math.log(max(drop / limit, NO_GROWTH))
+
+    with execution.progress.stage("search", SEARCH_ROUNDS) as advance:
+        bisect_on_prediction(predicted, 0.0, measure, DRIFT_LOG_MARGIN, advance)
+    if search.best is None:
+        least = min(value for _, value in search.tried)
+        raise CheckFailed(
+            f"{search.target}: the smallest cut loses {least:.3g} points of {evaluation.metric.name}, more than "
+            f"--max-drop {limit:g}; nothing was written"
+        )
+    unit = f"points of {evaluation.metric.name} (the original's is {100 * dense:.4g} %)"
+    return search.publish(SearchResult("drop", unit, limit, search.measured, tuple(search.tried)))
 
 
 def meet_latency(search: PlanSearch) -> PrunedModel:

@@ -27,6 +27,7 @@ from snpc.runtime.sensitivity import (
     CURVE_SHARES,
     LAYER_SAMPLES,
     REFINEMENT_ROUNDS,
+    REFITTED_SETS,
     SAMPLES_PER_WIDTH,
     removable_sublayers,
     search_samples,
@@ -150,6 +151,8 @@ def stages_with_layers(analysis: Analysis, calibration: Calibration, request: Pl
     trial = min(LAYER_SAMPLES / max(calibration.samples, 1), 1.0)
     singles = 2 * len(removable_sublayers(analysis, request.budget))
     layers = [("layer means", 1.0), ("layer trials", trial * singles), ("layer search", trial * singles)]
+    if method_of(calibration, request) == "auto" and request.effort != "quick":
+        layers.append(("refitted without layers", REFITTED_SETS * LAYERS_PASSES))
     roles = tuple(role for role in request.budget.roles if role != LAYER_ROLE)
     if not roles:
         return layers

@@ -41,10 +41,10 @@ class SweepPoint:
     """One model. ``macs`` and ``params`` are of the ONNX file, the rest of what was built of it, if anything.
 
     ``drift``: relative RMS change of the outputs. ``agreement``: share of rows with the same top entry. ``accuracy``:
-    share of labels that are the top entry; None without labels. ``perplexity``: of a language model. ``speedup``: over
-    the original, the median over rounds of the ratio of their times, with its 95 % interval from ``low`` to ``high``.
-    ``latency``: ms, the original's median divided by ``speedup``. ``bytes``: of the files that are timed. ``tokens``:
-    the token reduction, "" for none. ``front``: is it on the Pareto front?
+    score on the labels, the share that is the top entry or as asked for; None without labels. ``perplexity``: of a
+    language model. ``speedup``: over the original, the median over rounds of the ratio of their times, with its 95 %
+    interval from ``low`` to ``high``. ``latency``: ms, the original's median divided by ``speedup``. ``bytes``: of the
+    files that are timed. ``tokens``: the token reduction, "" for none. ``front``: is it on the Pareto front?
     """
 
     name: str
@@ -79,16 +79,25 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All points, the original first, then in the order of the targets. ``folder`` holds the models on the front."""
+    """All points, the original first, then in the order of the targets. ``folder`` holds the models on the front.
+    ``metric``: of the accuracy of the points, where there were labels."""
 
     model: Path
     folder: Path
     points: tuple[SweepPoint, ...]
     batch: int
+    metric: str = "top1"
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(p), "files": [f.name for f in p.files] if p.front else []} for p in self.points]
-        return {"snpc_sweep": 1, "model": str(self.model), "batch": self.batch, "latency_unit": "ms", "points": rows}
+        return {
+            "snpc_sweep": 1,
+            "model": str(self.model),
+            "batch": self.batch,
+            "latency_unit": "ms",
+            "metric": self.metric,
+            "points": rows,
+        }
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,8 @@ def sweep(
             points[0] = replace(points[0], agreement=1.0, perplexity=perplexity)
         points = with_timings(points, request, analysis.given_sizes, execution)
         points = mark_pareto_front(points)
-        return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch)
+        metric = request.evaluation.metric.name if request.evaluation is not None else "top1"
+        return SweepResult(source, folder, tuple(move_front_files(points, source, folder)), request.batch, metric)
 
 
 def plan_targets(
@@ -301,7 +311,9 @@ def with_quality(
             found = evaluate(point.files[0], evaluation, execution, head, len(dense.outputs))
         point = point.judged_by(batch_differences(dense.outputs, found.outputs, OutputMetrics.of(analysis)))
         perplexity = found.surprise.perplexity if head is not None else None
-        judged.append(replace(point, accuracy=found.accuracy, perplexity=perplexity))
+        judged.append(
+            replace(point, accuracy=found.score.value if found.score is not None else None, perplexity=perplexity)
+        )
     return judged
 
 

@@ -18,6 +18,7 @@ Files
 from __future__ import annotations
 
 from snpc.planning.allocate import (
+    GUESSED_DRIFT,
     allocate_widths,
     allocation_path,
     check_ranked_streams,
@@ -55,6 +56,7 @@ from snpc.planning.provenance import pruning_provenance, read_provenance, write_
 
 __all__ = [
     "DEFAULT_ROLES",
+    "GUESSED_DRIFT",
     "SAFE_DRIFT",
     "AllocationPath",
     "Allocator",

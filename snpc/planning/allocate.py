@@ -26,6 +26,7 @@ from snpc.planning.tied_widths import (
 from snpc.types import FloatArray, Group
 
 NATS_PER_CHANGE = 7.0  # of a language model: a change of 1 is as far as equal probabilities, log(50 000) less its own
+GUESSED_DRIFT = 0.2  # of the first plan that is tried for a score on labels
 GUESSED_FACTOR = 1.1  # on the perplexity, where the dense model's is not known yet
 
 
@@ -92,6 +93,9 @@ def allocate_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget)
         return drift_widths(groups, scores, budget)
     if budget.max_ppl is not None:
         return perplexity_widths(groups, scores, budget)
+    if budget.max_drop is not None:  # a guess, for the first that is measured
+        path, _ = allocation_path(groups, scores, budget)
+        return path.widths_after(int(np.flatnonzero(predicted_drift(path, scores) <= GUESSED_DRIFT)[-1]))
     if budget.uniform:
         return uniform_widths(groups, budget)
     ranked = groups_ranked_together(groups, budget.roles)
@@ -156,7 +160,7 @@ def check_reachable(budget: Budget, required: float, most: float, reachable: str
 def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> tuple[AllocationPath, FloatArray]:
     """The steps towards the budget's target, and [steps + 1] the savings after each: MACs, parameters, bytes or ms.
 
-    For ``max_drift`` and ``max_ppl`` the savings are MACs.
+    For limits of quality the savings are MACs.
     """
     target = budget.target if budget.target is not None else ResourceTarget("macs", 0.0)
     savings = {g.id: savings_by_width(scores, g, target) for g in groups}

@@ -115,10 +115,11 @@ def parse_max_ratios(text: str) -> dict[str, float]:
 class Budget:
     """How much to cut, and where.
 
-    One of four says how much. ``ratio``: the fraction of the units of every role that is removed, in [0, 1).
+    One of five says how much. ``ratio``: the fraction of the units of every role that is removed, in [0, 1).
     ``target``: the share of the dense model's MACs, parameters, bytes or latency that is left, cut first where the
     predicted loss is smallest. ``max_drift``: the largest relative root mean square change of an output; as much is cut
-    as stays within it. ``max_ppl``: the same for the perplexity of a language model.
+    as stays within it. ``max_ppl``: the same for the perplexity of a language model. ``max_drop``: the same for the
+    points (1: one in a hundred) by which the score on labels falls.
 
     ``roles``, ``include`` and ``exclude`` (regular expressions searched in group ids) choose the groups. Widths are
     multiples of ``round_to`` and at least ``min_width``, where the group has as many units. ``head_sizes``: channels
@@ -146,12 +147,17 @@ class Budget:
     allocator: Allocator = "loss"
     max_ppl: PerplexityLimit | None = None
     head_sizes: tuple[int, ...] | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        if [self.ratio, self.target, self.max_drift, self.max_ppl].count(None) != 3:
+        if [self.ratio, self.target, self.max_drift, self.max_ppl, self.max_drop].count(None) != 4:
             raise UserError(
                 "give either --ratio R or --target macs=R (or params=R, bytes=R, latency=R) or --max-drift X or "
-                "--max-ppl X, one of the four"
+                "--max-ppl X or --max-drop POINTS, one of the five"
+            )
+        if self.max_drop is not None and not 0 < self.max_drop < 100:
+            raise UserError(
+                f"--max-drop {self.max_drop:g} is not above 0 and below 100: it is in points of the score, such as 1.0"
             )
         if isinstance(self.max_ppl, str | int | float):
             object.__setattr__(self, "max_ppl", parse_perplexity_limit(str(self.max_ppl)))
@@ -171,10 +177,10 @@ class Budget:
                 f"--max-drift {self.max_drift:g} is not above 0: it is a relative change of the outputs, such as 0.1"
             )
         if self.ratio is None and "head" in self.roles:
-            raise UserError("--target, --max-drift and --max-ppl choose widths themselves: leave out the role head")
+            raise UserError("--target and limits of quality choose widths themselves: leave out the role head")
         if self.ratio is None and "experts" in self.roles:
             raise UserError(
-                "--target, --max-drift and --max-ppl rank by measured losses, and none is measured of whole experts: "
+                "--target and limits of quality rank by measured losses, and none is measured of whole experts: "
                 "give --ratio, or leave out the role experts"
             )
         if self.ratio is not None and not 0 <= self.ratio < 1:
@@ -196,8 +202,14 @@ class Budget:
 
     @property
     def limits_quality(self) -> bool:
-        """Is as much to be cut as a drift or a perplexity allows, which has to be measured?"""
-        return self.max_drift is not None or self.max_ppl is not None
+        """Is as much to be cut as a drift, a perplexity or a score allows, which has to be measured?"""
+        return self.quality_flag != ""
+
+    @property
+    def quality_flag(self) -> str:
+        """The option that limits the quality; "" without one."""
+        limits = {"--max-drift": self.max_drift, "--max-ppl": self.max_ppl, "--max-drop": self.max_drop}
+        return next((flag for flag, value in limits.items() if value is not None), "")
 
     @property
     def is_latency(self) -> bool:

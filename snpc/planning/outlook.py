@@ -65,7 +65,7 @@ def plan_outlook(
     kind = budget.target.kind if budget.target is not None and budget.target.kind != "latency" else "macs"
     target = ResourceTarget(kind, 1.0)
     roles = tuple({g.role: None for g in measured})
-    aim = replace(budget, ratio=None, max_drift=None, max_ppl=None, target=target, roles=roles)
+    aim = replace(budget, ratio=None, max_drift=None, max_ppl=None, max_drop=None, target=target, roles=roles)
     saved = most = 0.0
     least = smallest_widths(measured, budget)
     for group in measured:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from snpc.planning.plan import SlicePlan
@@ -27,14 +28,15 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
     """How a model was pruned. ``calibration``: the data, in words; "" without.
 
     ``target`` says how much was asked for, ``options`` is JSON of all options that were set, ``widths`` of group id ->
-    [units per block before, after], of the groups that were cut.
+    [units per block before, after], of the groups that were cut. ``plan_sha256`` is that of the plan without the record
+    of its data, which a plan has once it was read from a file.
     """
     groups = {group.id: group for group in plan.analysis.groups}
     widths = {name: [groups[name].size, len(rows[0])] for name, rows in plan.keep.items()}
     analysis = plan.analysis
     return {
         "step": "prune",
-        "plan_sha256": hashlib.sha256(plan_to_json(plan).encode()).hexdigest(),
+        "plan_sha256": hashlib.sha256(plan_to_json(replace(plan, data=None)).encode()).hexdigest(),
         "target": target_text(plan.options),
         "options": compact_json(plan.options),
         "method": plan.method,
@@ -49,7 +51,7 @@ def pruning_provenance(plan: SlicePlan, calibration: str) -> dict[str, str]:
 def target_text(options: Mapping[str, Any]) -> str:
     """How much was asked for, as on the command line: ``macs=0.5``, ``ratio=0.5`` or ``max_drift=0.1``; "" where the
     plan was made by hand."""
-    given = {key: options[key] for key in ("ratio", "max_drift", "max_ppl") if options.get(key) is not None}
+    given = {key: options[key] for key in ("ratio", "max_drift", "max_ppl", "max_drop") if options.get(key) is not None}
     texts = [str(options["target"])] if options.get("target") is not None else []
     return ", ".join([*texts, *(f"{key}={value}" for key, value in given.items())])
 

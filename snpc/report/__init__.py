@@ -45,6 +45,7 @@ from snpc.report.quality_text import (
     requantization_text,
     restriction_text,
     rewrite_text,
+    task_text,
 )
 from snpc.report.sweep_plot import write_sweep_plot
 
@@ -64,6 +65,7 @@ __all__ = [
     "requantization_text",
     "restriction_text",
     "rewrite_text",
+    "task_text",
     "write_report",
     "write_sweep_plot",
 ]

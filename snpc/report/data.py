@@ -20,6 +20,7 @@ from snpc.report.quality_text import (
     requantization_text,
     restriction_text,
     rewrite_text,
+    task_text,
 )
 from snpc.report.token_maps import TokenMaps, token_maps
 from snpc.runtime.calibration import Calibration
@@ -63,7 +64,8 @@ class ReportData:
     """What the page shows.
 
     ``request``: what was asked for and how it was done. ``macs``: by role, each product counted once. ``rewrite``,
-    ``quality``, ``warning``: the statements on the result. ``drift``, ``equals_mask``: what verification measured.
+    ``quality``, ``warning``, ``task``: the statements on the result. ``drift``, ``equals_mask``: what verification
+    measured.
     """
 
     model: str
@@ -79,6 +81,7 @@ class ReportData:
     quality: str
     grade: Grade
     warning: str
+    task: str
     compared: str
     drift: tuple[Difference, ...]
     equals_mask: tuple[Difference, ...]
@@ -118,6 +121,7 @@ def collect_report_data(
         quality=quality_text(result.quality),
         grade=result.quality.grade,
         warning=quality_warning(result.quality),
+        task=task_text(result.task) if result.task is not None else "",
         compared=result.quality.source,
         drift=result.quality.differences,
         equals_mask=verdict.equals_mask,

@@ -6,7 +6,17 @@ import math
 from collections.abc import Iterator, Mapping
 
 from snpc.passes.quantization import operator_counts
-from snpc.types import Dequantization, Difference, Grade, Perplexity, Quality, Requantization, Restriction, Verdict
+from snpc.types import (
+    Dequantization,
+    Difference,
+    Grade,
+    Perplexity,
+    Quality,
+    Requantization,
+    Restriction,
+    TaskChange,
+    Verdict,
+)
 
 MEANINGS: dict[Grade, str] = {
     "good": "outputs are close to the original's",
@@ -14,6 +24,7 @@ MEANINGS: dict[Grade, str] = {
     "poor": "outputs no longer resemble the original's",
 }
 SHOWN_ENTRIES = ("target", "method", "calibration", "tokens", "layers")  # of provenance, beside the source
+TASK_METRIC_TEXTS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "f1": "F1", "spearman": "Spearman correlation"}
 LARGE_ON_NOISE = 0.5  # relative change: so far, outputs differ on any inputs
 
 
@@ -126,6 +137,15 @@ def drift_text(d: Difference) -> str:
     else:
         text = f"{d.metric} {d.distance:.3g}{error}"
     return text + agreement_text(d)
+
+
+def task_text(found: TaskChange) -> str:
+    """``top-1 accuracy: 81.5 -> 80.9 % (0.6 +- 1.1 points lost), of 400 samples of eval.npz``"""
+    name = TASK_METRIC_TEXTS.get(found.metric, found.metric)
+    error = f" +- {200 * found.error:.2g}" if found.error else ""
+    lost = f"{abs(found.drop):.2g}{error} points {'lost' if found.drop > 0 else 'gained'}"
+    change = f"{100 * found.before:.4g} -> {100 * found.after:.4g} %"
+    return f"{name}: {change} ({lost}), of {found.samples} samples of {found.source}"
 
 
 def perplexity_text(found: Perplexity) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from snpc.pipeline import SweepPoint, SweepResult
 from snpc.report.charts import Chart, ChartShape, Dot, Label, Line, Polyline
+from snpc.report.quality_text import TASK_METRIC_TEXTS
 from snpc.report.render import render_template
 from snpc.runtime.io import atomic_write
 
@@ -40,7 +41,8 @@ def sweep_chart(sweep: SweepResult) -> Chart:
         shapes.append(Label(x_of(tick), floor + 18, f"{tick:.3g}", "middle"))
     shapes.append(Line(left, floor, right, floor, "axis"))
     shapes.append(Label((left + right) / 2, PLOT_HEIGHT - 10, f"latency, ms, batch {sweep.batch}", "middle"))
-    quality = "accuracy" if points[0].accuracy is not None else "closeness to the original (1 - relative drift)"
+    score = TASK_METRIC_TEXTS.get(sweep.metric, sweep.metric)
+    quality = score if points[0].accuracy is not None else "closeness to the original (1 - relative drift)"
     shapes.append(Label(left, 18, f"{sweep.model.name}: {quality}"))
     front = sorted((p for p in points if p.front), key=lambda p: p.latency)
     shapes.append(Polyline(tuple((x_of(p.latency), y_of(quality_of(p))) for p in front), "step"))

@@ -100,7 +100,8 @@ def test_prune_has_the_sections() -> None:
     text = CliRunner().invoke(main, ["prune", "--help"]).output
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == [
-        "How much", "Calibration", "What to cut", "Tokens", "Checks", "Output", "Building", "Running", "Options",
+        "How much", "Calibration", "What to cut", "Tokens", "Evaluation", "Checks", "Output", "Building", "Running",
+        "Options",
     ]  # fmt: skip
 
 

@@ -127,6 +127,16 @@ def test_one_command_without_data(source: Path, tmp_path: Path) -> None:
     assert f"--prune-kv-cache makes them about {stay // 2}:" in words
 
 
+def test_parts_in_folders_of_their_own(source: Path, tmp_path: Path) -> None:
+    """As Mobius writes them, whose decoder is one model with caches."""
+    for part, file in (("encoder", ENCODER), ("decoder", FIRST)):
+        (tmp_path / "whole" / part).mkdir(parents=True)
+        shutil.copy(source / file, tmp_path / "whole" / part / "model.onnx")
+    found = snpc.prune_folder(tmp_path / "whole", tmp_path / "half", ratio=0.5, **MAGNITUDE)
+    assert found.encoder is not None and found.encoder.path == tmp_path / "half" / "encoder" / "model.onnx"
+    assert found.model.path == tmp_path / "half" / "decoder" / "model.onnx" and found.model.path.is_file()
+
+
 def test_one_command_with_data_in_a_file(source: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", **whole_data(8))
     options = ("--ratio", 0.5, "--roles", "ffn", "--effort", "quick", "--calib", tmp_path / "data.npz")
@@ -138,6 +148,15 @@ def test_one_command_with_data_in_a_file(source: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "part.npz", **{k: v for k, v in whole_data(8).items() if k != "decoder_input_ids"})
     refused = invoke("prune", source, *options[:-1], tmp_path / "part.npz", "-o", tmp_path / "none", code=2)
     assert "no data for input decoder_input_ids" in refused.stderr
+
+
+def test_a_part_that_cannot_be_cut_so_far_is_named(source: Path, tmp_path: Path) -> None:
+    """With caches as wide as they are, and a head over the vocabulary, the decoder has less to give."""
+    with pytest.raises(
+        UserError, match=rf"^decoder {FIRST}: target macs=0.5 cannot be reached.*--file cuts one of them$"
+    ):
+        snpc.prune_folder(source, tmp_path / "half", target="macs=0.5", **MAGNITUDE)
+    assert not (tmp_path / "half").exists()
 
 
 @pytest.mark.parametrize("option", [("--plan", "p.json"), ("--tokens", "merge:2"), ("--report", "r.html")])

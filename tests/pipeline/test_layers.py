@@ -33,7 +33,7 @@ def test_layers_go_from_the_file(tmp_path: Path) -> None:
 
 
 def test_kept_layers_are_refitted_to_the_whole_stream(tmp_path: Path) -> None:
-    """The same layers go; fitted, the outputs are nearer to the original's."""
+    """The outputs are nearer to the original's than those of the layers that a plan without refitting takes."""
     drifts = {}
     for method in ("select", "auto"):
         options = {"method": method} if method == "select" else {}
@@ -45,10 +45,9 @@ def test_kept_layers_are_refitted_to_the_whole_stream(tmp_path: Path) -> None:
             roles=("layer",),
             **options,  # type: ignore[arg-type]
         )
-        assert result.plan.analysis.removal is not None
-        drifts[method] = (result.quality.drift, result.plan.analysis.removal.names)
-    assert drifts["select"][1] == drifts["auto"][1]
-    assert drifts["auto"][0] < 0.95 * drifts["select"][0]
+        assert result.plan.analysis.removal is not None and len(result.plan.analysis.removal.names) == 2
+        drifts[method] = result.quality.drift
+    assert drifts["auto"] < 0.95 * drifts["select"]
 
 
 def test_a_ratio_takes_layers_and_units(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ NAMES = {
     *(
         "Dequantization",
         "Difference",
+        "EvaluationData",
         "Execution",
         "Group",
         "ImageOptions",
@@ -37,7 +38,8 @@ NAMES = {
         "Probe",
         "PrunedModel",
     ),
-    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics", "TextOptions"),
+    *("PruningPlan", "Quality", "RandomInputs", "ResourceTarget", "Site", "SlicePlan", "Statistics"),
+    *("TaskMetric", "TextOptions"),
     *("TimingProtocol", "UnitScores", "Verdict", "WorkFolder", "Workload", "TARGETS", "__version__"),
     # errors
     *("CheckFailed", "SnpcError", "UserError"),

@@ -23,6 +23,7 @@ from snpc.cli.arguments.calibration import (
     CalibrationArguments,
     ImageArguments,
     SavedStatisticsArguments,
+    ScoredCalibrationArguments,
     StatisticsArguments,
 )
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, argument, command, option, subgroup
@@ -75,6 +76,7 @@ __all__ = [
     "QuietArguments",
     "SavedStatisticsArguments",
     "ScheduleArguments",
+    "ScoredCalibrationArguments",
     "SizeArguments",
     "SpreadExecutionArguments",
     "StatisticsArguments",

@@ -18,10 +18,10 @@ from snpc.cli.tables import print_line, print_note
 from snpc.errors import UserError
 from snpc.pipeline import PlanRequest, measure_request
 from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
-from snpc.runtime.evaluation import EvaluationData
+from snpc.runtime.evaluation import EvaluationData, TaskMetric
 from snpc.runtime.execution import Execution
 from snpc.targets import kept_vocabulary
-from snpc.types import TensorSpec
+from snpc.types import AnyArray, TensorSpec
 
 RANDOM_CALIBRATION = "random"  # --calib without data; a file of that name is ./random
 ALL_SAMPLES = 1 << 30
@@ -148,17 +148,74 @@ class CalibrationArguments(ArgumentGroup):
         self.text.print_format(calibration)
         return calibration
 
-    def load_evaluation(self, source: str, labels: str | None, analysis: snpc.Analysis) -> EvaluationData:
-        """All samples of ``source``, prepared in the same way, with the array ``labels`` of it as their classes."""
+    def load_evaluation(
+        self, source: str, labels: str | None, analysis: snpc.Analysis, metric: TaskMetric | None = None
+    ) -> EvaluationData:
+        """All samples of ``source``, prepared in the same way, with the array ``labels`` of it, by which ``metric``
+        (None: top1) scores the first output."""
+        if metric is not None and labels is None:
+            raise UserError(f"--metric {metric.name} scores outputs on labels: give --labels NAME too")
         inputs = replace(self, calib_samples=ALL_SAMPLES).load_data(source, analysis, held_out=0)
         if labels is None:
             return EvaluationData(inputs)
+        if labels.endswith(".npy"):
+            return EvaluationData(inputs, read_labels(Path(labels)), metric or TaskMetric())
         if not source.endswith(".npz"):
-            raise UserError(f"{source}: --labels names an array of an .npz")
+            raise UserError(f"{source}: --labels names an array of an .npz, or an .npy file")
         with np.load(source) as arrays:
             if labels not in arrays:
                 raise UserError(f"{source}: holds no {labels!r}; it has {', '.join(arrays)}")
-            return EvaluationData(inputs, arrays[labels])
+            return EvaluationData(inputs, arrays[labels], metric or TaskMetric())
+
+
+def read_labels(path: Path) -> AnyArray:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--labels {path}: cannot be read as an array ({error})") from None
+
+
+@dataclass(frozen=True)
+class EvaluationArguments(ArgumentGroup):
+    """Inputs with labels, on which models are scored."""
+
+    section: ClassVar[str] = "Evaluation"
+
+    held_out: str | None = option(
+        "--eval",
+        metavar="DATA",
+        help="Inputs to score the original and the result on (forms as --calib).",
+    )
+    labels: str | None = option(
+        "--labels",
+        metavar="NAME|FILE.npy",
+        help="The right class (or score) of every sample of --eval: an array of its .npz, or a file.",
+    )
+
+    def check(self) -> None:
+        """Refuse labels of nothing."""
+        if self.labels and not self.held_out:
+            raise UserError("--labels are those of --eval: give --eval DATA too")
+
+
+@dataclass(frozen=True)
+class ScoredCalibrationArguments(CalibrationArguments):
+    """Unlabeled inputs to measure on, and others on which models are scored."""
+
+    evaluating: EvaluationArguments = subgroup()
+
+    def load_scored(self, analysis: snpc.Analysis, metric: TaskMetric | None) -> EvaluationData | None:
+        """The data of --eval; None without. ``metric``: how the labels are scored."""
+        source = self.evaluating.held_out
+        if source is not None:
+            return self.load_evaluation(source, self.evaluating.labels, analysis, metric)
+        if metric is not None:
+            raise UserError(f"--metric {metric.name} scores outputs on labels: give --eval DATA --labels NAME")
+        return None
+
+    def sources(self) -> list[str | None]:
+        """What is read."""
+        return [self.calib, self.evaluating.held_out]
 
 
 @dataclass(frozen=True)

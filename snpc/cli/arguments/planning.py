@@ -117,6 +117,13 @@ class BudgetArguments(ArgumentGroup):
         help="Prune as far as possible while the perplexity of a causal language model stays within this: 1.1x is a "
         "factor on the dense model's, 25 a perplexity; measured on the written model (needs --calib).",
     )
+    max_drop: float | None = option(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="Prune as far as possible while the score on labels falls by at most so many points (1.0: one in a "
+        "hundred), measured on the written model (needs --calib, --eval and --labels).",
+    )
     uniform: bool = option(
         "--uniform", is_flag=True, help="Remove the same fraction of every group, instead of ranking across groups."
     )
@@ -135,7 +142,7 @@ class BudgetArguments(ArgumentGroup):
 
     @property
     def is_given(self) -> bool:
-        return (self.ratio, self.target, self.max_drift, self.max_ppl) != (None,) * 4
+        return (self.ratio, self.target, self.max_drift, self.max_ppl, self.max_drop) != (None,) * 5
 
     @property
     def wants_latency(self) -> bool:
@@ -204,11 +211,18 @@ class PlanningArguments(ArgumentGroup):
             allocator=amount.allocator,
             max_ppl=parse_perplexity_limit(amount.max_ppl) if amount.max_ppl is not None else None,
             head_sizes=widths.head_sizes,
+            max_drop=amount.max_drop,
         )
 
     def check_predictable(self) -> None:
-        """Refuse a limit that says nothing of widths before the original is run: a perplexity that is no factor."""
+        """Refuse a limit that says nothing of widths before the original is run: a score on labels, and a perplexity
+        that is no factor."""
         limit = self.amount.max_ppl
+        if self.amount.max_drop is not None or self.judging.task() is not None:
+            raise UserError(
+                "--max-drop and scores on labels are measured on a written model: let `snpc prune` write it, or give "
+                "--target, --ratio or --max-drift"
+            )
         if limit is not None and not parse_perplexity_limit(limit).relative:
             raise UserError(
                 f"--max-ppl {limit}: widths for it are found by measuring; let `snpc prune` write the model, or give a "
@@ -217,15 +231,15 @@ class PlanningArguments(ArgumentGroup):
 
     @property
     def cuts_widths(self) -> bool:
-        """Widths are cut by --ratio, --target, --max-drift or --max-ppl, unless --roles none; a --tokens schedule alone
-        cuts none.
+        """Widths are cut by --ratio, --target, --max-drift, --max-ppl or --max-drop, unless --roles none; a --tokens
+        schedule alone cuts none.
 
         Raises UserError where nothing says how much goes.
         """
         if self.selection.roles and not self.amount.is_given and self.reduction.schedule is None:
             raise UserError(
-                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R, --max-drift X or "
-                "--max-ppl X for widths, --tokens SCHEDULE for tokens alone"
+                "say how much goes: --target macs=R (or params=R, bytes=R, latency=R), --ratio R, --max-drift X, "
+                "--max-ppl X or --max-drop POINTS for widths, --tokens SCHEDULE for tokens alone"
             )
         return bool(self.selection.roles) and self.amount.is_given
 
@@ -238,7 +252,12 @@ class PlanningArguments(ArgumentGroup):
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""
         selection, amount = self.selection, self.amount
-        amounts = {"--ratio": amount.ratio, "--max-drift": amount.max_drift, "--max-ppl": amount.max_ppl}
+        amounts = {
+            "--ratio": amount.ratio,
+            "--max-drift": amount.max_drift,
+            "--max-ppl": amount.max_ppl,
+            "--max-drop": amount.max_drop,
+        }
         for flag, value in amounts.items():
             if value is not None:
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")

@@ -208,7 +208,8 @@ class ScheduleArguments(ArgumentGroup):
     max_drop: float | None = option(
         "--max-drop",
         type=float,
-        help="With --schedule adaptive: largest loss of accuracy (0.01: one point), on --eval and --labels.",
+        help="With --schedule adaptive: largest loss of accuracy in points (1.0: one in a hundred), on --eval "
+        "and --labels.",
     )
     held_out: str | None = option(
         "--eval", metavar="DATA", help="With --max-drop: inputs to evaluate on (forms as --data)."

@@ -69,6 +69,7 @@ from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
 from snpc.runtime.calibration.kept_vocabulary import with_kept_vocabulary
 from snpc.runtime.calibration.python_sources import (
     CalibrationValue,
+    find_script_function,
     load_script_function,
     script_source,
     value_source,
@@ -94,6 +95,7 @@ __all__ = [
     "find_ids",
     "find_mask",
     "find_sample_axes",
+    "find_script_function",
     "find_tokenizer",
     "is_text",
     "load_calibration",

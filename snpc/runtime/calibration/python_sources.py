@@ -41,14 +41,14 @@ YIELDS = "it should yield dicts of input name -> array"
 def script_source(script: Path, function: str, inputs: tuple[TensorSpec, ...]) -> CalibrationSource:
     """``file.py:function``. This RUNS the user's code, with the script's folder importable while it runs."""
     label = f"{script}:{function}"
-    loader = _find_function(script, function, YIELDS)
+    loader = find_script_function(script, function, YIELDS)
     return CalibrationSource(label, _iterate_parts(loader, label, inputs, script), inputs, length_unknown=True)
 
 
 def load_script_function(script: Path, function: str, expected: str) -> Callable[..., Any]:
     """The function of a file. Its code is RUN, now and at every call, with the script's folder importable, and its
     errors become UserErrors. ``expected`` completes "...: it should"."""
-    label, found = f"{script}:{function}", _find_function(script, function, expected)
+    label, found = f"{script}:{function}", find_script_function(script, function, expected)
 
     def call(*arguments: Any) -> Any:
         with _running_user_code(label, script, expected):
@@ -57,7 +57,8 @@ def load_script_function(script: Path, function: str, expected: str) -> Callable
     return call
 
 
-def _find_function(script: Path, function: str, expected: str) -> Callable[..., Any]:
+def find_script_function(script: Path, function: str, expected: str) -> Callable[..., Any]:
+    """The function of a file as it is. The file is RUN."""
     label = f"{script}:{function}"
     if not script.is_file():
         raise UserError(f"{script} does not exist: {label} should name a Python file and a function in it")

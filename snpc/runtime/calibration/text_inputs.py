@@ -9,7 +9,8 @@
 | caches of the decoder's own tokens | float, four axes, one dynamic beside the batch | nothing, or a window of zeros |
 | ``use_cache_branch`` | bool [1] | false |
 
-Data that has such an input is fed as it is. Any other input must be given.
+Data that has such an input is fed as it is. Caches that are made of ``encoder_hidden_states`` are empty where a decoder
+takes those too. Any other input must be given.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def find_states(inputs: Sequence[TensorSpec]) -> TensorSpec | None:
 def filled_kind(spec: TensorSpec) -> FilledKind | None:
     """What an input is filled with, by its name, type and shape; None for one that must be given."""
     role, rank = decoder_input(spec.name), len(spec.shape)
-    if role == "cache" and rank == 4 and (spec.dtype.kind == "f" or spec.dtype.name == "bfloat16"):
+    if role in ("cache", "encoder_cache") and rank == 4 and (spec.dtype.kind == "f" or spec.dtype.name == "bfloat16"):
         dynamic = [dim for dim in spec.shape[1:] if isinstance(dim, str)]
         return "empty" if len(dynamic) == 1 else None
     if role == "branch" and rank == 1 and spec.dtype.kind == "b":
@@ -77,16 +78,17 @@ def filled_kind(spec: TensorSpec) -> FilledKind | None:
 
 
 def fillable_inputs(inputs: Sequence[TensorSpec], present: Collection[str]) -> dict[str, FilledKind]:
-    """Inputs that data with these arrays lacks and that can be filled in: none without ids, and no mask of encoder
-    states without these."""
+    """Inputs that data with these arrays lacks and that can be filled in: none without ids, and neither a mask of
+    encoder states nor caches that are made of them without these."""
     ids, states = find_ids(inputs), find_states(inputs)
     if ids is None or ids.name not in present:
         return {}
     no_states = states is None or states.name not in present
+    of_states = ("encoder_mask", "encoder_cache")
     kinds = {
         spec.name: filled_kind(spec)
         for spec in inputs
-        if spec.name not in present and not (no_states and decoder_input(spec.name) == "encoder_mask")
+        if spec.name not in present and not (no_states and decoder_input(spec.name) in of_states)
     }
     return {name: kind for name, kind in kinds.items() if kind is not None}
 

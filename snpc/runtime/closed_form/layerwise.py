@@ -1,4 +1,5 @@
-"""Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers before it.
+"""Layer-wise fitting: each feed-forward layer compensates for the error of the pruned layers before it; where whole
+layers are gone, each attention does too.
 
 All weights are first fitted to the activations of the dense model (``fit_parallel``). Then the cut graph runs in
 segments, each of which ends where a layer's output has joined the residual stream. There the error of the pruned
@@ -12,7 +13,7 @@ change of its weight, which is added to the values at the border.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -93,7 +94,8 @@ def fit_layerwise(
         return base
     cut = rewrite_model(base, cuts_of(plan))
     stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
-    padding = find_padding(analysis.traced_graph, probe_row_counters((e.probe, e.group.size) for e in errors))
+    shown = ((e.probe, e.group.blocks * e.group.size) for e in errors)
+    padding = find_padding(analysis.traced_graph, probe_row_counters(shown))
     dense_names = frozenset(dense_name(stage.error.value) for stage in stages)
     inputs = {str(value.name) for value in cut.model.graph.inputs}
     narrowed = {name: shape for name, shape in cut.sliced_interface().items() if name in inputs}
@@ -103,7 +105,7 @@ def fit_layerwise(
     if all(known):  # nothing has to run
         for stage, entry in zip(stages, known, strict=True):
             assert entry is not None
-            compensate(fit, stage.error, fit.kept_units(stage.error), entry.arrays["weight"], entry.arrays["bias"])
+            compensate(fit, stage.error, fit.kept_columns(stage.error), entry.arrays["weight"], entry.arrays["bias"])
         return base
     try:
         with execution.progress.stage("layers", 1 + len(stages)) as advance:
@@ -158,10 +160,9 @@ class LayerwiseFit:
     narrowed: Mapping[str, SlicedShape]
     store: SpillableStore
 
-    def kept_units(self, error: ResidualError) -> IntArray:
-        """The units that the cut hidden value shows, in the order of its columns."""
-        rows = self.plan.keep.get(error.group.id)
-        return kept_columns(error, rows[0] if rows else range(error.group.size))
+    def kept_columns(self, error: ResidualError) -> IntArray:
+        """The columns of the hidden value that the cut one has, ascending."""
+        return kept_columns(error, self.plan.keep.get(error.group.id))
 
 
 def first_values(
@@ -268,7 +269,7 @@ def fit_stage(
 
     Returns what was added to weight and bias.
     """
-    keep = fit.kept_units(stage.error)
+    keep = fit.kept_columns(stage.error)
     measured = [values.run(measuring_program(fit, stage, len(keep)))]
     if known is not None:
         correction, bias = known.arrays["weight"], known.arrays["bias"]
@@ -361,7 +362,8 @@ def compensate(
     """Add the correction to the weight and the bias of the full-size model."""
     (consumer,) = fit.analysis.weights[error.group.id].consumers
     edits = WeightEdits()
-    edits.add(consumer.weight_slice, 0, keep, correction)
+    columns = np.arange(error.probe.units.size)[None]  # of the hidden value: the weight reads them in this order
+    edits.add(replace(consumer.weight_slice, index=(columns,)), 0, keep, correction)
     edits.add_bias(str(consumer.node.name), bias)
     for name, array in edited_constants(fit.base, edits).items():
         value = fit.base.model.graph.initializers[name]

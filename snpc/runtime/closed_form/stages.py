@@ -14,7 +14,7 @@ from snpc.ops import lookup
 from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.weights import closed_form_kinds, existing_bias
-from snpc.types import Group, Probe
+from snpc.types import Group, IntArray, Probe
 
 
 class NotSegmentable(Exception):
@@ -25,8 +25,8 @@ class NotSegmentable(Exception):
 class ResidualError:
     """The error of the residual stream that the consumer weight of ``group`` can compensate.
 
-    ``value`` [..., D]: the residual sum behind the weight. ``width``: D. ``probe``: the hidden units [..., size] that
-    the weight reads, with rows as in ``value``.
+    ``value`` [..., D]: the residual sum behind the weight. ``width``: D. ``probe``: the hidden units that the weight
+    reads [..., blocks * size * columns], with rows as in ``value``.
     """
 
     group: Group
@@ -46,14 +46,16 @@ class FitStage:
 
 def compensable_groups(analysis: Analysis, groups: Iterable[Group]) -> list[Group]:
     """Of the groups that are pruned, and the feed-forward groups that are not, those whose consumer weight can
-    compensate for an error of the residual stream."""
+    compensate for an error of the residual stream; attention outputs where layers are gone (docs/design-notes.md)."""
     chosen = {g.id for g in groups}
-    candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role == "ffn")]
-    kinds = closed_form_kinds(analysis.weights, candidates)
-    refitted = [g for g in candidates if kinds.get(g.id) == "refit"]
-    if analysis.removal is not None:  # its error is worth a bias that was not there
-        return refitted
-    return [g for g in refitted if g.id in chosen or consumers_have_bias(analysis, g)]
+    if analysis.removal is None:
+        candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role == "ffn")]
+        kinds = closed_form_kinds(analysis.weights, candidates)
+        refitted = [g for g in candidates if kinds.get(g.id) == "refit"]
+        return [g for g in refitted if g.id in chosen or consumers_have_bias(analysis, g)]
+    candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role in ("ffn", "vo"))]
+    kinds = closed_form_kinds(analysis.weights, candidates)  # the error is worth a bias that was not there
+    return [g for g in candidates if kinds.get(g.id) in ("refit", "low_rank_vo")]
 
 
 def consumers_have_bias(analysis: Analysis, group: Group) -> bool:
@@ -98,7 +100,7 @@ def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
     where the rows of the residual sum are not those of the hidden units."""
     graph, weights = analysis.traced_graph, analysis.weights[group.id]
     consumers = weights.consumers
-    if len(consumers) != 1 or consumers[0].columns != 1 or len(consumers[0].nodes) != 1:
+    if len(consumers) != 1 or consumers[0].taps != 1 or len(consumers[0].nodes) != 1:
         return None
     (consumer,), (node,) = consumers, consumers[0].nodes
     if len(list(graph.model.graph.initializers[consumer.weight_slice.tensor].uses())) != 1:
@@ -109,7 +111,7 @@ def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
     if not total or not hidden or total[:-1] != hidden[:-1] or total[-1] != consumer.width:
         return None
     unit_axes = [axis for axis, size in enumerate(probe.units.shape) if size > 1]
-    if unit_axes != [len(hidden) - 1] or hidden[-1] != group.size:
+    if unit_axes != [len(hidden) - 1] or hidden[-1] != group.size * group.blocks * consumer.columns:
         return None
     return ResidualError(group, str(summed.name), consumer.width, probe)
 
@@ -181,7 +183,10 @@ def residual_values(analysis: Analysis) -> tuple[str, ...]:
     return tuple(str(v.name) for node in base.model.graph for v in node.outputs if v.name in names)
 
 
-def kept_columns(error: ResidualError, keep: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The kept units in the order of the columns of the cut hidden value."""
-    units = error.probe.units.reshape(-1)
-    return units[np.isin(units, np.asarray(keep))].astype(np.int64)
+def kept_columns(error: ResidualError, rows: Sequence[Sequence[int]] | None) -> IntArray:
+    """The positions of the hidden value that stay, ascending; ``rows``: the units of each block that do, None: all."""
+    units, group = error.probe.units.reshape(-1), error.group
+    if rows is None:
+        return np.arange(len(units))
+    kept = [block * group.size + unit for block, row in enumerate(rows) for unit in row]
+    return np.flatnonzero(np.isin(units, kept))

@@ -1,7 +1,7 @@
 """Measuring written models: latency, equality of outputs, accuracy.
 
 Files
-  accuracy          Evaluation of a model file on data of its own: accuracy where there are labels, perplexity of a
+  accuracy          Evaluation of a model file on data of its own: a score where there are labels, perplexity of a
                     language model.
   bench             Latency of models, measured side by side.
   cached_decoding   Decoding through caches: token by token it must give what all tokens at once give.
@@ -18,13 +18,14 @@ Files
   perplexity        Perplexity of a language model: how well its logits predict the next token of held-out text.
   removed_layers    The oracle of removed layers: the whole graph, in which their outputs are replaced in place.
   requantization    What quantizing refitted weights anew costs, apart from what pruning costs.
+  task_metrics      Task metrics: scores of outputs on labels, from 0 to 1, higher is better.
   uncertainty       How certain a measured difference is: a standard error over samples, and an interval for shares of
                     them.
 """
 
 from __future__ import annotations
 
-from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate
+from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate, measure_task, task_score
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
 from snpc.runtime.evaluation.cached_decoding import (
     RunningDecoder,
@@ -62,6 +63,7 @@ from snpc.runtime.evaluation.metrics import RELATIVE_METRICS, OutputMetrics, max
 from snpc.runtime.evaluation.perplexity import LanguageHead, LanguageJudge, find_language_head, sum_surprise
 from snpc.runtime.evaluation.removed_layers import check_removed_layers
 from snpc.runtime.evaluation.requantization import measure_requantization
+from snpc.runtime.evaluation.task_metrics import TaskMetric, is_task_metric, parse_task_metric
 
 __all__ = [
     "RELATIVE_METRICS",
@@ -75,6 +77,7 @@ __all__ = [
     "OutputMetric",
     "OutputMetrics",
     "RunningDecoder",
+    "TaskMetric",
     "TimedArtifact",
     "TimingProtocol",
     "Workload",
@@ -92,21 +95,25 @@ __all__ = [
     "find_language_head",
     "find_selectors",
     "groups_to_time",
+    "is_task_metric",
     "latency_table",
     "likelihood_gap",
     "max_drift",
     "max_relative",
     "measure_differences",
     "measure_requantization",
+    "measure_task",
     "median_interval",
     "metrics_identity",
     "name_selectors",
+    "parse_task_metric",
     "raise_if_unequal",
     "rounding_tolerance",
     "run_batches",
     "run_rounds",
     "sum_surprise",
     "take_until",
+    "task_score",
     "time_pair",
     "with_metrics",
     "with_named_metrics",

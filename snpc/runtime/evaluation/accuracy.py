@@ -6,33 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from snpc.errors import UserError
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation.perplexity import LanguageHead, Surprise
+from snpc.runtime.evaluation.task_metrics import TOP1, TaskMetric, TaskScore, compare_scores
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, open_runner
-from snpc.types import AnyArray
+from snpc.types import AnyArray, TaskChange
 
 MAX_KEPT_BYTES = 512 << 20  # of outputs: those of a language model over all of its data would not fit
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Inputs to evaluate on, in any form of calibration data, and labels [samples, ...] where there are some."""
+    """Inputs to evaluate on, in any form of calibration data, labels [samples, ...] where there are some, and how
+    outputs are scored on them.
+
+        data = snpc.load_calibration("eval.npz", model.inputs, samples=400, held_out=0)
+        snpc.EvaluationData(data, numpy.load("eval.npz")["labels"], snpc.TaskMetric("top5"))
+    """
 
     data: Calibration
     labels: AnyArray | None = None
+    metric: TaskMetric = TOP1
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a model or artifact makes of evaluation data. ``outputs``: by name, of the first batches. ``accuracy``:
-    share of the labels that are the largest entry of the first output; None without labels. ``surprise``: of a language
-    model."""
+    """What a model or artifact makes of evaluation data. ``outputs``: by name, of the first batches. ``score``: of the
+    first output on the labels; None without labels. ``surprise``: of a language model."""
 
     outputs: Sequence[dict[str, AnyArray]]
-    accuracy: float | None
+    score: TaskScore | None
     surprise: Surprise
 
 
@@ -47,24 +51,31 @@ def evaluate(
     outputs are kept; None: up to ``MAX_KEPT_BYTES``, those of a batch at least."""
     runner = open_runner(path, execution=execution, memory="lean")
     outputs: list[dict[str, AnyArray]] = []
-    predictions, surprise, size = [], Surprise(), 0
+    kept, surprise, size = [], Surprise(), 0
     for feeds in execution.track("evaluation", evaluation.data.batches(), len(evaluation.data.batch_plan)):
         made = runner.run(feeds)
         if evaluation.labels is not None:
-            predictions.append(next(iter(made.values())).argmax(-1))
+            kept.append(evaluation.metric.reduce(next(iter(made.values()))))
         if head is not None:
             surprise += head.surprise(feeds, made)
         if len(outputs) < keep if keep is not None else size < MAX_KEPT_BYTES:
             outputs.append(made)
             size += sum(array.nbytes for array in made.values())
-    return Evaluated(outputs, top1_accuracy(predictions, evaluation.labels), surprise)
+    score = evaluation.metric.score(kept, evaluation.labels) if evaluation.labels is not None else None
+    return Evaluated(outputs, score, surprise)
 
 
-def top1_accuracy(predictions: Sequence[AnyArray], labels: AnyArray | None) -> float | None:
-    """Share of ``labels`` that were predicted, batch by batch; None without labels."""
-    if labels is None:
-        return None
-    predicted = np.concatenate(predictions)
-    if predicted.shape != labels.shape:
-        raise UserError(f"labels have the shape {list(labels.shape)}, the outputs' top entries {list(predicted.shape)}")
-    return float((predicted == labels).mean())
+def measure_task(
+    original: Path, pruned: Path, evaluation: EvaluationData, execution: Execution = DEFAULT_EXECUTION
+) -> TaskChange:
+    """The scores of two files on the labels. Raises UserError without labels."""
+    before, after = (task_score(path, evaluation, execution) for path in (original, pruned))
+    return compare_scores(before, after, evaluation.metric, evaluation.data.samples, evaluation.data.source)
+
+
+def task_score(path: Path, evaluation: EvaluationData, execution: Execution = DEFAULT_EXECUTION) -> TaskScore:
+    """The score of a file on the labels. Raises UserError without labels."""
+    score = evaluate(path, evaluation, execution, keep=0).score
+    if score is None:
+        raise UserError("a task is scored on labels: give some")
+    return score

@@ -21,7 +21,12 @@ from __future__ import annotations
 
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE
 from snpc.runtime.sensitivity.joint_search import search_samples, search_widths
-from snpc.runtime.sensitivity.layer_search import check_layer_budget, removable_sublayers, remove_layers
+from snpc.runtime.sensitivity.layer_search import (
+    REFITTED_SETS,
+    check_layer_budget,
+    removable_sublayers,
+    remove_layers,
+)
 from snpc.runtime.sensitivity.layer_trials import LAYER_SAMPLES
 from snpc.runtime.sensitivity.layers_and_widths import remove_layers_beside_widths
 from snpc.runtime.sensitivity.loss_curves import (
@@ -39,6 +44,7 @@ __all__ = [
     "CURVE_SHARES",
     "LAYER_SAMPLES",
     "REFINEMENT_ROUNDS",
+    "REFITTED_SETS",
     "SAMPLES_PER_WIDTH",
     "UNUSABLE_CHANGE",
     "check_layer_budget",

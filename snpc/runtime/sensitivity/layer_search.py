@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes import Analysis, cost_without, remove_sublayers
 from snpc.passes.sublayers import Means
-from snpc.planning import Budget, ResourceTarget
+from snpc.planning import Budget, ResourceTarget, SlicePlan
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution import DEFAULT_EXECUTION, Execution
+from snpc.runtime.closed_form import ClosedForms, NotSegmentable, fit_layerwise
+from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
 from snpc.runtime.sensitivity.layer_trials import (
     LayerTrialBatch,
     LayerTrials,
@@ -29,6 +33,7 @@ from snpc.types import LAYER_ROLE, Cost, FloatArray, Sublayer
 TRIED_AGAIN = 8  # of the sublayers that are left, those whose removal promised least change are tried at each step
 FINALISTS = 4  # of these are tried on all samples
 MAX_SWAPS = 16
+REFITTED_SETS = 6  # of layers, among which the refitted models decide
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,26 @@ class LayerCandidates:
     def without(self, gone: Collection[str]) -> Analysis:
         return remove_sublayers(self.analysis, gone, {name: self.means[name] for name in gone if name in self.means})
 
+    def change_refitted(self, gone: Collection[str], calibration: Calibration, execution: Execution) -> float:
+        """Change of the outputs with these layers gone and the others refitted. Raises NotSegmentable."""
+        shorter = self.without(gone)
+        plan = SlicePlan(shorter, "none", {}, {}, "auto")
+        fitted = fit_layerwise(ClosedForms.empty(shorter), plan, calibration, execution)
+        with temporary_session(fitted.model.clone(), execution=execution) as run:
+            changes = [b.metrics.change(b.outputs, run(b.feeds), b.token_masks) for b in self.batches]
+        return float(np.average(changes, weights=[b.samples for b in self.batches]))
+
 
 def remove_layers(
-    analysis: Analysis, budget: Budget, calibration: Calibration | None, execution: Execution = DEFAULT_EXECUTION
+    analysis: Analysis,
+    budget: Budget,
+    calibration: Calibration | None,
+    execution: Execution = DEFAULT_EXECUTION,
+    *,
+    refits: bool = False,
 ) -> Analysis:
-    """The analysis without the sublayers that a budget for them takes.
+    """The analysis without the sublayers that a budget for them takes. ``refits``: the others will be refitted, so that
+    the last choice is between sets after that.
 
     Raises UserError where there is no data to choose them on, and where the budget cannot be met by them.
     """
@@ -64,7 +84,24 @@ def remove_layers(
                 advance(1)
             search.swap()
             search.bring_back()
-    return found.without(search.gone)
+        sets = [search.gone, *filter(search.is_enough, search.exchanges())] if refits else [search.gone]
+        sets = sorted(dict.fromkeys(sets), key=trials.change)[:REFITTED_SETS]
+    return found.without(best_refitted(found, dict.fromkeys(sets, 0.0), calibration, execution))
+
+
+def best_refitted(
+    found: LayerCandidates, sets: Mapping[frozenset[str], float], calibration: Calibration, execution: Execution
+) -> frozenset[str]:
+    """Of these sets of layers that with which the outputs change least once the other layers are refitted, and beside
+    that by the given amount; the first where that cannot be told. What early layers add can often be made up for."""
+    first = next(iter(sets))
+    if len(sets) == 1:
+        return first
+    changes: dict[frozenset[str], float] = {}
+    with suppress(NotSegmentable):
+        for gone, beside in execution.track("refitted without layers", sets.items(), len(sets)):
+            changes[gone] = found.change_refitted(gone, calibration, execution) + beside
+    return min(changes, key=lambda gone: changes[gone], default=first)
 
 
 def measure_candidates(

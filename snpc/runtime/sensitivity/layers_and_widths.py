@@ -2,8 +2,8 @@
 
 Layers are taken one after the other, as for layers alone. After each, the widths of what is left are allocated to the
 rest of the budget, and the model is run with the layers switched off and the units gone at once. The layers go with
-which the outputs change least; none may be the best. At last layers are exchanged for others while that lowers the
-change.
+which the outputs change least; none may be the best. Then layers are exchanged for others while that lowers the change.
+At last the sets that are near are compared with the layers that are kept refitted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from snpc.planning import Budget, UnitScores, allocate_widths
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, SpillableStore, memory_budget
-from snpc.runtime.sensitivity.layer_search import LayerCandidates, LayerSearch, measure_candidates
+from snpc.runtime.sensitivity.layer_search import (
+    REFITTED_SETS,
+    LayerCandidates,
+    LayerSearch,
+    best_refitted,
+    measure_candidates,
+)
 from snpc.runtime.sensitivity.layer_trials import open_layer_trials
 from snpc.runtime.sensitivity.plan_trials import TrialWeights, Widths
 from snpc.types import Group
@@ -51,6 +57,8 @@ def remove_layers_beside_widths(
         with execution.progress.stage("layer search", len(found.sublayers)) as advance:
             best = together.exchange(together.fewest_changes())
             advance(len(found.sublayers))
+        if scores.method == "auto" and scores.effort != "quick":
+            best = best_refitted(found, together.near(best), calibration, execution)
     return found.without(best) if best else found.analysis
 
 
@@ -90,6 +98,14 @@ class LayersAndWidths:
                 break
             gone = exchanged
         return gone
+
+    def near(self, gone: Layers) -> dict[Layers, float]:
+        """The set and those with another layer in place of one that promise most -> what the widths beside them change
+        more."""
+        self.search.gone = gone
+        sets = dict.fromkeys([gone, *sorted(self.search.exchanges(), key=self.promised_change)])
+        found = {s: self.change(s) - self.search.trials.change(s) for s in list(sets)[:REFITTED_SETS]}
+        return {s: beside for s, beside in found.items() if beside < math.inf}
 
     def change(self, gone: Layers) -> float:
         """Of the outputs, with these layers gone and the widths cut that the budget then takes."""

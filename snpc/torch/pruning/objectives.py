@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snpc.errors import UserError
-from snpc.runtime.evaluation import EvaluationData, evaluate
+from snpc.runtime.evaluation import EvaluationData, task_score
 from snpc.torch.finetune import FinetuneResult
 from snpc.torch.training import run_fingerprint
 
@@ -81,9 +81,7 @@ class AccuracyDrop:
 
     def accuracy(self, path: Path) -> float:
         """The share of correct answers of a file."""
-        accuracy = evaluate(path, self.evaluation, keep=0).accuracy
-        assert accuracy is not None
-        return accuracy
+        return task_score(path, self.evaluation).value
 
     def measure(self, result: FinetuneResult) -> float:
         return self.dense_accuracy - self.accuracy(result.path)

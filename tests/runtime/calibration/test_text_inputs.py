@@ -208,3 +208,13 @@ def test_a_mask_of_encoder_states_is_as_long_as_they_are() -> None:
     assert find_mask((TOKEN_IDS, mask, MASK)) == MASK, "the decoder's own"
     with pytest.raises(UserError, match="no data for input encoder_attention_mask, encoder_hidden_states"):
         load_calibration({"input_ids": IDS}, (TOKEN_IDS, mask, states))
+
+
+def test_caches_of_encoder_states_are_empty_beside_the_states() -> None:
+    states = spec("encoder_hidden_states", np.float32, "batch", "frames", 4)
+    cache = spec("past_key_values.0.cross.key", np.float32, "batch", 2, "frames", 8)
+    given = {"input_ids": IDS, "encoder_hidden_states": np.zeros((SAMPLES, 9, 4), np.float32)}
+    arrays = joined(load_calibration(given, (TOKEN_IDS, states, cache)))
+    assert arrays[cache.name].shape == (SAMPLES, 2, 0, 8)
+    with pytest.raises(UserError, match=f"no data for input {cache.name}"):
+        load_calibration({"input_ids": IDS}, (TOKEN_IDS, cache))

@@ -12,6 +12,7 @@ import pytest
 
 import snpc
 from snpc.graph.subgraph import extract_segment, split_into_segments
+from snpc.passes import remove_sublayers
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.pipeline.refit import with_refitted_weights
@@ -19,6 +20,7 @@ from snpc.planning.config import Budget
 from snpc.planning.plan import PruningMethod, SlicePlan, cuts_of
 from snpc.runtime.batches import BatchProgram, BatchSums, LocalBatchValues
 from snpc.runtime.batches.packed_symmetric import row_strips
+from snpc.runtime.closed_form.fit import fit_parallel
 from snpc.runtime.closed_form.layerwise import (
     CROSS,
     GRAM,
@@ -143,6 +145,27 @@ def test_the_stream_comes_closer_to_the_dense_one(name: str) -> None:
         cut = rewrite_model(source, cuts_of(plan)).model
         found[method] = float(np.sum((stream(cut, gap.value, name) - dense) ** 2))
     assert found["auto"] < found["parallel"]
+
+
+def test_without_a_layer_attention_outputs_are_fitted_too() -> None:
+    """Of grouped heads, each of whose values several output columns read; rotated ones and cut ones as well."""
+    name = "llama__ts17"
+    analysis, calibration = analysis_of(name), calibration_of(analysis_of(name), feeds_of(name))
+    layer = next(s.name for s in analysis.sublayers if s.kind == "feed-forward")
+    shorter = remove_sublayers(analysis, [layer])
+    decision = snpc.plan(shorter, Budget(ratio=0.25, roles=("vo",)), calibration=calibration)
+    errors = residual_errors(shorter, decision.groups)
+    assert {e.group.role for e in errors} == {"vo", "ffn"}
+    assert any(shorter.weights[e.group.id].consumers[0].columns > 1 for e in errors)
+    plan, source = with_refitted_weights(decision)
+    assert decision.closed_forms is not None
+    plain = fit_parallel(decision.closed_forms, plan)
+    (dense,) = run(analysis.model.path, feeds_of(name))
+    gaps = []
+    for fitted in (source, plain):
+        (found,) = run(written(finalize(rewrite_model(fitted, cuts_of(plan)).model)), feeds_of(name))
+        gaps.append(relative_error(dense, found))
+    assert gaps[0] < gaps[1]
 
 
 def stream(model: object, value: str, name: str) -> Array:

@@ -12,10 +12,11 @@ from onnx import numpy_helper
 
 import snpc
 from snpc.passes import remove_sublayers
-from snpc.pipeline.planner import PlanRequest, measure_widths
+from snpc.pipeline.planner import PlanRequest, measure_widths, plan_of_layers
+from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning import Budget
 from snpc.runtime.execution import DEFAULT_EXECUTION, SpillableStore, temporary_session
-from snpc.runtime.sensitivity.layer_search import LayerSearch, measure_candidates
+from snpc.runtime.sensitivity.layer_search import LayerSearch, best_refitted, measure_candidates
 from snpc.runtime.sensitivity.layer_trials import open_layer_trials, set_weights
 from snpc.runtime.sensitivity.layers_and_widths import LayersAndWidths
 from snpc.runtime.sensitivity.plan_trials import TrialWeights
@@ -82,3 +83,22 @@ def test_a_trial_runs_layers_and_widths_together() -> None:
     assert change == pytest.approx(float(np.mean(changes)), rel=1e-3)
     assert any(widths[g.id] < g.size for g in measured.groups)
     assert all(widths[g.id] == g.size for g in measured.groups if g.id.startswith(f"{found.sublayers[2].name}."))
+
+
+def test_sets_are_compared_as_they_will_be_refitted() -> None:
+    """The change that decides is that of the model that a plan without these layers makes."""
+    analysis = snpc.analyze(snpc.load(VIT))
+    data = snpc.load_calibration(CALIB, analysis.model.inputs)
+    request = PlanRequest(Budget(ratio=0.25, roles=("layer",)))
+    found = measure_candidates(analysis, request.budget, data)
+    sets = [frozenset([name]) for name in sorted(found.changes, key=lambda name: found.changes[name])[:2]]
+    changes = {}
+    for gone in sets:
+        _, source = with_refitted_weights(plan_of_layers(found.without(gone), request, data, DEFAULT_EXECUTION))
+        with temporary_session(source.model.clone()) as run:
+            changes[gone] = np.mean([b.metrics.change(b.outputs, run(b.feeds), b.token_masks) for b in found.batches])
+        assert changes[gone] == pytest.approx(found.change_refitted(gone, data, DEFAULT_EXECUTION), rel=1e-3)
+        assert changes[gone] < found.changes[next(iter(gone))]
+    least, most = sorted(sets, key=lambda gone: changes[gone])
+    for beside, best in ((0.0, least), (2 * changes[most], most)):
+        assert best_refitted(found, {most: 0.0, least: beside}, data, DEFAULT_EXECUTION) == best

@@ -118,7 +118,7 @@ def right(path: Path) -> float:
 
 def test_an_adaptive_schedule_can_keep_right_answers(tmp_path: Path) -> None:
     target, report = tmp_path / "cut.onnx", tmp_path / "r.json"
-    more = (*ADAPTIVE, "--max-drop", 0.02, "--eval", EVAL, "--labels", "labels", "--json", report)
+    more = (*ADAPTIVE, "--max-drop", 2, "--eval", EVAL, "--labels", "labels", "--json", report)
     main(words(target, *more), standalone_mode=False)
     rounds = json.loads(report.read_text())["rounds"]
     assert {r["kept"] for r in rounds} == {True, False}
