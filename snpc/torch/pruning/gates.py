@@ -37,7 +37,7 @@ class Gate:
 
         def scale(weight: Tensor) -> Tensor:
             shape = [-1 if k == site.axis else 1 for k in range(weight.ndim)]
-            return weight * by_position.reshape(shape)
+            return weight * by_position.reshape(shape).to(weight.dtype)  # else half precision becomes single
 
         return scale
 

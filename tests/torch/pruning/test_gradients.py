@@ -101,3 +101,14 @@ def test_the_bound_is_one(role: Role, analysis: snpc.Analysis, data: snpc.Calibr
     exact, bound = (snpc.score(analysis, f"serene:outputs={n}", data, roles=(role,)).values for n in (10, 0))
     for group in exact:
         assert (bound[group] <= exact[group] * (1 + 1e-5)).all() and bound[group].max() > 0
+
+
+def test_gradients_of_half_precision_are_those_of_single(
+    data: snpc.Calibration, analysis: snpc.Analysis, tmp_path: Path
+) -> None:
+    float16 = pytest.importorskip("onnxruntime.transformers.float16")
+    onnx.save(float16.convert_float_to_float16(onnx.load(VIT), keep_io_types=True), tmp_path / "half.onnx")
+    half = snpc.analyze(snpc.load(tmp_path / "half.onnx"))
+    expected, found = score(data, analysis, "taylor", "ffn"), score(data, half, "taylor", "ffn")
+    assert np.corrcoef(expected, found)[0, 1] > 0.99
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
