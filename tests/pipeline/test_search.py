@@ -174,7 +174,7 @@ def test_predicted_drift_adds_up_the_curves() -> None:
     "flags, words",
     [
         (("--max-drift", 0.1), "--max-drift needs calibration data"),
-        (("--max-drift", 0.1, "--ratio", 0.5), "one of the four"),
+        (("--max-drift", 0.1, "--ratio", 0.5), "one of the five"),
         (("--max-drift", 0, "--calib", CALIB), "is not above 0"),
         (("--max-drift", 0.1, "--roles", "head", "--calib", CALIB), "leave out the role head"),
         (("--target", "latency=0"), "must look like"),
@@ -199,7 +199,12 @@ def test_refusals(flags: Sequence[object], words: str, tmp_path: Path, monkeypat
 
 def stub(groups: Sequence[Group]) -> Any:
     return SimpleNamespace(
-        groups=groups, pins=(), model=SimpleNamespace(path=Path("made.onnx"), digest="d"), dead_macs=0, reduction=None
+        groups=groups,
+        pins=(),
+        model=SimpleNamespace(path=Path("made.onnx"), digest="d"),
+        dead_macs=0,
+        reduction=None,
+        stream_bases=(),
     )
 
 
