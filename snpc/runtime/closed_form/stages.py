@@ -71,13 +71,22 @@ def residual_errors(analysis: Analysis, groups: Iterable[Group]) -> list[Residua
         str(value.name): index for index, node in enumerate(analysis.traced_graph.model.graph) for value in node.outputs
     }
     found: dict[str, ResidualError] = {}
-    for group in compensable_groups(analysis, groups):
-        error = residual_error(analysis, group)
+    pruned = list(groups)
+    for group in compensable_groups(analysis, pruned):
+        error = residual_error(analysis, group) if not read_beside(analysis, group, pruned) else None
         if error is not None and not is_measurable(analysis, error):
             continue
         if error is not None and (error.value not in found or found[error.value].group.size < group.size):
             found[error.value] = error
     return sorted(found.values(), key=lambda error: position[error.value])
+
+
+def read_beside(analysis: Analysis, group: Group, pruned: Iterable[Group]) -> bool:
+    """Do other groups that are pruned cut what the consumers of the group read, as whole heads do beside the values in
+    them? Then the columns that stay are not those of its units alone."""
+    read = {(c.weight_slice.tensor, c.weight_slice.axis) for c in analysis.weights[group.id].consumers}
+    others = (site for other in pruned if other.id != group.id for site in other.sites)
+    return any((site.tensor, site.axis) in read for site in others)
 
 
 def is_measurable(analysis: Analysis, error: ResidualError) -> bool:
@@ -101,6 +110,8 @@ def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
     graph, weights = analysis.traced_graph, analysis.weights[group.id]
     consumers = weights.consumers
     if len(consumers) != 1 or consumers[0].taps != 1 or len(consumers[0].nodes) != 1:
+        return None
+    if analysis.removal is None and consumers[0].columns != 1:  # whole heads, see ``compensable_groups``
         return None
     (consumer,), (node,) = consumers, consumers[0].nodes
     if len(list(graph.model.graph.initializers[consumer.weight_slice.tensor].uses())) != 1:
