@@ -114,6 +114,13 @@ def test_files_are_as_their_schemas_say(tmp_path: Path, monkeypatch: pytest.Monk
             jsonschema.validate({**written, f"snpc_{name}": 2}, schema)
 
 
+def test_other_tools_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("polygraphy")
+    pytest.importorskip("onnx_graphsurgeon")
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "integrations.md", {})
+
+
 def test_calibration_data_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(ROOT / "docs" / "calibration-data.md", {})

@@ -1,0 +1,21 @@
+"""Plug-ins for the tools that a model passes through: pruning as one step of theirs.
+
+    from snpc.integrations import SnpcPrune
+
+Each needs the package that it plugs into, and is imported when it is first used.
+
+Files
+  polygraphy  A loader of Polygraphy that prunes the model of another loader.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from snpc.integrations.polygraphy import SnpcPrune
+
+__getattr__, __dir__, _ = lazy_loader.attach(__name__, submod_attrs={"polygraphy": ["SnpcPrune"]})
+__all__ = ["SnpcPrune"]
