@@ -65,7 +65,11 @@ MOST_PARAMETERS = 8  # of a function, beside self
 TAKES_OPERATOR_INPUTS = "snpc.torch.operators"
 
 # Names that several modules define, and why.
-DEFINED_TWICE: Mapping[str, str] = {"__all__": "the names that a package exports"}
+DEFINED_TWICE: Mapping[str, str] = {
+    "__all__": "the names that a package exports",
+    "__getattr__": "packages that import their names when they are first used",
+    "__dir__": "the same",
+}
 
 HEAVY = ("onnxruntime", "torch", "tensorrt", "openvino", "PIL", "sklearn", "transformers", "timm", "scipy")
 CORE = ("click", "lazy_loader", "ml_dtypes", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich")
