@@ -5,6 +5,7 @@
 Each needs the package that it plugs into, and is imported when it is first used.
 
 Files
+  olive       A surgeon of Olive that prunes the model, as one surgery of its pass GraphSurgeries.
   polygraphy  A loader of Polygraphy that prunes the model of another loader.
 """
 
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from snpc.integrations.olive import SnpcSurgeon
     from snpc.integrations.polygraphy import SnpcPrune
 
-__getattr__, __dir__, _ = lazy_loader.attach(__name__, submod_attrs={"polygraphy": ["SnpcPrune"]})
-__all__ = ["SnpcPrune"]
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__, submod_attrs={"olive": ["SnpcSurgeon"], "polygraphy": ["SnpcPrune"]}
+)
+__all__ = ["SnpcPrune", "SnpcSurgeon"]

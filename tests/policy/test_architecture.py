@@ -431,7 +431,7 @@ def needs_an_extra(module: str) -> bool:
 
 def test_every_module_imports_with_the_core_dependencies_alone() -> None:
     optional = ("torch", "tensorrt", "openvino", "PIL", "sklearn", "transformers", "timm", "onnxscript",
-                "hypothesis", "pytest", "onnx_graphsurgeon", "polygraphy")  # fmt: skip
+                "hypothesis", "pytest", "onnx_graphsurgeon", "polygraphy", "olive")  # fmt: skip
     modules = [name_of(p) for p in MODULES if p.name != "__main__.py" and not needs_an_extra(name_of(p))]
     assert fresh(BLOCKED.format(allowed=set(CORE) | {"snpc"}, optional=set(optional), modules=modules)) == ""
 
