@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import onnx.defs
 import pytest
@@ -295,7 +296,15 @@ def test_exported_names_exist() -> None:
     for name in SNPC.packages:
         if "__all__" in SNPC.definitions(name):
             module = __import__(name, fromlist=["__all__"])
-            assert [missing for missing in module.__all__ if not hasattr(module, missing)] == [], name
+            assert [exported for exported in module.__all__ if is_missing(module, exported)] == [], name
+
+
+def is_missing(module: ModuleType, name: str) -> bool:
+    """Plug-ins are there even if the package that they plug into is not installed."""
+    try:
+        return not hasattr(module, name)
+    except ModuleNotFoundError as error:
+        return is_in(str(error.name), "snpc")
 
 
 def test_names_that_may_be_defined_twice_are() -> None:
