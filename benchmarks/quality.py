@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import csv
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ with contextlib.suppress(ModuleNotFoundError):
 Array = np.ndarray[Any, np.dtype[Any]]
 WAYS = ("auto", "parallel", "mixed", "activation", "magnitude", "snp", "random")
 UNIFORM = (("qk", 0.5), ("qk", 0.75), ("vo", 0.5), ("ffn", 0.5))
+METRICS = ("top1", "tokens", "perplexity")
 TARGETS = ("macs=0.9", "macs=0.8", "macs=0.7", "macs=0.6")
 BATCH = 20
 
@@ -82,6 +83,25 @@ def quality(path: Path, metric: str, feeds: Mapping[str, Array], labels: Array |
     return float(np.exp(surprise / total)) if metric == "perplexity" else 100 * right / total
 
 
+def cosines(path: Path, feeds: Mapping[str, Array]) -> Array:
+    """[pairs] cosines of all pairs of samples, of the first output [N, D]."""
+    rows = np.concatenate([values for _, values in outputs(path, feeds)])
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.asarray((rows @ rows.T)[np.triu_indices(len(rows), 1)])
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, metrics: Sequence[str]) -> None:
+    """The model, the data that it is fitted to and judged on, and how."""
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--calib-samples", type=int, default=128)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, help="CSV of file name and class, for a folder of images")
+    parser.add_argument("--metric", choices=metrics, default="top1")
+    parser.add_argument("--image-mean", default="0.485,0.456,0.406")
+    parser.add_argument("--image-std", default="0.229,0.224,0.225")
+
+
 def decided(analysis: snpc.Analysis, calibration: snpc.Calibration, way: str, choice: snpc.Budget) -> snpc.PruningPlan:
     if way in ("auto", "parallel"):
         return snpc.plan(analysis, choice, calibration=calibration, method=way)  # type: ignore[arg-type]
@@ -90,14 +110,7 @@ def decided(analysis: snpc.Analysis, calibration: snpc.Calibration, way: str, ch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--calib-samples", type=int, default=128)
-    parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, help="CSV of file name and class, for a folder of images")
-    parser.add_argument("--metric", choices=("top1", "tokens", "perplexity"), default="top1")
-    parser.add_argument("--image-mean", default="0.485,0.456,0.406")
-    parser.add_argument("--image-std", default="0.229,0.224,0.225")
+    add_data_arguments(parser, METRICS)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--no-uniform", action="store_true", help="targets only")

@@ -1,12 +1,12 @@
 """Prune before or after quantizing: what is left of a model's quality, and how long it takes, in one table.
 
     PYTHONPATH=. python benchmarks/quantized_quality.py model.onnx --calib images/ --eval held-out/ --labels labels.csv
-    PYTHONPATH=. python benchmarks/quantized_quality.py encoder.onnx --calib calib.npz --eval eval.npz --metric ranks
+    PYTHONPATH=. python benchmarks/quantized_quality.py encoder.onnx --calib calib.npz --eval eval.npz --metric spearman
 
 Each form of ``tests/models/quantized.py`` that is named is written from the float model, and calibrated on the first
 samples of ``--calib`` where it asks for data. Columns: the metric of the quantized model; of that model pruned as it is
 stored; of its float model pruned and quantized again; of the float model pruned and then quantized; seconds of pruning
-as stored. ``ranks`` is the rank correlation, in per cent, of pairwise cosines of embeddings [N, D] with those of the
+as stored. ``spearman`` is the rank correlation, in per cent, of pairwise cosines of embeddings [N, D] with those of the
 float model. Other metrics, and ``--eval``, are those of ``quality.py``.
 """
 
@@ -15,38 +15,21 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from quality import evaluation, numbers, outputs, quality
+from quality import METRICS, add_data_arguments, cosines, evaluation, numbers, quality
 from scipy.stats import spearmanr
 
 import snpc
 from tests.models.quantized import FORMS
 
-Array = np.ndarray[Any, np.dtype[Any]]
 HEADER = ("form", "quantized", "pruned as stored", "dequantized, pruned, quantized", "pruned, quantized", "seconds")
-
-
-def cosines(path: Path, feeds: Mapping[str, Array]) -> Array:
-    """Of every pair of embeddings."""
-    vectors = np.concatenate([part for _, part in outputs(path, feeds)])
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray((vectors @ vectors.T)[np.triu_indices(len(vectors), 1)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--calib-samples", type=int, default=128)
-    parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, help="CSV of file name and class, for a folder of images")
-    parser.add_argument("--metric", choices=("top1", "tokens", "perplexity", "ranks"), default="top1")
-    parser.add_argument("--image-mean", default="0.485,0.456,0.406")
-    parser.add_argument("--image-std", default="0.229,0.224,0.225")
+    add_data_arguments(parser, (*METRICS, "spearman"))
     parser.add_argument("--target", default="macs=0.7")
     parser.add_argument("--forms", nargs="+", default=["dynamic", "qdq_per_channel", "uint4_blocks"], choices=FORMS)
     options = parser.parse_args()
@@ -56,7 +39,7 @@ def main() -> None:
     calibration = snpc.load_calibration(options.calib, model.inputs, samples=options.calib_samples, **shaped)
     feeds, labels = evaluation(options, model)
     ranges = {name: array[:32] for name, array in next(iter(calibration.batches())).items()}
-    whole = cosines(options.model, feeds) if options.metric == "ranks" else None
+    whole = cosines(options.model, feeds) if options.metric == "spearman" else None
 
     def measured(path: Path) -> float:
         if whole is not None:

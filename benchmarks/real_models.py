@@ -27,8 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from quality import Array, evaluation, numbers, outputs, quality  # type: ignore[import-not-found]
+from quality import METRICS, Array, add_data_arguments, cosines, evaluation, numbers, quality  # type: ignore[import-not-found]
 from scipy.stats import spearmanr
 
 import snpc
@@ -38,15 +37,6 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "snpc": {},
     "selection": {"method": "select", "criterion": "magnitude", "tokens": "none"},
 }
-METRICS = ("top1", "spearman", "tokens", "perplexity")
-
-
-def cosines(path: Path, feeds: Mapping[str, Array]) -> Array:
-    """[pairs] cosines of all pairs of samples, of the first output [N, D]."""
-    rows = np.concatenate([values for _, values in outputs(path, feeds)])
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    upper = np.triu_indices(len(rows), 1)
-    return np.asarray((rows @ rows.T)[upper])
 
 
 def measured(path: Path, dense: Path, metric: str, feeds: Mapping[str, Array], labels: Array | None) -> float:
@@ -113,14 +103,7 @@ def store(entry: dict[str, Any], options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="of the model, in the results")
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--calib-samples", type=int, default=128)
-    parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, help="CSV of file name and class, for a folder of images")
-    parser.add_argument("--metric", choices=METRICS, default="top1")
-    parser.add_argument("--image-mean", default="0.485,0.456,0.406")
-    parser.add_argument("--image-std", default="0.229,0.224,0.225")
+    add_data_arguments(parser, (*METRICS, "spearman"))
     parser.add_argument("--targets", default="0.8,0.65,0.5,0.35,0.25", help="shares of the MACs that stay")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--effort", choices=("quick", "normal", "search"), default="normal")
