@@ -31,6 +31,7 @@ from snpc.types import Group
 from tests.closed_forms import calibration_of, random_feeds, relative_change
 from tests.command_line import CALIB, VIT, invoke, reported
 from tests.models.exports import EXPORTS, export
+from tests.models.streams import LAYER, LAYER_SPELLED
 from tests.oracle import (
     TOLERANCE,
     Array,
@@ -107,18 +108,7 @@ STREAM = (
         y = MatMul(m, out)
     }}"""
 )
-LAYER = "{y} = LayerNormalization <axis = -1> ({x}, {g}, {b})"
-SPELLED = """
-    {y}1 = ReduceMean <axes = [-1]> ({x})
-    {y}2 = Sub({x}, {y}1)
-    {y}3 = Pow({y}2, two)
-    {y}4 = ReduceMean <axes = [-1]> ({y}3)
-    {y}5 = Add({y}4, small)
-    {y}6 = Sqrt({y}5)
-    {y}7 = Div({y}2, {y}6)
-    {y}8 = Mul({y}7, {g})
-    {y} = Add({y}8, {b})"""
-MEANS_TWICE = SPELLED.replace(
+MEANS_TWICE = LAYER_SPELLED.replace(
     "{y}7 = Div({y}2", "{y}0 = ReduceMean <axes = [-1]> ({x}) {y}9 = Sub({x}, {y}0) {y}7 = Div({y}9"
 )
 ROOT = """
@@ -148,7 +138,7 @@ ONE_NODE = {
     "root mean square": (23, "{y} = RMSNormalization <axis = -1> ({x}, {g})"),
     "layer": (17, LAYER),
     "layer without a bias": (17, "{y} = LayerNormalization <axis = -1> ({x}, {g})"),
-    "spelled out": (17, SPELLED),
+    "spelled out": (17, LAYER_SPELLED),
     "mean taken twice": (17, MEANS_TWICE),
     "root mean square spelled out": (17, ROOT),
     "gain and bias folded": (17, FOLDED),
@@ -250,7 +240,7 @@ def test_what_fewer_channels_cannot_estimate_is_pinned(case: str, tmp_path: Path
 
 def test_a_mean_that_is_an_output_keeps_what_it_is_of(tmp_path: Path) -> None:
     model = parser.parse_model(
-        STREAM.format(opset=17, first=SPELLED.format(x="x", y="n", g="g1", b="b1"), second="m = Add(n, d)")
+        STREAM.format(opset=17, first=LAYER_SPELLED.format(x="x", y="n", g="g1", b="b1"), second="m = Add(n, d)")
     )
     model.graph.output.append(helper.make_tensor_value_info("n1", onnx.TensorProto.FLOAT, ["B", "N", 1]))
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights().items())
