@@ -52,7 +52,13 @@ from snpc.planning.plan_file import (
     token_reduction_in,
     without_removed_layers,
 )
-from snpc.planning.provenance import VOCABULARY_ENTRY, pruning_provenance, read_provenance, write_provenance
+from snpc.planning.provenance import (
+    VOCABULARY_ENTRY,
+    pruning_provenance,
+    read_provenance,
+    target_text,
+    write_provenance,
+)
 
 __all__ = [
     "DEFAULT_ROLES",
@@ -92,6 +98,7 @@ __all__ = [
     "read_provenance",
     "savings_by_width",
     "select_units",
+    "target_text",
     "token_reduction_in",
     "top_units",
     "without_removed_layers",

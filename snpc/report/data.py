@@ -11,6 +11,7 @@ import numpy as np
 
 from snpc.passes import analyze, macs_by_role
 from snpc.pipeline import PrunedModel, PruningPlan
+from snpc.planning import target_text
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.format import describe_method
 from snpc.report.quality_text import (
@@ -137,7 +138,7 @@ def collect_report_data(
 def describe_request(result: PrunedModel) -> str:
     """What was asked for and how it was done, in one line."""
     options = result.plan.options
-    goal = f"target {options['target']}" if "target" in options else f"ratio {options.get('ratio', 'by hand')}"
+    goal = target_text(options) or "by hand"
     reduction = result.plan.analysis.reduction
     if reduction is not None:
         goal = f"tokens {reduction.spec}" + (f"; {goal}" if options.get("roles") else "")
