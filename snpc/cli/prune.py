@@ -40,7 +40,7 @@ from snpc.folders import (
     check_part_options,
     open_output_folder,
 )
-from snpc.pipeline import ALL_TOKENS, PruningPlan, Stopwatch, groups_json, run_stages
+from snpc.pipeline import ALL_TOKENS, PruningPlan, Stopwatch, check_labels, groups_json, run_stages
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import announce
 from snpc.runtime.io import model_files
@@ -157,6 +157,7 @@ def prune_command(
             artifact, shapes = build.timed_artifact(execution, data, workload.batch), model.at.input_shapes()
         timed = workload.load(artifact, shapes)
         request, writes = planning.request(timed), not output.dry_run
+        check_labels(request.budget if request is not None else None, evaluation)
         announce(execution.progress, run_stages(analysis, data, request, planning.reduction.tokens, writes=writes))
         announce_cost(analysis, data, planning, request, execution, writes=writes)
         with stopwatch.stage("tokens"):

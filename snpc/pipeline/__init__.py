@@ -51,6 +51,7 @@ from snpc.pipeline.report_json import (
     write_json,
 )
 from snpc.pipeline.score import score
+from snpc.pipeline.search import check_labels
 from snpc.pipeline.stage_costs import (
     completion_stages,
     effort_costs,
@@ -95,6 +96,7 @@ __all__ = [
     "apply",
     "apply_token_request",
     "check_cached_decoding",
+    "check_labels",
     "complete_plan",
     "completion_stages",
     "dequantization_json",

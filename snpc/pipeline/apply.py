@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snpc.pipeline.candidate import PrunedModel, Stopwatch, publish_candidate, staging_folder_for, write_candidate
 from snpc.pipeline.planner import PruningPlan
-from snpc.pipeline.search import search_plans
+from snpc.pipeline.search import check_labels, search_plans
 from snpc.pipeline.verify import Reference
 from snpc.runtime.evaluation import EvaluationData, measure_task
 from snpc.temporary import TemporaryFolder
@@ -33,6 +33,7 @@ def apply(
     Raises UserError where ``path`` cannot be written or a latency cannot be reached; CheckFailed where the written
     model differs from the masked one, or where the smallest cut exceeds the limit. Then nothing is left at ``path``.
     """
+    check_labels(plan.budget, evaluation)
     stopwatch = stopwatch or Stopwatch(plan.execution.progress)
     if path is not None:
         return with_task_score(apply_to_file(plan, Path(path), stopwatch, reference, evaluation), plan, evaluation)
@@ -43,8 +44,8 @@ def apply(
 
 
 def with_task_score(result: PrunedModel, plan: PruningPlan, evaluation: EvaluationData | None) -> PrunedModel:
-    """The result with the score of its task, where there are labels."""
-    if evaluation is None or evaluation.labels is None:
+    """The result with the score of its task, where there are labels and a search has not measured it."""
+    if evaluation is None or evaluation.labels is None or result.task is not None:
         return result
     return replace(result, task=measure_task(plan.analysis.model.path, result.path, evaluation, plan.execution))
 

@@ -11,6 +11,7 @@ from snpc.passes import analyze
 from snpc.pipeline.apply import apply
 from snpc.pipeline.candidate import PrunedModel
 from snpc.pipeline.planner import PlanRequest, plan
+from snpc.pipeline.search import check_labels
 from snpc.pipeline.stage_costs import run_stages
 from snpc.pipeline.token_request import ALL_TOKENS, AUTO_TOKENS, apply_token_request
 from snpc.planning import Allocator, Budget, Effort, PruningMethod, ResourceTarget
@@ -99,6 +100,7 @@ def prune(
     budget: dict[str, Any] = {**options}
     tokens_only = not budget and tokens is not None and tokens.strip() not in (AUTO_TOKENS, ALL_TOKENS)
     limits = None if tokens_only or (restricted and not budget) else Budget(**budget)
+    check_labels(limits, evaluation)
     if of_quantized and companions:
         raise UserError("dequantize is for one model: call snpc.dequantize for each, and prune what it writes")
     loaded = dequantized(model, execution=execution) if of_quantized else load(model, companions=companions)

@@ -33,10 +33,10 @@ from snpc.planning import (
     predicted_surprise,
     select_units,
 )
-from snpc.runtime.evaluation import EvaluationData, OutputMetrics, Workload, task_score, time_pair
+from snpc.runtime.evaluation import EvaluationData, OutputMetrics, Workload, task_change, task_score, time_pair
 from snpc.runtime.execution import Advance, ignore_advance
 from snpc.temporary import temporary_folder
-from snpc.types import FloatArray
+from snpc.types import FloatArray, TaskChange
 
 SEARCH_ROUNDS = 6
 DRIFT_LOG_MARGIN = math.log(1.1)  # a drift is met when it is at most this below the limit, as a ratio
@@ -58,6 +58,7 @@ def search_plans(
     with staging_folder_for(plan, target) as folder:
         search = PlanSearch(plan, budget, scores, target, stopwatch, folder, reference=reference)
         if budget.max_drop is not None:
+            assert evaluation is not None  # check_labels
             return meet_drop(search, budget.max_drop, evaluation)
         if budget.max_ppl is not None:
             return meet_perplexity(search, budget.max_ppl)
@@ -180,20 +181,26 @@ def dense_perplexity(search: PlanSearch) -> float:
     return language.dense.perplexity
 
 
-def meet_drop(search: PlanSearch, limit: float, evaluation: EvaluationData | None) -> PrunedModel:
+def check_labels(budget: Budget | None, evaluation: EvaluationData | None) -> None:
+    """Raise UserError for a drop without the labels that it is measured on."""
+    if budget is not None and budget.max_drop is not None and (evaluation is None or evaluation.labels is None):
+        raise UserError("--max-drop is measured on labels: give --eval DATA --labels NAME")
+
+
+def meet_drop(search: PlanSearch, limit: float, evaluation: EvaluationData) -> PrunedModel:
     """The narrowest model that loses at most ``limit`` points of the score on labels. The original's is measured first;
     how far a drift goes in points shows at the first candidate."""
-    if evaluation is None or evaluation.labels is None:
-        raise UserError("--max-drop is measured on labels: give --eval DATA --labels NAME")
     original, execution = search.plan.analysis.model.path, search.plan.execution
-    dense, path = task_score(original, evaluation, execution).value, search_path(search)
+    dense, path = task_score(original, evaluation, execution), search_path(search)
     predicted = np.log(np.maximum(predicted_drift(path, search.scores)[1:] / GUESSED_DRIFT, NO_GROWTH))
+    within: list[TaskChange] = []  # the last is that of ``search.best``
 
     def measure(index: int) -> float:
         candidate = search.write(path, index + 1)
-        drop = 100 * (dense - task_score(candidate.path, evaluation, execution).value)
-        search.record(candidate, limit * math.exp(float(predicted[index])), drop, limit)
-        return math.log(max(drop / limit, NO_GROWTH))
+        found = task_change(dense, task_score(candidate.path, evaluation, execution), evaluation)
+        search.record(candidate, limit * math.exp(float(predicted[index])), found.drop, limit)
+        within.extend([found] if found.drop <= limit else [])
+        return math.log(max(found.drop / limit, NO_GROWTH))
 
     with execution.progress.stage("search", SEARCH_ROUNDS) as advance:
         bisect_on_prediction(predicted, 0.0, measure, DRIFT_LOG_MARGIN, advance)
@@ -203,8 +210,9 @@ def meet_drop(search: PlanSearch, limit: float, evaluation: EvaluationData | Non
             f"{search.target}: the smallest cut loses {least:.3g} points of {evaluation.metric.name}, more than "
             f"--max-drop {limit:g}; nothing was written"
         )
-    unit = f"points of {evaluation.metric.name} (the original's is {100 * dense:.4g} %)"
-    return search.publish(SearchResult("drop", unit, limit, search.measured, tuple(search.tried)))
+    unit = f"points of {evaluation.metric.name} (the original's is {100 * dense.value:.4g} %)"
+    published = search.publish(SearchResult("drop", unit, limit, search.measured, tuple(search.tried)))
+    return replace(published, task=within[-1])
 
 
 def meet_latency(search: PlanSearch) -> PrunedModel:

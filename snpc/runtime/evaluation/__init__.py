@@ -25,7 +25,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate, measure_task, task_score
+from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate, measure_task, task_change, task_score
 from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
 from snpc.runtime.evaluation.cached_decoding import (
     RunningDecoder,
@@ -113,6 +113,7 @@ __all__ = [
     "run_rounds",
     "sum_surprise",
     "take_until",
+    "task_change",
     "task_score",
     "time_pair",
     "with_metrics",

@@ -70,6 +70,11 @@ def measure_task(
 ) -> TaskChange:
     """The scores of two files on the labels. Raises UserError without labels."""
     before, after = (task_score(path, evaluation, execution) for path in (original, pruned))
+    return task_change(before, after, evaluation)
+
+
+def task_change(before: TaskScore, after: TaskScore, evaluation: EvaluationData) -> TaskChange:
+    """Of the scores of two files on the same labels."""
     return compare_scores(before, after, evaluation.metric, evaluation.data.samples, evaluation.data.source)
 
 
