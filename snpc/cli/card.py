@@ -57,7 +57,7 @@ def read_report(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise UserError("not JSON") from None
+        raise UserError("not JSON; `snpc prune --json` writes a report") from None
     if not isinstance(data, dict):
         raise UserError("not a report; `snpc prune --json` writes one")
     return data

@@ -75,8 +75,10 @@ def role_hint(analysis: Analysis) -> str:
     macs = macs_by_role(analysis).get("conv", 0) if count else 0
     if macs < HINTED_SHARE * max(analysis.cost.macs, 1):
         return ""
-    groups = "1 conv group holds" if count == 1 else f"{count} conv groups hold"
-    share = format_share(macs, analysis.cost.macs)
-    return (
-        f"{groups} {share} of the MACs and stays as it is by default: add --roles {','.join((*DEFAULT_ROLES, 'conv'))}"
+    share = f"{format_share(macs, analysis.cost.macs)} of the MACs"
+    held = (
+        f"1 conv group holds {share} and stays as it is"
+        if count == 1
+        else (f"{count} conv groups hold {share} and stay as they are")
     )
+    return f"{held} by default: add --roles {','.join((*DEFAULT_ROLES, 'conv'))}"

@@ -20,6 +20,7 @@ from snpc.passes import Analysis
 from snpc.runtime.calibration import load_script_function
 from snpc.runtime.evaluation.distances import METRIC_NAMES
 from snpc.runtime.evaluation.metrics import OutputMetrics
+from snpc.runtime.evaluation.task_metrics import TASK_METRICS
 from snpc.types import ChosenMetric, MetricFunction
 
 MetricRequest = str | MetricFunction | Mapping[str, str | MetricFunction] | Sequence[str]
@@ -102,7 +103,10 @@ def parse_metric(text: str) -> ChosenMetric:
         return ChosenMetric(name, int(axis) if axis else None)
     script, colon, function = text.rpartition(":")
     if not colon or not script.endswith(".py"):
-        raise UserError(f"--metric {text!r}: choose from {', '.join(METRIC_NAMES)}, or give FILE.py:FUNCTION")
+        raise UserError(
+            f"--metric {text!r}: choose from {', '.join(METRIC_NAMES)}, or give FILE.py:FUNCTION; on labels "
+            f"{', '.join(TASK_METRICS)}"
+        )
     return ChosenMetric(text, function=load_script_function(Path(script), function, RETURNS))
 
 
