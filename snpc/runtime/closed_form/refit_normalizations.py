@@ -33,7 +33,7 @@ from snpc.passes.weights import (
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
-from snpc.runtime.statistics import Instrument, find_padding, token_mask_runner
+from snpc.runtime.statistics import Instrument, PaddingMasks, find_padding, token_mask_runner
 from snpc.types import Feeds, FloatArray, Group
 
 CONSTANT_CHANNEL = 1e-6  # variance over mean square, below which a channel is constant and is only shifted
@@ -170,19 +170,32 @@ def measure_normalizations(
     for index, norm in enumerate(norms):
         add_normalization_sums(instrument, dense, norm, removed, index)
     names = [f"snpc_{product}_{index}" for index in range(len(norms)) for product in ("zz", "zy")]
+    totals = add_up_outputs(instrument, names, dense, padding, batches, execution)
+    return [
+        NormalizationSums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))
+        for zz, zy in zip(totals[::2], totals[1::2], strict=True)
+    ]
+
+
+def add_up_outputs(
+    instrument: Instrument,
+    names: Sequence[str],
+    source: TracedGraph,
+    padding: PaddingMasks,
+    batches: Iterable[Feeds],
+    execution: Execution,
+) -> list[FloatArray]:
+    """Each output of the instrumented ``source``, added up over the batches."""
     totals: list[FloatArray] = []
     with (
-        token_mask_runner(dense, padding, execution) as masks,
+        token_mask_runner(source, padding, execution) as masks,
         temporary_session(instrument.model, execution=execution) as run,
     ):
         for feeds in batches:
             outputs = run({**feeds, **masks(feeds)})
             arrays = [np.asarray(outputs[name], np.float64) for name in names]
             totals = [a + b for a, b in zip(totals, arrays, strict=True)] if totals else arrays
-    return [
-        NormalizationSums(zz[:-1, :-1], zy[:-1], zz[-1, :-1], zy[-1], float(zz[-1, -1]))
-        for zz, zy in zip(totals[::2], totals[1::2], strict=True)
-    ]
+    return totals
 
 
 def add_normalization_sums(

@@ -34,10 +34,10 @@ from snpc.passes.rotation import (
 from snpc.passes.weights import existing_bias
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form.dense_algebra import current_algebra
-from snpc.runtime.closed_form.refit_normalizations import channel_rows, leading_rows
+from snpc.runtime.closed_form.refit_normalizations import add_up_outputs, channel_rows, leading_rows
 from snpc.runtime.evaluation import rounding_tolerance
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
-from snpc.runtime.statistics import Instrument, find_padding, token_mask_runner
+from snpc.runtime.statistics import Instrument, find_padding
 from snpc.types import FloatArray, IntArray, StreamBasis
 
 RIDGE = 1e-6  # of the trace: sums over rows in float32 are no better
@@ -137,15 +137,8 @@ def measure_streams(
         rows = channel_rows(instrument, instrument.values[name], len(shape), norm.axis, len(norm.stays))
         add_row_moments(instrument, rows, name, f"snpc_moments_{index}")
     batches = execution.track("stream basis", calibration.batches(), len(calibration.batch_plan))
-    totals: list[FloatArray] = []
-    with (
-        token_mask_runner(traced, padding, execution) as masks,
-        temporary_session(instrument.model, execution=execution) as run,
-    ):
-        for feeds in batches:
-            outputs = run({**feeds, **masks(feeds)})
-            arrays = [np.asarray(outputs[f"snpc_moments_{index}"], np.float64) for index in range(len(norms))]
-            totals = [a + b for a, b in zip(totals, arrays, strict=True)] if totals else arrays
+    outputs = [f"snpc_moments_{index}" for index in range(len(norms))]
+    totals = add_up_outputs(instrument, outputs, traced, padding, batches, execution)
     parts = iter([total / total[-1, -1] for total in totals])
     return [[next(parts) for _ in stream.normalizations] for stream in streams]
 
