@@ -457,7 +457,7 @@ def dense_values_for(
     execution: Execution,
 ) -> DenseValues | None:
     """Where the values that the layer-wise fit reads are collected; None where there is no such fit."""
-    if method != "auto" or analysis.removal is not None:  # the dense model still has its layers
+    if method != "auto" or analysis.removal is not None or analysis.reduction is not None:
         return None
     limit = min(memory_budget(execution.memory_limit) // 2, DENSE_BYTES)
     return DenseValues(residual_error_values(analysis, groups), calibration, limit)

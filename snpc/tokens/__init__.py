@@ -10,6 +10,8 @@ Files
                    search.
   dynamic_lengths  Dynamic numbers of tokens: inputs of any length, and methods that decide by content how many tokens
                    stay.
+  full_length_values
+                   The dense model's values at the tokens that are left: what a fit brings the reduced model back to.
   inplace_oracle   The oracle of token reduction: the same reduction in the graph at full length.
   methods          Methods of token reduction.
   offer            Token schedules that need no data: offered where the tokens of a model can be merged.
@@ -23,6 +25,7 @@ Files
 from __future__ import annotations
 
 from snpc.tokens.cost import TokenCost, token_cost
+from snpc.tokens.full_length_values import full_length_values
 from snpc.tokens.inplace_oracle import full_length_oracle, oracle_feeds, replay_decisions, token_membership
 from snpc.tokens.methods import TOKEN_METHODS, Energy, TokenMethod, token_method
 from snpc.tokens.offer import TokenOffer, offer_tokens
@@ -61,6 +64,7 @@ __all__ = [
     "exit_blocks",
     "externalize_decisions",
     "full_length_oracle",
+    "full_length_values",
     "offer_tokens",
     "oracle_feeds",
     "parse_token_request",

@@ -14,6 +14,7 @@ from snpc.errors import UserError
 from snpc.graph import choose_dim_sizes, cost_of, infer_graph, run_pass
 from snpc.passes import Analysis, GraphAtSizes, SizedFacts, analyze_graph
 from snpc.passes.canonicalization import FOLD_SHAPE_ARITHMETIC
+from snpc.passes.grouping import TracedGraph
 from snpc.passes.token_analysis import TokenPoint
 from snpc.tokens.close import embed_decisions
 from snpc.tokens.dynamic_lengths import kept_count, kept_dim_sizes, resize_steps
@@ -35,12 +36,14 @@ SPEC_PART = re.compile(r"\s*(\w+):([0-9.]+)(?:@([\d,\-\s]+))?(?:/(\d+))?(?::(del
 class TokenReductionPlan:
     """The steps of a reduction (``Analysis.reduction``), and how to embed their decisions into a graph.
 
-    ``quoted_steps``: the steps at the length at which MACs are quoted; empty: the same.
+    ``quoted_steps``: the steps at the length at which MACs are quoted; empty: the same. ``source``: the graph with all
+    tokens, which weights are fitted to; None where none are.
     """
 
     steps: tuple[TokenStep, ...]
     dtypes: Mapping[str, ir.DataType] = field(repr=False)
     quoted_steps: tuple[TokenStep, ...] = ()
+    source: TracedGraph | None = field(default=None, repr=False, compare=False)
 
     @property
     def spec(self) -> str:
@@ -121,7 +124,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     dim_sizes, facts = choose_dim_sizes(graph)
     dtypes = {s.point.value: stream_dtype(facts, s.point) for s in steps}
     quoted_steps = resize_steps(steps, infer_graph(graph, dict(analysis.dim_sizes)))
-    reduction = TokenReductionPlan(tuple(steps), dtypes, tuple(quoted_steps))
+    reduction = TokenReductionPlan(tuple(steps), dtypes, tuple(quoted_steps), analysis.traced_graph)
     opened = externalize_decisions(graph, facts, dim_sizes, steps)
     closed = opened.clone()
     reduction.embed_decisions(closed)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, extract_segment
+from snpc.graph import ShapeFacts, extract_segment, make_node
 from snpc.ops import names as op
 from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph, trace_graph
@@ -64,6 +64,7 @@ from snpc.runtime.statistics import (
     probe_row_counters,
     token_mask_runner,
 )
+from snpc.tokens import TokenReductionPlan, full_length_values
 from snpc.types import AnyArray, FloatArray, IntArray, Probe
 
 RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units, where there are no halves
@@ -90,7 +91,7 @@ def fit_layerwise(
     errors = residual_errors(analysis, groups)
     store = weight_store(execution)
     base = fit_for_dense_stream(closed_forms, plan, errors, store)
-    if not errors or not (groups or analysis.removal):
+    if not errors or not (groups or analysis.removal or analysis.reduction):
         return base
     cut = rewrite_model(base, cuts_of(plan))
     stages = schedule_stages(cut.model, cut.source.facts, errors, fitted_sums(analysis, base, errors))
@@ -177,7 +178,7 @@ def first_values(
     if dense is not None and not (dense.calibration is calibration and set(names) <= set(dense.names)):
         dense = None
 
-    if dense is None and is_streamed(fit.analysis, execution):
+    if dense is None and fit.analysis.reduction is None and is_streamed(fit.analysis, execution):
         dense = DenseValues(names, calibration, memory_budget(execution.memory_limit) // 2)
         measure_dense_values(fit.analysis, dense, execution)
 
@@ -221,6 +222,8 @@ def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
     """The dense model, with all its layers, which keeps what its values of these names are there: in front of a layer
     that is gone, the sum behind it."""
     removal = analysis.removal
+    if analysis.reduction is not None and removal is None:
+        return dense_program_at_tokens(analysis, names)
     if removal is None:
         instrument = Instrument(analysis.traced_graph.model)
         instrument.add_values(names, analysis.traced_graph.facts.types_by_name)
@@ -233,6 +236,25 @@ def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
             value = instrument.node(op.SUB, [value, instrument.constant(found.added.astype(dtype.numpy()))])
         instrument.add_output(instrument.node(op.IDENTITY, [value]), dense_name(name), dtype)
     return BatchProgram(instrument.model, kept={dense_name(name): dense_name(name) for name in names})
+
+
+def dense_program_at_tokens(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
+    """The dense model with all its tokens, which keeps what its values of these names are at the tokens that are left:
+    the fit compensates for what fewer tokens changed, too."""
+    reduction = analysis.reduction
+    assert isinstance(reduction, TokenReductionPlan) and reduction.source is not None
+    source = reduction.source
+    full, shown = full_length_values(source.model, source.facts, reduction.steps, names)
+    types = source.facts.types_by_name
+    full.graph.outputs.clear()
+    for name, value in shown.items():
+        kept = make_node(op.IDENTITY, [value], {}, name=f"snpc_{dense_name(name)}")
+        full.graph.append(kept)
+        output = kept.outputs[0]
+        output.name, output.type = dense_name(name), ir.TensorType(types[name])
+        full.graph.outputs.append(output)
+    full.graph.sort()
+    return BatchProgram(full, kept={dense_name(name): dense_name(name) for name in names})
 
 
 @dataclass(frozen=True)
