@@ -221,8 +221,10 @@ def plan(
     analysis = with_metrics(analysis, options.get("metric"))
     if budget is None:
         calibration = with_token_decisions(analysis, calibration, execution)
-        unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "select")
-        return PruningPlan(unchanged, calibration=calibration, execution=execution)
+        refits = analysis.reduction is not None and default_method(calibration, criterion is None) == "auto"
+        unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "auto" if refits else "select")
+        closed_forms = ClosedForms.empty(analysis) if refits else None
+        return PruningPlan(unchanged, closed_forms, calibration=calibration, execution=execution)
     request = PlanRequest(budget, method, criterion, options.get("workload"), effort=options.get("effort", "normal"))
     return make_plan(analysis, request, calibration, statistics, execution)
 

@@ -37,7 +37,7 @@ def with_refitted_weights(plan: PruningPlan) -> tuple[SlicePlan, TracedGraph]:
     exact = without_groups(slices, approximate)
     source = plan.analysis.traced_graph
     with using_algebra(plan.execution.algebra):
-        if exact.keep or plan.analysis.removal is not None:
+        if exact.keep or plan.analysis.removal is not None or plan.analysis.reduction is not None:
             source = refit_weights(plan, plan.closed_forms, exact)
         if not approximate:
             return slices, source
