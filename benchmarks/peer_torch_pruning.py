@@ -52,7 +52,7 @@ def attend(self: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 def load_vit(path: Path, architecture: str) -> VisionTransformer:
-    """timm's model with the weights of the file. Matrices of MatMul nodes have no such name: they come in their order."""
+    """timm's model with the weights of the file. Matrices of MatMul nodes have no such name: they come in order."""
     graph = onnx.load(path).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     module = timm.create_model(architecture, pretrained=False)
