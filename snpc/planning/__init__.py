@@ -53,6 +53,7 @@ from snpc.planning.plan_file import (
     without_removed_layers,
 )
 from snpc.planning.provenance import (
+    PREVIOUS,
     VOCABULARY_ENTRY,
     pruning_provenance,
     read_provenance,
@@ -63,6 +64,7 @@ from snpc.planning.provenance import (
 __all__ = [
     "DEFAULT_ROLES",
     "GUESSED_DRIFT",
+    "PREVIOUS",
     "SAFE_DRIFT",
     "VOCABULARY_ENTRY",
     "AllocationPath",
