@@ -25,7 +25,7 @@ from snpc.runtime.execution import ARTIFACT_SUFFIXES, DEFAULT_EXECUTION, ENGINE_
 from snpc.runtime.io import file_bytes, load
 from snpc.types import Cost, Group, IntArray, Model, Quality, Site, TaskChange
 
-MAX_FILES = 6  # beside the original: so many colors can be told apart
+MAX_COMPARED = 6  # beside the original: so many colors can be told apart
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def compare_files(
     paths = [Path(path) for path in files]
     if not paths:
         raise UserError("nothing to compare: name at least one file beside the original")
-    if len(paths) > MAX_FILES:
-        raise UserError(f"{len(paths)} files: a page shows at most {MAX_FILES} beside the original")
+    if len(paths) > MAX_COMPARED:
+        raise UserError(f"{len(paths)} files: a page shows at most {MAX_COMPARED} beside the original")
     for path in paths:
         if path.suffix in ENGINE_SUFFIXES:
             raise UserError(f"{path}: engines are not run by this version: leave it out")

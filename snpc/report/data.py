@@ -67,11 +67,12 @@ class GroupWidth:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """So many tokens are ``left`` behind ``block``, of the original's ``tokens``."""
+    """So many tokens are ``left`` behind ``block``, of the original's ``tokens``; on average where their number depends
+    on the input."""
 
     block: int
-    tokens: int
-    left: int
+    tokens: float
+    left: float
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def quality_card(file: FileReport) -> Card:
         lost = f"{abs(found.drop):.2g} points {'lost' if found.drop > 0 else 'gained'}"
         return Card(found.metric, f"{100 * found.after:.4g} %", f"from {100 * found.before:.4g} %, {lost}")
     for perplexity in (d.perplexity for d in file.differences if d.perplexity is not None):
-        note = f"from {perplexity.before:.4g}, x {perplexity.factor:.3g}"
+        note = f"from {perplexity.before:.4g}, now x {perplexity.factor:.3g}"
         return Card("perplexity", f"{perplexity.after:.4g}", note, perplexity_text(perplexity))
     if not file.differences:
         return Card("quality", "not known", "outputs were not compared")
@@ -280,7 +280,7 @@ def width_figures(report: ReportData) -> list[Figure]:
     ]
     if report.tokens:
         last = report.tokens[-1]
-        caption = f": {last.left} of {last.tokens} are left behind block {last.block}"
+        caption = f": {last.left:g} of {last.tokens:g} are left behind block {last.block}"
         figures.append(Figure("tokens", caption, tokens_chart(report.tokens)))
     return figures
 

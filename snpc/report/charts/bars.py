@@ -35,8 +35,8 @@ def tokens_chart(steps: Sequence[TokenCount]) -> Chart:
             str(step.block),
             step.tokens,
             (step.left,),
-            f"{step.left} of {step.tokens}",
-            f"{step.left} of {step.tokens} tokens are left behind block {step.block}",
+            f"{step.left:g} of {step.tokens:g}",
+            f"{step.left:g} of {step.tokens:g} tokens are left behind block {step.block}",
         )
         for step in steps
     ]
@@ -47,7 +47,7 @@ Row = tuple[float, tuple[Bar | Label, ...]]
 """(height, shapes with y from 0)"""
 
 
-def track_row(label: str, whole: int, kept: Sequence[int | None], text: str, tooltip: str) -> Row:
+def track_row(label: str, whole: float, kept: Sequence[float | None], text: str, tooltip: str) -> Row:
     length = CHART_WIDTH - ROW_LABEL - ROW_TEXT
     each = THICK if len(kept) == 1 else THIN
     height = each * len(kept)
