@@ -129,7 +129,17 @@ class Analysis:
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
         """The layers beside the residual stream, in the order of the graph, and why some cannot go."""
-        return self.sublayer_graph.sublayers
+        return tuple(replace(s, reason=s.reason or self.deciding(s)) for s in self.sublayer_graph.sublayers)
+
+    def deciding(self, sublayer: Sublayer) -> str:
+        """Why fewer tokens need the layer; "" where they do not."""
+        if self.reduction is None:
+            return ""
+        inside, read = self.sublayer_graph.names_in(sublayer.name)
+        if self.reduction.decided_by & inside:
+            return "what it adds decides which tokens go"
+        merges = not sublayer.params or not read.isdisjoint(self.reduction.decisions)
+        return "tokens get fewer inside it" if merges else ""
 
     def saved_before(self, kind: str) -> int:
         """What is saved of "macs", "params" or "bytes" at any widths: MACs of dead rows and removed tokens, and what
@@ -138,6 +148,14 @@ class Analysis:
             return self.dead_macs if kind == "macs" else 0
         before, after = (cost_of(traced.model, traced.facts) for traced in (self.removal.source, self.traced_graph))
         return int(getattr(before, kind) - getattr(after, kind))
+
+    @property
+    def deciding_macs(self) -> int:
+        """MACs of deciding which tokens go; ``traced_graph`` does not contain them."""
+        if self.reduction is None:
+            return 0
+        graph = self.traced_graph.model
+        return self.cost.macs - self.dead_macs - cost_of(graph, infer_graph(graph, dict(self.dim_sizes))).macs
 
     def share_left(self, kind: str) -> float:
         """What is left of the model's "macs", "params" or "bytes" at full widths."""
@@ -296,15 +314,23 @@ def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO
         width = (widths.get(known[name].branch) or (0,))[-1]
         if name in means and means[name].shape != (width,):
             raise UserError(f"{analysis.model.path.name}: {means[name].size} numbers stand for {name}, not {width}")
-    if analysis.reduction is not None or analysis.removal is not None:
-        raise UserError("whole layers are removed from a model as it was loaded: once, and not with fewer tokens")
+    if analysis.removal is not None:
+        raise UserError("whole layers are removed once, from a model that has all of them")
     gone = tuple(sublayer for sublayer in analysis.sublayers if sublayer.name in wanted)
     if not gone:
         return analysis
     source = analysis.traced_graph
     graph, continued = without_sublayers(source, gone, means)
     sized = at_sizes_of(analysis, graph)
-    without = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
+    without = analyze_graph(
+        analysis.model,
+        sized,
+        analysis.cost,
+        tokens=analysis.tokens,
+        reduction=analysis.reduction,
+        extra_macs=analysis.deciding_macs,
+        kv_cache=source.kv_cache,
+    )
     used = {name: mean for name, mean in means.items() if name in wanted}
     return replace(without, removal=SublayerRemoval(gone, used, source, continued), metrics=analysis.metrics)
 
@@ -333,7 +359,8 @@ def cost_without(analysis: Analysis, names: Collection[str]) -> Cost:
     graph, _ = without_sublayers(analysis.traced_graph, gone)
     sized = at_sizes_of(analysis, graph)
     narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, None, facts=sized.traced.facts)
-    return cost_of(narrowed.model, infer_graph(narrowed.model, analysis.dim_sizes))
+    cost = cost_of(narrowed.model, infer_graph(narrowed.model, analysis.dim_sizes))
+    return replace(cost, macs=cost.macs + analysis.deciding_macs)
 
 
 def at_sizes_of(analysis: Analysis, graph: ir.Model) -> GraphAtSizes:
