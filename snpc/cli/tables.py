@@ -232,7 +232,10 @@ def print_token_points(analysis: Analysis) -> None:
     """After which blocks tokens can be dropped or merged, and why not after the others."""
     for count, leading, points in token_spans(analysis):
         first, last = points[0], points[-1]
+        later = first.staying - leading
         kept = f"the first {leading} are always kept" if leading else "none is always kept"
+        if later:
+            kept = f"{f'the first {leading} and ' if leading else ''}{later} learned ones behind are always kept"
         where = f"after blocks {first.block} to {last.block} of {analysis.tokens.blocks}"
         number = count if first.fixed_length else "as many as the input has"
         if first.exits:
@@ -255,9 +258,9 @@ def methods_at(point: TokenPoint) -> str:
     return "topk, fuse, merge, guided, energy, adaptive"
 
 
-def run_key(point: TokenPoint) -> tuple[int, int, str, int]:
+def run_key(point: TokenPoint) -> tuple[int, int, int, str, int]:
     """What points of one run have in common."""
-    return point.count, point.leading, methods_at(point), point.exits[-1].block if point.exits else 0
+    return point.count, point.leading, point.staying, methods_at(point), point.exits[-1].block if point.exits else 0
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:

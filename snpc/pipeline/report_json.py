@@ -294,6 +294,7 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
                 "tensor": p.value,
                 "tokens": p.count if p.fixed_length else None,
                 "leading": p.leading,
+                "protected": [list(positions) for positions in p.protected],
                 "scores": p.scores is not None,
                 "exits": [e.block for e in p.exits],
             }

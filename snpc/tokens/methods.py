@@ -35,6 +35,7 @@ from snpc.ops import (
     SUB,
     TOPK,
 )
+from snpc.passes.token_analysis import TokenRange
 from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
 
@@ -47,6 +48,8 @@ class StepSettings:
 
     ``share``: the number is not fixed but computed in the graph, from this share of the tokens or of their scores that
     is kept; ``count`` and ``removed`` are then those of one input. ``depth``: share of the model's attentions in front.
+    ``protected``: ranges of tokens that stay too, and lie behind the leading ones in the stream; the step first moves
+    them to the end of the leading ones, and counts them as such.
     """
 
     count: int
@@ -54,6 +57,7 @@ class StepSettings:
     removed: int
     share: float | None = None
     depth: float = 0.0
+    protected: tuple[TokenRange, ...] = ()
 
     @property
     def others(self) -> int:

@@ -309,11 +309,11 @@ def settings_for(
     """Settings for every point, also where no token is removed. ``shares``: block -> average share that stays, where
     decided by content. ``count``: tokens before the first point, for inputs of any length; 0: that of the points."""
     whole = count = count or points[0].count
-    settings, back = [], 0
+    settings, back, moved = [], 0, False
     for point in points:
         if 0 < back < point.block:
-            count, back = whole, 0
-        others, removed = count - point.leading, 0
+            count, back, moved = whole, 0, False
+        others, removed = count - point.staying, 0
         if point.block in request:
             method, amount = request[point.block]
             going, share = (
@@ -325,10 +325,12 @@ def settings_for(
             if share is not None:
                 going = others - kept_count(method, others, shares[point.block] if method.input_adaptive else share)
             removed = max(0, min(going, method.max_removed(others)))
-            settings.append(StepSettings(count, point.leading, removed, share, point.depth))
+            protected = point.protected if not moved and (removed or share is not None) else ()
+            settings.append(StepSettings(count, point.staying, removed, share, point.depth, protected))
+            moved = moved or bool(protected)
             back = amount.unmerge.block if amount.unmerge is not None else 0
         else:
-            settings.append(StepSettings(count, point.leading, 0))
+            settings.append(StepSettings(count, point.staying, 0))
         count -= removed
     return settings
 

@@ -18,11 +18,10 @@ import onnx_ir as ir
 from snpc.graph import ancestor_nodes
 from snpc.passes.token_analysis.attention_scores import attention_scores_of
 from snpc.passes.token_analysis.points import (
-    MAX_LEADING_SHARE,
     PointSearch,
     TokenExit,
     TokenPoint,
-    count_constant_tokens,
+    find_staying_tokens,
     input_batch_size,
     is_residual_sum,
 )
@@ -166,10 +165,10 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
     graph = search.graph
     value, flow = segment.start, exits[-1].flow
     count = (graph.facts.shape[value] or (0, 0))[TOKEN_AXIS]
-    constant = count_constant_tokens(graph.facts, graph.data_dependent, graph.model, count)
-    leading = max([constant, *(k + 1 for k in flow.read_positions)])
-    if leading > max(1, MAX_LEADING_SHARE * count):
-        return TokenPin(value.producer(), str(value.name), f"token {leading - 1} is read at a fixed position")
+    try:
+        leading, protected = find_staying_tokens(search, value, flow.read_positions)
+    except TokenPin as pin:
+        return pin
     producer = value.producer()
     assert producer is not None
     scores = attention_scores_of(graph, segment.block.site, producer, value)
@@ -187,4 +186,5 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
         flow,
         exits,
         segment.block.number / search.blocks,
+        protected,
     )
