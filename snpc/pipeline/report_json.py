@@ -100,8 +100,8 @@ def describe_stream(stream: StreamBasis, kept: int) -> str:
     losses = {"by channels": stream.channels[kept], "rotated": stream.rotation[kept]}
     used, other = ("rotated", "by channels") if stream.rotated else ("by channels", "rotated")
     return (
-        f"{stream.group}: cut {used}: {losses[used]:.1%} of what is read behind its normalizations is lost, "
-        f"{losses[other]:.1%} {other}"
+        f"{stream.group}: cut {used}: {losses[used]:.2%} of what is read behind its normalizations is lost, "
+        f"{losses[other]:.2%} {other}"
     )
 
 

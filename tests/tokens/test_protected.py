@@ -14,6 +14,7 @@ from snpc.pipeline.token_decisions import check_token_reduction, file_decisions,
 from snpc.runtime.io.save import save
 from snpc.tokens.inplace_oracle import token_membership
 from snpc.tokens.reduction import TokenReductionPlan, reduce_tokens
+from tests.command_line import invoke
 from tests.models.encoders import Encoder
 
 DENSE = Encoder(exit="all", depth=3, patches=10, learned=(1, 2, 3))
@@ -52,3 +53,9 @@ def test_learned_tokens_stay(encoder: Encoder, spec: str, tmp_path: Path) -> Non
         assert (of_learned.sum((1, 2)) == len(stay)).all() and (members[:, :, stay].sum(1) == 1).all()
         assert members.shape[1] < encoder.tokens
     assert reduce_tokens(found, plan.spec, {s.point.block: s.offline for s in plan.steps}).reduction == plan
+
+
+def test_inspect_says_which_tokens_stay(tmp_path: Path) -> None:
+    onnx.save(DENSE.model(), tmp_path / "encoder.onnx")
+    text = invoke("inspect", str(tmp_path / "encoder.onnx")).output
+    assert "the first always stays; 5 learned ones behind stay too" in text
