@@ -254,14 +254,18 @@ def print_token_points(analysis: Analysis) -> None:
 
 def methods_at(point: TokenPoint) -> str:
     """The token methods that can be used there."""
-    if point.exits:
-        return "merge, energy" if point.scores is None else "merge, guided, energy"
-    if point.scores is None:
-        dropping = "none, as there are no attention weights to choose by"
-        return "merge, energy" if point.fixed_length and not point.side_input else dropping
-    if not point.fixed_length or point.side_input:
-        return "topk, adaptive"
-    return "topk, fuse, merge, guided, energy, adaptive"
+    if point.side_input:
+        return "topk, adaptive" if point.scores is not None else "none, as there are no attention weights to choose by"
+    dropping = point.scores is not None and not point.exits
+    possible = {
+        "topk": dropping,
+        "fuse": dropping and point.fixed_length,
+        "merge": True,
+        "guided": point.scores is not None,
+        "energy": point.fixed_length,
+        "adaptive": dropping,
+    }
+    return ", ".join(name for name, can_be_used in possible.items() if can_be_used)
 
 
 def run_key(point: TokenPoint) -> tuple[int, int, int, str, int]:

@@ -5,6 +5,7 @@
 ``TokenPoint``s (``passes.tokens``) say where it is possible, methods (``tokens.methods``) how.
 
 Files
+  any_length       Merging where the graph computes the number of tokens, for inputs of any length.
   close            Embedded decisions: nodes that score the tokens by attention and decide which are removed.
   cost             MACs as a function of the token counts, without building the graph: the cost model of the schedule
                    search.

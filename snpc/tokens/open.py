@@ -136,7 +136,7 @@ def unmerge_tokens(merged: MergedStream, values: ir.Value) -> ir.Value:
     """[B, N', D] -> [B, N, D]: all tokens that the step of ``merged`` had, from what became of the merged ones."""
     step, writer = merged.step, merged.writer
     assert step.unmerge is not None and isinstance(step.method, Merge)
-    places = step.method.assignment(writer, step.settings, merged.decided)
+    places = step.method.assignment(writer, step.settings, merged.before, merged.decided)
     if step.unmerge.form == "copy":
         return move_back(writer, step.settings, writer.gather_rows(values, places))
     added = writer.gather_rows(writer.op(SUB, values, merged.after), places)

@@ -148,6 +148,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     return replace(reduced, metrics=analysis.metrics)
 
 
+MIN_MERGED_SHARE = 0.5  # what stays behind one block where pairs are merged
 MAX_DIGITS = 9  # of a block or of a number of tokens
 
 # -- specifications --------------------------------------------------------------------------------------------------
@@ -280,9 +281,13 @@ def check_amount(analysis: Analysis, block: int, method: TokenMethod, amount: To
         raise UserError(
             f"--tokens: {method.name} takes a share of the scores that the kept tokens have: {method.name}:0.9"
         )
-    if point.fixed_length or (method.computes_count and amount.share is not None):
+    if point.fixed_length:
         return
-    raise UserError("--tokens: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
+    if not method.computes_count or amount.share is None:
+        fitting = "merge and a share that stays (merge:0.9)" if point.exits else "topk and a share (topk:0.7@3,6)"
+        raise UserError(f"--tokens: inputs have different numbers of tokens: give {fitting}")
+    if isinstance(method, Merge) and amount.share < MIN_MERGED_SHARE:
+        raise UserError(f"--tokens: {method.name} merges at most half of the tokens: give a share of 0.5 or more")
 
 
 def check_method(analysis: Analysis, block: int, method: TokenMethod) -> None:

@@ -36,6 +36,7 @@ class Encoder:
     apart: Literal["", "sliced", "gathered"] = ""  # a product per head, of slices or gathered heads
     linear: bool = False  # no softmax in the last block: keys and values are summed over tokens first
     learned: tuple[int, int, int] = (0, 0, 0)  # learned tokens: in front, amid the patches (without positions), behind
+    longest: int = 0  # inputs of any number of patches: the first rows of a table of so many positions are added
     seed: int = 0
 
     @property
@@ -53,7 +54,7 @@ class Encoder:
         def draw(*shape: int, scale: float = 1.0) -> Array:
             return np.asarray(rng.standard_normal(shape) * scale / np.sqrt(shape[0]), self.kind)
 
-        weights = {"class": draw(1, 1, d), "positions": draw(1, self.tokens - self.learned[1], d), "head": draw(d, 5)}
+        weights = {"class": draw(1, 1, d), "positions": draw(1, self.longest or self.tokens - self.learned[1], d), "head": draw(d, 5)}
         for k in range(self.depth):
             weights |= {f"{name}{k}": draw(d, d, scale=1.5) for name in ("q", "k", "v", "o")}
             weights |= {f"up{k}": draw(d, 2 * d), f"down{k}": draw(2 * d, d)}
@@ -166,7 +167,11 @@ class Writing:
         if any(e.learned):
             front, _, behind = (self.for_batch(f"learned{k}") if count else "" for k, count in enumerate(e.learned))
             x = self.op("Concat", *filter(None, (front, x, behind)), axis=1)
-        x = self.op("Add", x, "positions")
+        positions = "positions"
+        if e.longest:
+            length = self.op("Gather", self.op("Shape", x), self.ints(1), axis=0)
+            positions = self.op("Slice", positions, self.ints(0), length, self.ints(1))
+        x = self.op("Add", x, positions)
         if e.learned[1]:
             at = e.learned[0] + e.patches // 2
             parts = (
@@ -226,7 +231,7 @@ class Writing:
             self.nodes,
             "encoder",
             [
-                helper.make_tensor_value_info("x", kind, ["n", e.patches, e.width]),
+                helper.make_tensor_value_info("x", kind, ["n", "length" if e.longest else e.patches, e.width]),
                 *([helper.make_tensor_value_info("mask", kind, ["n", e.tokens])] if e.masked else []),
             ],
             [helper.make_tensor_value_info("y", kind, ["n", *(("tokens",) if e.exit == "all" else ()), 5])],

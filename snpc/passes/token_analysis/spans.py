@@ -29,7 +29,6 @@ from snpc.passes.token_analysis.propagate import BYPASS, follow_tokens
 from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenFlow, TokenPin
 
 TEXT = "the tokens are those of a text, and the outputs need all"
-DIFFERENT_LENGTHS = "inputs have different numbers of tokens, and the outputs need all"
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,6 @@ def segment_of(search: PointSearch, block: AttentionBlock) -> BlockSegment | Tok
     start, first_pin = sums[0], None
     if reads_ids(search, start):
         return TokenPin(start.producer(), str(start.name), TEXT)
-    if not search.fixed(start):
-        return TokenPin(start.producer(), str(start.name), DIFFERENT_LENGTHS)
     for end in reversed(sums[1:]):
         if facts.shape[end] != facts.shape[start]:
             continue
@@ -179,7 +176,7 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
         leading,
         len(flow.read_positions),
         bool(flow.means),
-        True,
+        search.fixed(value),
         "",
         scores,
         value,
