@@ -54,7 +54,8 @@ class Encoder:
         def draw(*shape: int, scale: float = 1.0) -> Array:
             return np.asarray(rng.standard_normal(shape) * scale / np.sqrt(shape[0]), self.kind)
 
-        weights = {"class": draw(1, 1, d), "positions": draw(1, self.longest or self.tokens - self.learned[1], d), "head": draw(d, 5)}
+        stored = self.longest or self.tokens - self.learned[1]
+        weights = {"class": draw(1, 1, d), "positions": draw(1, stored, d), "head": draw(d, 5)}
         for k in range(self.depth):
             weights |= {f"{name}{k}": draw(d, d, scale=1.5) for name in ("q", "k", "v", "o")}
             weights |= {f"up{k}": draw(d, 2 * d), f"down{k}": draw(2 * d, d)}
