@@ -60,6 +60,7 @@ CAST_LAYER = """
     {y} = Cast <to = 10> ({y}0)"""
 PLAIN, SCALED = "x = Identity(e)", "x = Mul(e, scale)"
 ADDED, WEIGHED = "d = Identity(d1)", "d = Mul(d1, gamma)"
+TWICE = "c = Concat <axis = -1> (m, m) y = MatMul(c, out_twice)"
 OWN, TIED = "y = MatMul(m, out)", "w = Transpose <perm = [1, 0]> (table) y = MatMul(m, w)"
 
 # (behind the embedding, normalization, behind the hidden layer, last layer)
@@ -69,6 +70,7 @@ STREAM_FORMS = {
     "root mean square": (PLAIN, ROOT_MEAN_SQUARE, ADDED, OWN),
     "scaled embeddings": (SCALED, ROOT_MEAN_SQUARE, ADDED, OWN),
     "scale per channel": (PLAIN, LAYER, WEIGHED, OWN),
+    "read twice by one weight": (PLAIN, LAYER, ADDED, TWICE),
     "tied to the embeddings": (PLAIN, ROOT_MEAN_SQUARE, ADDED, TIED),
     "layer norm, tied to the embeddings": (PLAIN, LAYER, ADDED, TIED),
 }
@@ -141,5 +143,6 @@ def stream_weights() -> dict[str, npt.NDArray[np.float32]]:
         "gamma": rng.uniform(0.5, 1.5, WIDTH),
         **{name: rng.uniform(0.5, 1.5, WIDTH) for name in ("g1", "g2")},
         **{name: rng.normal(size=WIDTH) for name in ("b1", "b2")},
+        "out_twice": rng.normal(size=(2 * WIDTH, CLASSES)),
     }
     return {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -226,7 +226,7 @@ def read_moments(
         weight = gain[:, None] * reader_weight(source, reader)
         weights += weight @ weight.T
         node = next(node for node in source.model.graph if node.name == reader.node)
-        with_bias = with_bias or existing_bias(node, weight.shape[1]) is not None
+        with_bias = with_bias or existing_bias(node, weight.shape[1] // reader.copies) is not None
     mean = moments[-1:, :-1] if with_bias else np.zeros((1, size))
     return ReadMoments(moments[:-1, :-1] - mean.T @ mean, start.T @ weights @ start)
 
