@@ -83,6 +83,14 @@ HALF_FORMS = {
         PLAIN, CAST_LAYER, "d2 = Cast <to = 1> (d1) d = Identity(d2)", OWN, "table g1 g2 b1 b2"
     ),
 }  # fmt: skip
+# begin behind what works on single channels
+ENTERED_FORMS = {
+    "an activation behind the embeddings": ("x = Relu(e)", LAYER, ADDED, OWN),
+    "normalized embeddings": (LAYER.format(x="e", y="x", g="g0", b="b0"), LAYER, ADDED, OWN),
+    "normalized embeddings that a weight reads": (
+        LAYER.format(x="e", y="x", g="g0", b="b0"), LAYER, "d2 = MatMul(x, square) d = Add(d1, d2)", OWN
+    ),
+}  # fmt: skip
 KEPT_FORMS = {
     "an activation on the stream": ("x = Relu(e)", LAYER, ADDED, OWN, "Relu"),
     "a gate on the stream": (PLAIN, LAYER, "d2 = Mul(d1, x) d = Identity(d2)", OWN, "Mul"),
@@ -110,7 +118,7 @@ def write_half_stream(form: str) -> onnx.ModelProto:
 
 def write_stream(form: str) -> onnx.ModelProto:
     """A model of one of these forms, in float32. Each direction of its stream has half of the last one's size."""
-    embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS, **HALF_FORMS}[form]
+    embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS, **HALF_FORMS, **ENTERED_FORMS}[form]
     model = parser.parse_model(
         HEAD
         + STREAM.format(
@@ -144,5 +152,8 @@ def stream_weights() -> dict[str, npt.NDArray[np.float32]]:
         **{name: rng.uniform(0.5, 1.5, WIDTH) for name in ("g1", "g2")},
         **{name: rng.normal(size=WIDTH) for name in ("b1", "b2")},
         "out_twice": rng.normal(size=(2 * WIDTH, CLASSES)),
+        "square": written(WIDTH),
+        "g0": rng.uniform(0.5, 1.5, WIDTH),
+        "b0": 0.1 * rng.normal(size=WIDTH),
     }
     return {name: array.astype(np.float32) for name, array in arrays.items()}

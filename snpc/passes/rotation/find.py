@@ -25,7 +25,12 @@ RAW = -1  # the state of a value of the stream that no normalization has changed
 
 
 class StreamKeepsChannels(Exception):
-    """A residual stream cannot be turned; the message says why."""
+    """A residual stream cannot be turned; the message says why. ``entry``: a value, with channels on its last axis,
+    behind which it could begin (``rotation.enter``)."""
+
+    def __init__(self, reason: str, entry: str | None = None) -> None:
+        super().__init__(reason)
+        self.entry = entry
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,19 @@ class StreamWalk:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def refuse(self, node: ir.Node) -> StreamKeepsChannels:
-        return StreamKeepsChannels(f"{node.op_type} {node.name} works on single channels of it")
+        reason = f"{node.op_type} {node.name} works on single channels of it"
+        return StreamKeepsChannels(reason, self.entry_behind(node.outputs[0]))
+
+    def entry_behind(self, value: ir.Value) -> str | None:
+        """The first value that movement makes of this one and that has the channels on its last axis."""
+        while self.is_labeled(value) and not value.is_graph_output():
+            if self.channel_axes(value) == (len(self.traced_graph.trace.values[value].shape) - 1,):
+                return str(value.name)
+            users = list(value.consumers())
+            if len(users) != 1 or lookup(users[0].domain, users[0].op_type).kind != "movement":
+                return None
+            value = users[0].outputs[0]
+        return None
 
     def visit_normalization(self, node: ir.Node, number: int) -> None:
         norm, spec = self.normalizations[number], lookup(node.domain, node.op_type)
@@ -238,7 +255,8 @@ class StreamWalk:
                 if str(value.name) not in (norm.gain, norm.bias) or not own:
                     raise self.refuse(node)
             elif value in self.states and self.states[value] != RAW:
-                raise StreamKeepsChannels(f"{node.name} normalizes what was normalized before")
+                entry = self.entry_behind(self.normalizations[self.states[value]].output)
+                raise StreamKeepsChannels(f"{node.name} normalizes what was normalized before", entry)
             elif self.copies(value) > 1:
                 raise self.refuse(node)
             elif value in self.states:
@@ -280,18 +298,16 @@ class StreamWalk:
         return spec.kind == "movement" or node.op_type in (op.REDUCE_MEAN, op.REDUCE_SUM)
 
     def visit_linear(self, node: ir.Node) -> None:
-        states = set()
-        for value in node.inputs:
-            if value is not None and self.is_labeled(value):
-                states.add(self.state_of(value, node))
-        states.discard(None)
+        found = (self.state_of(value, node) for value in node.inputs if value is not None and self.is_labeled(value))
+        states = {state for state in found if state is not None}
         if not states:
             return  # movement of a constant
         adds = lookup(node.domain, node.op_type).effect == "add"
         if len(states) > 1 or (states != {RAW} and len(node.inputs) > 1 and adds):
-            raise StreamKeepsChannels(f"{node.op_type} {node.name} adds what was normalized to the stream")
+            reason = f"{node.op_type} {node.name} adds what was normalized to the stream"
+            normalized = next(state for state in sorted(states) if state != RAW)
+            raise StreamKeepsChannels(reason, self.entry_behind(self.normalizations[normalized].output))
         (state,) = states
-        assert state is not None
         keeps_bias = (node.domain, node.op_type) not in FILLING and node.op_type != op.REDUCE_SUM
         if state != RAW and self.normalizations[state].bias is not None and not keeps_bias:
             raise self.refuse(node)
