@@ -381,6 +381,8 @@ def print_result(result: PrunedModel) -> None:
     ]
     print_dequantization(result.plan.analysis.model)
     print_table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
+    if result.missed_target:
+        print_warning(f"target {result.missed_target}")
     removed = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
     total: Counter[str] = Counter()
     for g in result.plan.analysis.groups:

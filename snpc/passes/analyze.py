@@ -48,6 +48,7 @@ from snpc.types import (
     Group,
     Model,
     Pin,
+    SharedProduct,
     StreamBasis,
     Sublayer,
 )
@@ -86,6 +87,8 @@ class Analysis:
     """Values behind which residual streams begin, by a weight that ``traced_graph`` has and ``model`` has not."""
     stream_bases: tuple[StreamBasis, ...] = ()
     """Residual streams that were looked at with data: which are rotated in ``traced_graph``, and why others are not."""
+    shared_products: tuple[SharedProduct, ...] = field(default=(), repr=False)
+    """What several groups account for at once."""
 
     @property
     def name(self) -> str:
@@ -271,13 +274,15 @@ def analyze_graph(
             facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)
-    groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
+    groups, products = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
     if model.quantized is not None:
         groups = with_stored_widths(model.quantized, groups)
     pins = collect_pins(traced_graph, groups, drafts)
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
     sizes, given = quoted.dim_sizes, sized.given
-    return Analysis(model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given)
+    return Analysis(
+        model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given, shared_products=products
+    )
 
 
 def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO_MEANS) -> Analysis:

@@ -42,6 +42,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "calibration": calibration_json(result),
         "sampled_rows": [asdict(rows) for rows in result.sampled_rows],
         "search": asdict(result.search) if result.search else None,
+        "missed_target": result.missed_target or None,
         **both,
         "cache_bytes_per_token": dict(zip(("before", "after"), result.cache_bytes, strict=True)),
         "head_size": dict(zip(("before", "after"), result.head_size, strict=True)) if result.head_size else None,
