@@ -22,6 +22,7 @@ from snpc.graph import (
     leading_dims,
     run_pass,
 )
+from snpc.ops import names as op
 from snpc.passes.canonicalization import ELIMINATE_DEAD_ROWS
 from snpc.passes.companions import GraphAlignment, GroupMatch, align_graphs, match_groups, restrict_groups
 from snpc.passes.grouping import (
@@ -35,7 +36,7 @@ from snpc.passes.grouping import (
 )
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.quantization import with_float_graph, with_stored_widths
-from snpc.passes.rotation import ResidualStream, turned_graph
+from snpc.passes.rotation import ResidualStream, entered_graph, entry_weight, turned_graph
 from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
@@ -82,6 +83,8 @@ class Analysis:
     """How the user wants outputs to be judged, by output; "" for all that are judged. Empty: each as suits it."""
     companions: tuple[Companion, ...] = field(default=(), repr=False)
     """Models that are cut alike; what they cannot cut is pinned here."""
+    entries: tuple[str, ...] = ()
+    """Values behind which residual streams begin, by a weight that ``traced_graph`` has and ``model`` has not."""
     stream_bases: tuple[StreamBasis, ...] = ()
     """Residual streams that were looked at with data: which are rotated in ``traced_graph``, and why others are not."""
     shared_products: tuple[SharedProduct, ...] = field(default=(), repr=False)
@@ -103,6 +106,7 @@ class Analysis:
             changes.append(self.reduction.to_json())
         if self.removal is not None:
             changes.append([self.removal.names, {name: mean.tolist() for name, mean in self.removal.means.items()}])
+        changes += self.entries
         changes += [[stream.group, stream.digest] for stream in self.stream_bases if stream.rotated]
         if not changes:
             return self.model.digest
@@ -335,22 +339,43 @@ def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO
     return replace(without, removal=SublayerRemoval(gone, used, source, continued), metrics=analysis.metrics)
 
 
+def enter_streams(analysis: Analysis, values: Sequence[str]) -> Analysis:
+    """The analysis of the graph with a weight, the identity, behind each of these values (``passes.rotation``), so that
+    a residual stream begins there. What lies in front of it keeps its channels."""
+    graph = entered_graph(analysis.traced_graph, values)
+    return analysis_with_same_outputs(analysis, graph, tuple(values))
+
+
 def turn_streams(analysis: Analysis, turns: Sequence[tuple[ResidualStream, FloatArray]]) -> Analysis:
-    """The analysis of the graph with each stream turned by its matrix (``passes.rotation``), which changes no output.
-    What is added by it counts as MACs that are not saved."""
+    """The analysis of the graph with each stream turned by its matrix (``passes.rotation``): no output changes."""
+    return analysis_with_same_outputs(analysis, turned_graph(analysis.traced_graph, turns), analysis.entries)
+
+
+def analysis_with_same_outputs(analysis: Analysis, graph: ir.Model, entries: tuple[str, ...]) -> Analysis:
+    """The analysis of another graph for the same outputs. What was added to it counts as MACs that are not saved."""
     source = analysis.traced_graph
-    graph = turned_graph(source, turns)
     sized = at_sizes_of(analysis, graph)
     before = cost_of(source.model, infer_graph(source.model, dict(analysis.dim_sizes)))
     added = cost_of(graph, sized.quoted.facts).macs - before.macs
-    turned = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
+    changed = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
     return replace(
-        turned,
+        changed,
+        groups=tuple(pinned_in_front(group, {entry_weight(value) for value in entries}) for group in changed.groups),
         dead_macs=analysis.dead_macs - added,
         tokens=analysis.tokens,
         reduction=analysis.reduction,
         metrics=analysis.metrics,
+        entries=entries,
     )
+
+
+def pinned_in_front(group: Group, weights: Collection[str]) -> Group:
+    """The group, pinned where it is what a stream's first weight reads."""
+    site = next((site for site in group.sites if site.tensor in weights and site.axis == 0), None)
+    if site is None or group.role != "residual":
+        return group
+    pin = Pin(site.tensor, 0, group.size, "in front of a residual stream that is rotated", op.MATMUL)
+    return replace(group, pins=(*group.pins, pin))
 
 
 def cost_without(analysis: Analysis, names: Collection[str]) -> Cost:

@@ -38,6 +38,7 @@ from snpc.planning import (
     prunes_kv_cache,
     select_units,
     token_reduction_in,
+    with_planned_entries,
     without_removed_layers,
 )
 from snpc.runtime.batches import DenseValues, check_runs_whole
@@ -647,7 +648,7 @@ def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | Non
     if reduction is not None:
         analysis = reduce_tokens(analysis, *reduction)
     analysis = with_named_metrics(analysis, metrics_in(text))
-    analysis = without_removed_layers(analysis, text)
+    analysis = with_planned_entries(without_removed_layers(analysis, text), text)
     return plan_from_json(text, analysis, str(path))
 
 
