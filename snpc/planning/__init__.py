@@ -51,9 +51,11 @@ from snpc.planning.plan_file import (
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
+    with_planned_entries,
     without_removed_layers,
 )
 from snpc.planning.provenance import (
+    PREVIOUS,
     VOCABULARY_ENTRY,
     pruning_provenance,
     read_provenance,
@@ -65,6 +67,7 @@ from snpc.planning.savings import savings_by_width
 __all__ = [
     "DEFAULT_ROLES",
     "GUESSED_DRIFT",
+    "PREVIOUS",
     "SAFE_DRIFT",
     "VOCABULARY_ENTRY",
     "AllocationPath",
@@ -103,6 +106,7 @@ __all__ = [
     "target_text",
     "token_reduction_in",
     "top_units",
+    "with_planned_entries",
     "without_removed_layers",
     "write_provenance",
 ]
