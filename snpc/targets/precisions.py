@@ -22,7 +22,7 @@ from snpc.targets.dequantize import comparison_feeds
 from snpc.types import Feeds
 
 BLOCK_SIZE, NF4_BLOCK_SIZE = 32, 64  # of weights that share a scale, as transformers.js quantizes them
-NF4 = 1
+NF4_TYPE = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def write_nf4(model: Path, path: Path) -> None:
     """Weights in 4-bit floats."""
     from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 
-    save_quantized(MatMulBnb4Quantizer(onnx.load(str(model)), quant_type=NF4, block_size=NF4_BLOCK_SIZE), path)
+    save_quantized(MatMulBnb4Quantizer(onnx.load(str(model)), quant_type=NF4_TYPE, block_size=NF4_BLOCK_SIZE), path)
 
 
 def write_half_blocks(model: Path, path: Path) -> None:
