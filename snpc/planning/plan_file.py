@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes import Analysis, remove_sublayers
+from snpc.passes import Analysis, enter_streams, remove_sublayers
 from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.planning.tied_widths import check_kept_widths
 from snpc.types import Group
@@ -50,6 +50,8 @@ def plan_to_json(plan: SlicePlan) -> str:
     rotated = [stream.group for stream in plan.analysis.stream_bases if stream.rotated and stream.group in plan.keep]
     if rotated or plan.rotated:
         head["rotated"] = rotated or list(plan.rotated)
+    if plan.analysis.entries:
+        head["entries"] = list(plan.analysis.entries)
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
         steps = plan.analysis.reduction.to_json()["steps"]
@@ -108,6 +110,21 @@ def without_removed_layers(analysis: Analysis, text: str) -> Analysis:
     except (AttributeError, TypeError, ValueError):
         raise UserError('"layers" of a plan holds numbers as text, or "", by the name of a layer') from None
     return remove_sublayers(analysis, entry, means)
+
+
+def with_planned_entries(analysis: Analysis, text: str) -> Analysis:
+    """The analysis in which residual streams begin where the plan in ``text`` says.
+
+    Raises UserError for values that the model does not have.
+    """
+    entry = json_entry(text, "entries")
+    if not entry:
+        return analysis
+    shapes = analysis.traced_graph.facts.shape
+    known = {str(value.name) for value, shape in shapes.items() if value.producer() and len(shape or ()) > 1}
+    if not isinstance(entry, list) or not all(isinstance(name, str) and name in known for name in entry):
+        raise UserError('"entries" of a plan names values of the model, behind which residual streams begin')
+    return enter_streams(analysis, entry)
 
 
 def json_entry(text: str, name: str) -> object:

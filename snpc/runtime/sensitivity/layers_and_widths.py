@@ -3,7 +3,7 @@
 Layers are taken one after the other, as for layers alone. After each, the widths of what is left are allocated to the
 rest of the budget, and the model is run with the layers switched off and the units gone at once. The layers go with
 which the outputs change least; none may be the best. Then layers are exchanged for others while that lowers the change.
-At last the sets that are near are compared with the layers that are kept refitted.
+At last the sets that are near, and none, are compared with the layers that are kept refitted.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class LayersAndWidths:
         return gone
 
     def near(self, gone: Layers) -> dict[Layers, float]:
-        """The set and those with another layer in place of one that promise most -> what the widths beside them change
-        more."""
+        """The set, none, and those with another layer in place of one that promise most -> what the widths beside them
+        change more."""
         self.search.gone = gone
-        sets = dict.fromkeys([gone, *sorted(self.search.exchanges(), key=self.promised_change)])
+        sets = dict.fromkeys([gone, Layers(), *sorted(self.search.exchanges(), key=self.promised_change)])
         found = {s: self.change(s) - self.search.trials.change(s) for s in list(sets)[:REFITTED_SETS]}
         return {s: beside for s, beside in found.items() if beside < math.inf}
 
