@@ -243,11 +243,20 @@ class GroupBuilder:
         macs = sum(
             self.contraction_macs(node, part) * max(by_letter.values()) for (node, part), by_letter in shares.items()
         )
-        params = 0.0
+        return int(macs), round(self.touched_parameters(sites))
+
+    def touched_parameters(self, sites: Sequence[Site]) -> float:
+        """Entries of the constants that lie in some unit, on any of their axes. Constants that were one in the file
+        count once, as in ``cost_of``."""
+        untouched: dict[str, float] = {}  # constant -> share
         for site in sites:
-            tensor = self.model.graph.initializers[site.tensor]
-            params += float((site.units >= 0).mean()) * float(np.prod(tensor.shape or (), dtype=np.float64))  # type: ignore[arg-type]
-        return int(macs), int(params)
+            untouched[site.tensor] = untouched.get(site.tensor, 1.0) * float((site.units < 0).mean())
+        counted: dict[int, float] = {}
+        for name, share in untouched.items():
+            value = self.model.graph.initializers[name]
+            key = id(value.const_value)
+            counted[key] = max(counted.get(key, 0.0), (1 - share) * weight_size(value))
+        return sum(counted.values())
 
     def contraction_macs(self, node: ir.Node, part: str) -> int:
         """MACs of one contraction of a node."""
