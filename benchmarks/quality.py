@@ -57,17 +57,18 @@ def evaluation(options: argparse.Namespace, model: snpc.Model) -> tuple[dict[str
     return {s.name: arrays[s.name] for s in model.inputs}, arrays.get("labels")
 
 
-def outputs(path: Path, feeds: Mapping[str, Array]) -> Iterator[tuple[slice, Array]]:
+def outputs(path: Path, feeds: Mapping[str, Array], batch: int = BATCH) -> Iterator[tuple[slice, Array]]:
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     count = len(next(iter(feeds.values())))
-    for start in range(0, count, BATCH):
-        part = slice(start, start + BATCH)
+    for start in range(0, count, batch):
+        part = slice(start, start + batch)
         yield part, np.asarray(session.run(None, {k: v[part] for k, v in feeds.items()})[0], np.float64)
 
 
 def quality(path: Path, metric: str, feeds: Mapping[str, Array], labels: Array | None) -> float:
     right = total = surprise = 0.0
-    for part, logits in outputs(path, feeds):
+    batch = 1 if metric == "perplexity" else BATCH  # a row of logits per token is large where the vocabulary is
+    for part, logits in outputs(path, feeds, batch):
         if metric == "perplexity":
             truth = next(iter(feeds.values()))[part][:, 1:]
             logits = logits[:, :-1]

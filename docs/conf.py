@@ -25,11 +25,9 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx_click",
     "sphinx_copybutton",
-    "sphinxcontrib.mermaid",
 ]
 
 myst_heading_anchors = 4
-myst_fence_as_directive = ["mermaid"]
 
 smartquotes = False  # they would make one dash of the two of an option
 autosummary_generate = True

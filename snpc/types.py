@@ -8,6 +8,7 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,29 @@ class Group:
     def normalized_inside(self) -> bool:
         """Is it a hidden layer, or are they queries and keys, over which a normalization takes statistics?"""
         return self.approximate and self.role != "residual"
+
+
+@dataclass(frozen=True)
+class SharedProduct:
+    """A product, or a weight, of which groups cut several axes: what two of them save is less than what each saves.
+
+    ``kind`` and ``count``: its MACs, or the parameters of the constant ``tensor``. ``axes``: for each axis, group id ->
+    the share of the axis that its units are. ``counted``: group id -> the share of ``count`` that ``Group.macs`` or
+    ``Group.params`` has.
+    """
+
+    kind: Literal["macs", "params"]
+    count: int
+    axes: tuple[Mapping[str, float], ...]
+    counted: Mapping[str, float]
+    tensor: str = ""
+
+    def counted_twice(self, gone: Mapping[str, float]) -> float:
+        """By how much the savings of the groups add up to more than what goes. ``gone``: group id -> share of its units
+        that goes."""
+        left = math.prod(1 - sum(share * gone.get(name, 0.0) for name, share in axis.items()) for axis in self.axes)
+        alone = sum(share * gone.get(name, 0.0) for name, share in self.counted.items())
+        return self.count * (alone - (1 - left))
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,21 @@ A command is imported when it is called: ``snpc --help`` answers at once.
 Exit codes: 0 done, 1 a check failed, 2 the request cannot be served; 128 and the signal's number after a signal (130
 after Ctrl-C).
 
+commands   a file for each command
 arguments  the options, as groups
-inspect, prune, plan, verify, build, bench, card, dequantize, sweep, finetune, listings  the commands
 tables     what is printed
 advice     what is said before the long part, and what to try next
 progress   what is under way
 
 Files
-  advice/        Advice: what a request is likely to do, said before it is done, and commands to try next.
-  arguments/     Argument groups: a frozen dataclass for each subject, with its click options and the values that they
-                 describe.
-  bench          ``snpc bench``: latency of models, side by side.
-  build          ``snpc build``: what a runtime loads fastest.
-  card           ``snpc card``: a model card for the Hugging Face hub.
-  dequantize     ``snpc dequantize``: the float model of a quantized file.
-  finetune       ``snpc finetune`` and ``snpc export-torch``: what needs torch.
-  inspect        ``snpc inspect``: what a model can lose, and why not the rest.
-  interruption   Interruptions: SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are
-                 removed.
-  listings       ``snpc passes``, ``snpc criteria`` and ``snpc example``: what ships with snpc.
-  plan           ``snpc plan`` and ``snpc apply``: pruning in two steps, with a file in between that can be read and
-                 edited.
-  progress/      Progress on stderr: one bar for a run on a terminal, lines in a pipe.
-  prune          ``snpc prune``: score, plan, write and verify in one step.
-  sweep          ``snpc sweep``: one model at several sizes, and which of them are worth having.
-  tables         Results as text: rich tables on a terminal, plain aligned lines in a pipe.
-  verify         ``snpc verify``: a pruned file against its original.
+  advice/       Advice: what a request is likely to do, said before it is done, and commands to try next.
+  arguments/    Argument groups: a frozen dataclass for each subject, with its click options and the values that they
+                describe.
+  commands/     The commands: each parses, calls one verb, prints.
+  interruption  Interruptions: SIGTERM and SIGHUP end a command as Ctrl-C does, so that its temporary files are
+                removed.
+  progress/     Progress on stderr: one bar for a run on a terminal, lines in a pipe.
+  tables        Results as text: rich tables on a terminal, plain aligned lines in a pipe.
 """
 
 from __future__ import annotations
@@ -83,7 +72,7 @@ COMMAND_PLACES = {
 def command_named(name: str) -> click.Command:
     """The command of that name, imported now."""
     place = COMMAND_PLACES[name]
-    command: click.Command = getattr(importlib.import_module(f"snpc.cli.{place.module}"), place.function)
+    command: click.Command = getattr(importlib.import_module(f"snpc.cli.commands.{place.module}"), place.function)
     return command
 
 

@@ -38,7 +38,7 @@ from snpc.report import (
 from snpc.runtime.closed_form import ClosedForms
 from snpc.runtime.evaluation import BenchResult
 from snpc.targets import BuildResult, slower_decoding_text
-from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, Verdict, shape_text
+from snpc.types import ClosedFormKind, Cost, FloatArray, Group, Model, Quality, TensorSpec, Verdict, shape_text
 
 if TYPE_CHECKING:  # this needs torch
     from snpc.torch import FinetuneResult
@@ -190,6 +190,8 @@ def print_groups(analysis: Analysis) -> None:
         f"{analysis.model.source}: {format_count(cost.params)} parameters, {format_count(cost.macs)} MACs{at}, "
         f"{cost.nodes} nodes"
     )
+    for title, tensors in (("inputs", analysis.model.inputs), ("outputs", analysis.model.outputs)):
+        print_line(f"{title}: {tensors_text(tensors)}")
     made = provenance_text(read_provenance(analysis.model.graph))
     if made:
         print_line(made)
@@ -217,6 +219,12 @@ def print_groups(analysis: Analysis) -> None:
     print_line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
 
 
+def tensors_text(tensors: Sequence[TensorSpec], shown: int = 4) -> str:
+    """Names, types and shapes; of the caches of a decoder there may be a hundred."""
+    words = [f"{tensor.name} {tensor.dtype}{shape_text(tensor.shape)}" for tensor in tensors[:shown]]
+    return ", ".join([*words, *([f"and {len(tensors) - shown} others"] if len(tensors) > shown else [])])
+
+
 def print_sublayers(analysis: Analysis) -> None:
     """The layers beside the residual stream, what goes with each, and why some cannot go."""
     cost = analysis.cost
@@ -232,16 +240,15 @@ def print_token_points(analysis: Analysis) -> None:
     """After which blocks tokens can be dropped or merged, and why not after the others."""
     for count, leading, points in token_spans(analysis):
         first, last = points[0], points[-1]
-        kept = f"the first {leading} are always kept" if leading else "none is always kept"
-        where = f"after blocks {first.block} to {last.block} of {analysis.tokens.blocks}"
         number = count if first.fixed_length else "as many as the input has"
-        if first.exits:
-            where = f"mergeable {where}, if all are back behind block {last.exits[-1].block}"
-        else:
-            where = f"reducible {where}"
-        print_line(f"tokens: {number}, {where} ({kept}; {methods_at(first)})")
+        blocks = f"block {first.block}" if first is last else f"blocks {first.block} to {last.block}"
+        where = f"after {blocks} of {analysis.tokens.blocks}"
+        merged = f"can be merged {where}, and are back by block {last.exits[-1].block}" if first.exits else ""
+        stays = ["the first always stays" if leading == 1 else f"the first {leading} always stay"] if leading else []
+        notes = [f"methods: {methods_at(first)}", *stays]
+        print_line(f"tokens: {number}, {merged or f'can get fewer {where}'} ({'; '.join(notes)})")
     for pin in analysis.tokens.pins:
-        print_line(f"tokens: not reducible where {pin.reason} ({pin.operator})")
+        print_line(f"tokens: stay as many where {pin.reason} ({pin.operator})")
 
 
 def methods_at(point: TokenPoint) -> str:
@@ -249,7 +256,8 @@ def methods_at(point: TokenPoint) -> str:
     if point.exits:
         return "merge, energy" if point.scores is None else "merge, guided, energy"
     if point.scores is None:
-        return "merge, energy" if point.fixed_length and not point.side_input else "none: no attention weights"
+        dropping = "none, as there are no attention weights to choose by"
+        return "merge, energy" if point.fixed_length and not point.side_input else dropping
     if not point.fixed_length or point.side_input:
         return "topk, adaptive"
     return "topk, fuse, merge, guided, energy, adaptive"
@@ -373,6 +381,8 @@ def print_result(result: PrunedModel) -> None:
     ]
     print_dequantization(result.plan.analysis.model)
     print_table(f"{result.path}", ("", "before", "after", "after/before"), rows, right=(1, 2, 3))
+    if result.missed_target:
+        print_warning(f"target {result.missed_target}")
     removed = Counter({g.role: 0 for g in result.plan.analysis.groups if g.id in result.plan.keep})
     total: Counter[str] = Counter()
     for g in result.plan.analysis.groups:

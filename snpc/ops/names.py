@@ -33,6 +33,7 @@ MIXTURE_OF_EXPERTS = "MoE"  # com.microsoft
 MOD = "Mod"  # since opset 10
 MUL = "Mul"
 MULTI_HEAD_ATTENTION = "MultiHeadAttention"  # com.microsoft
+PAD = "Pad"  # with its widths as an input since opset 11
 QUANTIZE_LINEAR = "QuantizeLinear"  # since opset 10
 POW = "Pow"  # not written, but looked for
 RANGE = "Range"  # since opset 11

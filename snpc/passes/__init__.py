@@ -37,12 +37,22 @@ from snpc.passes.analyze import (
 )
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.passes.output_kinds import OutputKind, find_output_kinds, partly_written_outputs
-from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
+from snpc.passes.pass_list import (
+    FOLD_ATTENTION_SCALE,
+    FUSE_ATTENTION,
+    FUSE_ATTENTION_PROJECTIONS,
+    FUSE_GEMM_BIAS,
+    PAD_ATTENTION_HEADS,
+    PASSES,
+    DumpAfter,
+)
 
 __all__ = [
+    "FOLD_ATTENTION_SCALE",
     "FUSE_ATTENTION",
     "FUSE_ATTENTION_PROJECTIONS",
     "FUSE_GEMM_BIAS",
+    "PAD_ATTENTION_HEADS",
     "PASSES",
     "Analysis",
     "Companion",

@@ -55,6 +55,7 @@ from snpc.types import (
     Group,
     Model,
     Pin,
+    SharedProduct,
     StreamBasis,
     Sublayer,
 )
@@ -91,6 +92,8 @@ class Analysis:
     """Models that are cut alike; what they cannot cut is pinned here."""
     stream_bases: tuple[StreamBasis, ...] = ()
     """Residual streams that were looked at with data: which are rotated in ``traced_graph``, and why others are not."""
+    shared_products: tuple[SharedProduct, ...] = field(default=(), repr=False)
+    """What several groups account for at once."""
 
     @property
     def name(self) -> str:
@@ -276,13 +279,15 @@ def analyze_graph(
             facts, cost_facts = infer_graph(graph, traced.dim_sizes), infer_graph(graph, quoted.dim_sizes)
     traced_graph = trace_graph(graph, traced.dim_sizes, facts, kv_cache)
     drafts = draft_groups(traced_graph.trace, traced_graph.units)
-    groups = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
+    groups, products = build_groups(graph, traced_graph.trace, traced_graph.units, cost_facts, drafts)
     if model.quantized is not None:
         groups = with_stored_widths(model.quantized, groups)
     pins = collect_pins(traced_graph, groups, drafts)
     dead_macs = cost.macs - cost_of(graph, cost_facts).macs - extra_macs
     sizes, given = quoted.dim_sizes, sized.given
-    return Analysis(model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given)
+    return Analysis(
+        model, groups, pins, cost, sizes, traced_graph, dead_macs, tokens, reduction, given, shared_products=products
+    )
 
 
 def remove_sublayers(analysis: Analysis, names: Iterable[str], substitutes: Substitutes = NO_SUBSTITUTES) -> Analysis:

@@ -42,6 +42,7 @@ def json_report(result: PrunedModel) -> dict[str, Any]:
         "calibration": calibration_json(result),
         "sampled_rows": [asdict(rows) for rows in result.sampled_rows],
         "search": asdict(result.search) if result.search else None,
+        "missed_target": result.missed_target or None,
         **both,
         "cache_bytes_per_token": dict(zip(("before", "after"), result.cache_bytes, strict=True)),
         "head_size": dict(zip(("before", "after"), result.head_size, strict=True)) if result.head_size else None,
@@ -109,8 +110,8 @@ def describe_stream(stream: StreamBasis, kept: int) -> str:
     losses = {"by channels": stream.channels[kept], "rotated": stream.rotation[kept]}
     used, other = ("rotated", "by channels") if stream.rotated else ("by channels", "rotated")
     return (
-        f"{stream.group}: cut {used}: {losses[used]:.1%} of what is read behind its normalizations is lost, "
-        f"{losses[other]:.1%} {other}"
+        f"{stream.group}: cut {used}: {losses[used]:.2%} of what is read behind its normalizations is lost, "
+        f"{losses[other]:.2%} {other}"
     )
 
 

@@ -8,6 +8,7 @@ Files
                     outputs.
   cast              Casting a model to fp16 or bf16, with float32 inputs and outputs; int8 goes to ``quantize``.
   dequantize        The float model of a quantized file, written and compared with it.
+  engines/          Engines of TensorRT and TensorRT for RTX: built here, or by a script on another machine.
   genai             onnxruntime-genai, where it is installed: the tokens that it generates from a folder.
   onnxruntime       Build target onnxruntime: the graph after its own optimizations, with further fusions where they are
                     faster.
@@ -17,8 +18,6 @@ Files
                     DequantizeLinear nodes.
   restrict          A model that says less: some entries of the vocabulary, logits of the last position. Written,
                     compared, loaded.
-  shape_profile     Ranges of input shapes that an engine serves: given by the user, or derived from the dynamic axes.
-  tensorrt          Build targets TensorRT and TensorRT for RTX, whose Python interfaces are the same.
 """
 
 from __future__ import annotations

@@ -621,6 +621,8 @@ class TestInspect:
 
     def test_text_and_pins(self, tmp_path: Path) -> None:
         text = invoke("inspect", VIT).stdout
+        assert "inputs: image float32[batch,1,8,8]" in text and "outputs: logits float32[batch,10]" in text
+        assert "the first always stays" in text
         assert re.search(r"blocks\.0\.attn\.qk +qk +0 +4 x 24", text)
         assert re.search("prunable: .*4 qk", text)
         assert re.search(r"rows that no output depends on: 17\.8 %", text)
@@ -703,7 +705,7 @@ def test_every_command_is_in_the_list() -> None:
     """The list names the commands without importing them: what stands in it is what the files define."""
     defined = {
         (path.stem, name)
-        for path in Path(snpc.cli.__file__).parent.glob("*.py")
+        for path in (Path(snpc.cli.__file__).parent / "commands").glob("*.py")
         for name in re.findall(r"^def (\w+_command)\(", path.read_text(), re.MULTILINE)
     }
     assert {(place.module, place.function) for place in COMMAND_PLACES.values()} == defined

@@ -46,6 +46,18 @@ ROOT_MEAN_SQUARE = """
     {y}4 = Sqrt({y}3)
     {y}5 = Div({x}, {y}4)
     {y} = Mul({g}, {y}5)"""
+CAST_ROOT_MEAN_SQUARE = """
+    {y}0 = Cast <to = 1> ({x})
+    {y}1 = Pow({y}0, two)
+    {y}2 = ReduceMean <axes = [-1]> ({y}1)
+    {y}3 = Add({y}2, small)
+    {y}4 = Sqrt({y}3)
+    {y}5 = Div({y}0, {y}4)
+    {y}6 = Cast <to = 10> ({y}5)
+    {y} = Mul({g}, {y}6)"""
+CAST_LAYER = """
+    {y}0 = LayerNormalization <axis = -1> ({x}, {g}, {b})
+    {y} = Cast <to = 10> ({y}0)"""
 PLAIN, SCALED = "x = Identity(e)", "x = Mul(e, scale)"
 ADDED, WEIGHED = "d = Identity(d1)", "d = Mul(d1, gamma)"
 OWN, TIED = "y = MatMul(m, out)", "w = Transpose <perm = [1, 0]> (table) y = MatMul(m, w)"
@@ -60,6 +72,15 @@ STREAM_FORMS = {
     "tied to the embeddings": (PLAIN, ROOT_MEAN_SQUARE, ADDED, TIED),
     "layer norm, tied to the embeddings": (PLAIN, LAYER, ADDED, TIED),
 }
+# (... , what stays in single precision)
+HALF_FORMS = {
+    "all in half precision": (PLAIN, LAYER, ADDED, OWN, ""),
+    "spelled out in half precision": (PLAIN, LAYER_SPELLED, ADDED, OWN, ""),
+    "normalized in single precision": (PLAIN, CAST_ROOT_MEAN_SQUARE, ADDED, OWN, "two small"),
+    "products in half precision": (
+        PLAIN, CAST_LAYER, "d2 = Cast <to = 1> (d1) d = Identity(d2)", OWN, "table g1 g2 b1 b2"
+    ),
+}  # fmt: skip
 KEPT_FORMS = {
     "an activation on the stream": ("x = Relu(e)", LAYER, ADDED, OWN, "Relu"),
     "a gate on the stream": (PLAIN, LAYER, "d2 = Mul(d1, x) d = Identity(d2)", OWN, "Mul"),
@@ -67,12 +88,27 @@ KEPT_FORMS = {
         PLAIN, "{y} = LayerNormalization <axis = -1> ({x}, {g}, {b})", "d = Add(d1, n)", OWN, "normalized"
     ),
     "a reader of the stream as it is": (PLAIN, LAYER, ADDED, "y = MatMul(s, out)", "subtract its mean"),
+    "a gain that is computed": (
+        PLAIN, "{y}g = Cast <to = 1> ({g}) {y} = LayerNormalization <axis = -1> ({x}, {y}g, {b})", ADDED, OWN,
+        "gain or bias",
+    ),
 }  # fmt: skip
 
 
+def write_half_stream(form: str) -> onnx.ModelProto:
+    """A model of ``HALF_FORMS``: weights and output in float16, apart from what the form says."""
+    model, single = write_stream(form), HALF_FORMS[form][-1].split()
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name not in single:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in model.graph.output:
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return model
+
+
 def write_stream(form: str) -> onnx.ModelProto:
-    """A model of ``STREAM_FORMS`` or ``KEPT_FORMS``. Each direction of its stream has half of the last one's size."""
-    embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS}[form]
+    """A model of one of these forms, in float32. Each direction of its stream has half of the last one's size."""
+    embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS, **HALF_FORMS}[form]
     model = parser.parse_model(
         HEAD
         + STREAM.format(

@@ -195,5 +195,5 @@ def test_the_command_line_chooses_spans(tmp_path: Path) -> None:
     assert all(step["back_behind"] >= step["block"] for step in steps)
     invoke("apply", model, plan, "-o", str(tmp_path / "again.onnx"))
     assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(out).graph
-    assert "mergeable after blocks 1 to 2 of 2, if all are back behind block 2" in invoke("inspect", model).output
+    assert "can be merged after blocks 1 to 2 of 2, and are back by block 2" in invoke("inspect", model).output
     assert json.loads(Path(plan).read_text())["tokens"] in Path(page).read_text()

@@ -219,6 +219,9 @@ class StreamWalk:
             self.visit(node)
             return
         square = node.op_type == op.POW and is_two(node.inputs[1])
+        vectors = [node.inputs[index] for index in spec.affine if index < len(node.inputs)]
+        if any(value is not None and value.producer() is not None for value in vectors):
+            raise StreamKeepsChannels(f"the gain or bias of {node.name} is computed")
         labeled = [value for value in node.inputs if value is not None and self.is_labeled(value)]
         if outside or (labeled and spec.kind == "pointwise" and spec.effect == "nonlinear" and not square):
             raise self.refuse(node)

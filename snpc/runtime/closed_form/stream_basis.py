@@ -68,7 +68,7 @@ def with_stream_bases(
     if streams and (rotated is None or rotated):
         base = turn_streams(analysis, [(stream, first_basis(stream)) for stream in streams])
         difference = turned_difference(analysis.traced_graph, base.traced_graph, calibration, execution)
-        if not difference <= rounding_tolerance(analysis.model):  # also where it is NaN
+        if not difference <= rounding_tolerance(analysis.model, coarsest=True):  # also where it is NaN
             reason = f"outputs change by {difference:.1e} where it is rotated"
             found |= {s.group.id: StreamBasis(s.group.id, s.group.size, False, reason) for s in streams}
             streams = []

@@ -339,13 +339,15 @@ def narrow_caches(arrays: Mapping[str, AnyArray], cut: Mapping[str, SlicedShape]
     return {name: cut[name].slice_array(array) if name in cut else array for name, array in arrays.items()}
 
 
-def rounding_tolerance(model: Model) -> float:
-    """Largest relative difference that rounding explains, by the most common type of the weights."""
+def rounding_tolerance(model: Model, coarsest: bool = False) -> float:
+    """Largest relative difference that rounding explains, by the most common type of the weights, or the coarsest."""
     dtypes = [
         v.dtype for v in model.graph.graph.initializers.values() if v.dtype is not None and v.dtype.is_floating_point()
     ]
-    common = max(set(dtypes), key=dtypes.count) if dtypes else None
-    return TOLERANCE.get(common.numpy(), HALF_PRECISION_TOLERANCE) if common is not None else 1e-4
+    if not dtypes:
+        return 1e-4
+    tolerances = [TOLERANCE.get(dtype.numpy(), HALF_PRECISION_TOLERANCE) for dtype in dtypes]
+    return max(tolerances) if coarsest else max(set(tolerances), key=tolerances.count)
 
 
 def raise_if_unequal(verdict: Verdict) -> None:

@@ -15,7 +15,8 @@ from snpc.errors import UserError
 from snpc.runtime.closed_form.stream_basis import RIDGE, ReadMoments, channel_order, principal_directions
 from snpc.types import FloatArray
 from tests.closed_forms import calibration_of
-from tests.models.streams import TOKENS, WIDTH, write_stream
+from tests.models.exports import export
+from tests.models.streams import HALF_FORMS, TOKENS, WIDTH, write_half_stream, write_stream
 from tests.oracle import analysis_at, relative_error, run
 
 KEPT = 4
@@ -97,6 +98,35 @@ def test_directions_lose_less_than_channels(form: str, tmp_path: Path) -> None:
     for a, b in zip(onnx.load(result.path).graph.initializer, onnx.load(again.path).graph.initializer, strict=True):
         np.testing.assert_allclose(numpy_helper.to_array(a), numpy_helper.to_array(b), rtol=1e-4, atol=1e-5)
     snpc.verify(analysis.model.path, result.path, plan=completed)
+
+
+@pytest.mark.parametrize("form", HALF_FORMS)
+def test_half_precision(form: str, tmp_path: Path) -> None:
+    """Rotated, verified, and nearer to the original than by channels: in half precision, and where it is mixed."""
+    analysis = analysis_at(tmp_path / "m.onnx", write_half_stream(form))
+    calibration = calibration_of(analysis, TOKENS)
+    errors = []
+    for options in ({}, {"criterion": "mixed", "method": "auto"}):
+        budget = snpc.Budget(1 - KEPT / WIDTH, roles=("residual",))
+        made = snpc.plan(analysis, budget, calibration, **options)  # type: ignore[arg-type]
+        assert all(stream.rotated for stream in made.analysis.stream_bases), made.analysis.stream_bases[0].reason
+        result = snpc.apply(made, tmp_path / "p.onnx")
+        assert result.verification.max_abs_diff is not None
+        errors.append(relative_error(run(analysis.model.path, TOKENS), run(result.path, TOKENS)))
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("tokens", ["topk:0.7@1", "merge:2@1"])
+def test_with_fewer_tokens(tokens: str, tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
+    result = snpc.prune(
+        export("vit_timm__ts17"), tmp_path / "p.onnx", calibration={"x": pictures}, tokens=tokens, ratio=0.25,
+        roles=("residual",),
+    )  # fmt: skip
+    (entry,) = snpc.json_report(result)["residual_streams"]
+    assert entry["basis"] == "rotated"
+    assert entry["kept"] < entry["size"]
+    assert result.verification.max_abs_diff is not None
 
 
 def test_what_cannot_be_rotated_is_cut_by_channels_and_says_so(tmp_path: Path) -> None:

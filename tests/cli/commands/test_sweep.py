@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from snpc.cli.sweep import parse_target_list
+from snpc.cli.commands.sweep import parse_target_list
 from snpc.errors import UserError
 
 

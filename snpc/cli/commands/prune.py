@@ -28,8 +28,8 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
-from snpc.cli.build import build_json
-from snpc.cli.plan import measured_shard, plan_from_arguments
+from snpc.cli.commands.build import build_json
+from snpc.cli.commands.plan import measured_shard, plan_from_arguments
 from snpc.errors import UserError
 from snpc.folders import (
     ModelFolder,
