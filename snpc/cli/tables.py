@@ -21,11 +21,13 @@ from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation, describe_stream
 from snpc.planning import SlicePlan, read_provenance
 from snpc.report import (
+    ReportData,
     dequantization_text,
     describe_method,
     drift_text,
     format_count,
     format_share,
+    glance_rows,
     output_lines,
     provenance_text,
     quality_text,
@@ -530,6 +532,21 @@ def print_sweep(result: SweepResult) -> None:
     ]
     header = (*first, *last)
     print_table(f"{result.model.name}, batch {result.batch}", header, rows, right=range(len(first), len(header) - 1))
+
+
+def print_comparison(report: ReportData) -> None:
+    """A column for the original and for each file, and what is said of each."""
+    header = ("", "original", *(file.name for file in report.files))
+    print_table(report.model, header, glance_rows(report), right=range(1, len(header)))
+    for file in report.files:
+        print_line(f"{file.name}: {file.made}")
+        print_line(f"  {file.quality}")
+        if file.task is not None:
+            print_line(f"  {task_text(file.task)}")
+        if file.warning:
+            print_warning(f"{file.name}: {file.warning}", err=False)
+    for text in report.warnings:
+        print_note(text)
 
 
 # -- the rest --------------------------------------------------------------------------------------------------------

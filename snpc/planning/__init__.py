@@ -54,6 +54,7 @@ from snpc.planning.plan_file import (
     without_removed_layers,
 )
 from snpc.planning.provenance import (
+    PREVIOUS,
     VOCABULARY_ENTRY,
     pruning_provenance,
     read_provenance,
@@ -65,6 +66,7 @@ from snpc.planning.savings import savings_by_width
 __all__ = [
     "DEFAULT_ROLES",
     "GUESSED_DRIFT",
+    "PREVIOUS",
     "SAFE_DRIFT",
     "VOCABULARY_ENTRY",
     "AllocationPath",

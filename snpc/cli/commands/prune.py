@@ -179,7 +179,7 @@ def prune_command(
     kept = kept_vocabulary(plan.analysis.model)
     mapping = write_vocabulary(result.path, kept) if kept is not None else None
     if output.page is not None:
-        snpc.write_report(result, output.page, plan=plan)
+        snpc.write_report(result, output.page, plan=plan, command=typed.text())
     built = build.load(result.path, execution, data, workload.batch)
     extra = {**({"build": build_json(built)} if built else {}), **({"folder": folder.to_json()} if folder else {})}
     output.json.write({**snpc.json_report(result), **extra})
