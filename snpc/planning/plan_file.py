@@ -133,16 +133,16 @@ def substitute_entry(substitute: Substitute | None) -> str | dict[str, Any]:
 def parse_substitute(entry: Any, read: str) -> Substitute:
     """What stands for a layer that reads the value ``read``, of an entry of a plan."""
     if isinstance(entry, str):
-        return Substitute(parse_numbers(entry))
+        return Substitute(split_numbers(entry))
     matrices = {
         name: np.frombuffer(b64decode(part["float32"], validate=True), "<f4").reshape(part["shape"])
         for name, part in entry.items()
         if name != "bias"
     }
-    return Substitute(parse_numbers(entry["bias"]), TokenMap(read, **matrices))
+    return Substitute(split_numbers(entry["bias"]), TokenMap(read, **matrices))
 
 
-def parse_numbers(text: str) -> FloatArray:
+def split_numbers(text: str) -> FloatArray:
     return np.array([float(x) for x in text.split()])
 
 

@@ -71,7 +71,9 @@ def test_a_plan_file_says_which_layers_go(options: tuple[str, ...], tmp_path: Pa
     invoke("apply", VIT, plan, "--calib", CALIB, "-o", applied)
     assert applied.read_bytes() == direct.read_bytes()
     assert "replaced in place" in invoke("verify", VIT, direct, "--plan", plan, "--calib", CALIB).stdout
-    assert "layers gone: " in invoke("plan", VIT, *words, "-o", tmp_path / "again.json").stdout
+    printed = invoke("plan", VIT, *words, "-o", tmp_path / "again.json").stdout
+    assert "layers gone: " in printed
+    assert ("a map of its tokens" in printed) == ("map" in {entry["replaced_by"] for entry in report["layers"]})
 
 
 def test_an_edited_plan(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ class SublayerRemoval:
     def names(self) -> tuple[str, ...]:
         return tuple(sublayer.name for sublayer in self.sublayers)
 
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """Each name, with what stands for the sublayer."""
+        stands = {name: f" ({substitute.describe()})" for name, substitute in self.substitutes.items()}
+        return tuple(f"{name}{stands.get(name, '')}" for name in self.names)
+
     def stands_for(self, name: str) -> Continuation:
         """What a value of the stream stands for in ``source``: that of its name, or the sum behind the sublayers that
         are gone there, less the constants that still follow."""
