@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from snpc.errors import UserError
-from snpc.passes import Analysis, remove_sublayers
+from snpc.passes import Analysis, enter_streams, remove_sublayers
 from snpc.passes.sublayers import Substitute, TokenMap
 from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.planning.tied_widths import check_kept_widths
@@ -50,6 +50,8 @@ def plan_to_json(plan: SlicePlan) -> str:
     rotated = [stream.group for stream in plan.analysis.stream_bases if stream.rotated and stream.group in plan.keep]
     if rotated or plan.rotated:
         head["rotated"] = rotated or list(plan.rotated)
+    if plan.analysis.entries:
+        head["entries"] = list(plan.analysis.entries)
     if plan.analysis.reduction is not None:
         head["tokens"] = plan.analysis.reduction.spec
         steps = plan.analysis.reduction.to_json()["steps"]
@@ -144,6 +146,21 @@ def parse_substitute(entry: Any, read: str) -> Substitute:
 
 def split_numbers(text: str) -> FloatArray:
     return np.array([float(x) for x in text.split()])
+
+
+def with_planned_entries(analysis: Analysis, text: str) -> Analysis:
+    """The analysis in which residual streams begin where the plan in ``text`` says.
+
+    Raises UserError for values that the model does not have.
+    """
+    entry = json_entry(text, "entries")
+    if not entry:
+        return analysis
+    shapes = analysis.traced_graph.facts.shape
+    known = {str(value.name) for value, shape in shapes.items() if value.producer() and len(shape or ()) > 1}
+    if not isinstance(entry, list) or not all(isinstance(name, str) and name in known for name in entry):
+        raise UserError('"entries" of a plan names values of the model, behind which residual streams begin')
+    return enter_streams(analysis, entry)
 
 
 def json_entry(text: str, name: str) -> object:

@@ -107,7 +107,7 @@ def test_a_wrong_removal_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("words", "said"),
     [
         (("--ratio", 0.25), "give --calib"),
-        (("--ratio", 0.25, "--calib", CALIB, "--tokens", "merge:2"), "do not go together"),
+        (("--target", "macs=0.7", "--calib", CALIB, "--tokens", "auto"), "give --roles all,layer"),
         (("--max-drift", 0.1, "--calib", CALIB), "needs --ratio R, or --target"),
     ],
 )

@@ -101,6 +101,15 @@ class SublayerGraph:
         unused = self.unused_without([self.branches[name] for name in names])
         return {str(value.name) for value in self.constants_of(unused)}
 
+    def names_in(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
+        """(names of the nodes and values that are in this sublayer, with its sum; names of the values that they read
+        beside the stream)."""
+        branch = self.branches[name]
+        nodes = self.inside(branch)
+        made = {str(value.name) for node in (*nodes, branch.sum) for value in node.outputs}
+        read = {str(value.name) for node in nodes for value in node.inputs if value is not None}
+        return frozenset(made | {str(node.name) for node in nodes}), frozenset(read - made - {str(branch.stream.name)})
+
     # -- sums --------------------------------------------------------------------------------------------------------
 
     def branches_of(self, node: ir.Node) -> Iterator[Branch]:

@@ -4,7 +4,8 @@ y = (x U + mean(x) M + first(x) F) V + b for the tokens x that a layer reads. Le
 within a sample decides on A = U V, how its mean varies between samples on M and F, for which there are as many rows as
 samples, and so a ridge of their own. V [r, D] spans what varies most of the fitted outputs (reduced-rank regression): a
 quarter of the width is nearly as good as all of it (docs/design-notes.md). A causal layer, whose mean would look
-ahead, and one with padded tokens map every token by itself, by how y varies over all rows.
+ahead, and one with padded tokens, or with tokens that get fewer, map every token by itself, by how y varies over all
+rows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def fit_layer_maps(
             found = run({**feeds, **masks(feeds)})
             for number, total in enumerate(sums):
                 total.add(*(found[f"{what}{number}"] for what in (READ, ADDED, COUNT)))
-    unpadded = [sublayer for sublayer in mapped if sublayer.branch not in padding.row_masks]
+    unpadded = [s for s in mapped if s.branch not in padding.row_masks and analysis.reduction is None]
     pooled = layers_that_look_ahead(analysis, unpadded, next(iter(calibration.batches())), execution)
     maps = {s.name: total.fit(s.read, s.name in pooled) for s, total in zip(mapped, sums, strict=True)}
     return {name: substitute for name, substitute in maps.items() if substitute is not None}

@@ -79,6 +79,8 @@ class LayerCandidates:
 
     def change_refitted(self, gone: Collection[str], calibration: Calibration, execution: Execution) -> float:
         """Change of the outputs with these layers gone and the others refitted. Raises NotSegmentable."""
+        if not gone:
+            return 0.0
         shorter = self.without(gone)
         plan = SlicePlan(shorter, "none", {}, {}, "auto")
         fitted = fit_layerwise(ClosedForms.empty(shorter), plan, calibration, execution)
@@ -303,8 +305,6 @@ def check_layer_budget(analysis: Analysis, budget: Budget, calibration: Calibrat
     if analysis.companions or analysis.model.quantized is not None:
         what = "models that are cut alike" if analysis.companions else "a quantized file that stays quantized"
         raise UserError(f"the role layer is not supported for {what}: leave it out")
-    if analysis.reduction is not None:
-        raise UserError("the role layer and --tokens do not go together: leave out one of them")
     alone = set(budget.roles) == {LAYER_ROLE}
     if budget.limits_quality or (budget.is_latency and alone):
         raise UserError(

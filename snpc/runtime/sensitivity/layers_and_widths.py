@@ -3,7 +3,7 @@
 Layers are taken one after the other, as for layers alone. After each, the widths of what is left are allocated to the
 rest of the budget, and the model is run with the layers switched off and the units gone at once. The layers go with
 which the outputs change least; none may be the best. Then layers are exchanged for others while that lowers the change.
-At last the sets that are near are compared with the layers that are kept refitted.
+At last the sets that are near, and none, are compared with the layers that are kept refitted.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def remove_layers_beside_widths(
                 best = together.exchange(together.fewest_changes())
                 advance(len(found.sublayers))
             sets |= together.near(best) if refits else {LayerSet.of(candidates, best): (together.change(best), 0.0)}
-    nearest = sorted(sets, key=lambda layers: sets[layers])[:REFITTED_SETS]
+    nearest = sorted(sets, key=lambda layers: sets[layers])
     chosen = nearest[0]
     if refits:
-        chosen = best_refitted({layers: sets[layers][1] for layers in nearest}, calibration, execution)
+        compared = dict.fromkeys([*nearest[:REFITTED_SETS], *(layers for layers in nearest if not layers.names)])
+        chosen = best_refitted({layers: sets[layers][1] for layers in compared}, calibration, execution)
     return chosen.removed() if chosen.names else found.analysis
 
 
@@ -111,10 +112,10 @@ class LayersAndWidths:
         return gone
 
     def near(self, gone: Layers) -> dict[LayerSet, tuple[float, float]]:
-        """The set and those with another layer in place of one that promise most -> the change, and how much of it the
-        widths beside them add."""
+        """The set, none, and those with another layer in place of one that promise most -> the change, and how much of
+        it the widths beside them add."""
         self.search.gone = gone
-        sets = dict.fromkeys([gone, *sorted(self.search.exchanges(), key=self.promised_change)])
+        sets = dict.fromkeys([gone, Layers(), *sorted(self.search.exchanges(), key=self.promised_change)])
         changes = {names: self.change(names) for names in list(sets)[:REFITTED_SETS]}
         return {
             LayerSet.of(self.found, names): (change, change - self.search.trials.change(names))

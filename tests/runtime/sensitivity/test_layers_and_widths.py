@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 
 import snpc
 from snpc.pipeline.planner import PlanRequest, measure_widths, plan_of_layers
@@ -20,25 +18,14 @@ from snpc.runtime.sensitivity.layer_trials import open_layer_trials, set_weights
 from snpc.runtime.sensitivity.layers_and_widths import LayersAndWidths
 from snpc.runtime.sensitivity.plan_trials import TrialWeights
 from tests.command_line import CALIB, VIT, invoke
+from tests.models.idle import IDLE, write_idle
 
 ROLES = ("qk", "vo", "ffn", "layer")
-IDLE = "blocks.1.attn"
 
 
 @pytest.fixture(scope="module")
 def idle_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model, in which one attention adds next to nothing."""
-    model, path = onnx.load(VIT), tmp_path_factory.mktemp("idle") / "idle.onnx"
-    analysis = snpc.analyze(snpc.load(VIT))
-    group = next(g for g in analysis.groups if g.id == f"{IDLE}.vo")
-    (consumer,) = analysis.weights[group.id].consumers
-    names = {consumer.weight_slice.tensor, *(v.name for n in consumer.nodes for v in n.inputs if v is not None)}
-    for initializer in model.graph.initializer:
-        if initializer.name in names or initializer.name == f"{IDLE}.proj.bias":
-            array = 0.001 * numpy_helper.to_array(initializer)
-            initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
-    onnx.save(model, path)
-    return path
+    return write_idle(tmp_path_factory.mktemp("idle") / "idle.onnx")
 
 
 def test_an_idle_layer_goes_and_widths_serve_the_rest(idle_layer: Path, tmp_path: Path) -> None:
