@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     options = parser.parse_args()
     results = {"onnxsim": version("onnxsim"), "files": {path.name: rows_of(path) for path in options.models}}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({**json.loads(RESULTS.read_text()), **results}, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 

@@ -26,7 +26,7 @@ from .planning import (
     plan_from_json,
     plan_to_json,
 )
-from .report import write_report
+from .report import FileComparison, compare_files, write_report
 from .runtime.calibration import Calibration, ImageOptions, TextOptions, load_calibration
 from .runtime.closed_form import ClosedForms, solve_closed_forms
 from .runtime.evaluation import BenchResult, EvaluationData, TaskMetric, TimingProtocol, Workload, bench
@@ -64,6 +64,7 @@ __all__ = [
     "Difference",
     "EvaluationData",
     "Execution",
+    "FileComparison",
     "Group",
     "ImageOptions",
     "Model",
@@ -93,6 +94,7 @@ __all__ = [
     "apply",
     "bench",
     "build",
+    "compare_files",
     "complete_plan",
     "dequantize",
     "json_report",

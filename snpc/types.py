@@ -8,6 +8,7 @@ width); a *site* is one axis of one constant that is sliced with the group; a *p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,6 +286,29 @@ class Group:
 
 
 @dataclass(frozen=True)
+class SharedProduct:
+    """A product, or a weight, of which groups cut several axes: what two of them save is less than what each saves.
+
+    ``kind`` and ``count``: its MACs, or the parameters of the constant ``tensor``. ``axes``: for each axis, group id ->
+    the share of the axis that its units are. ``counted``: group id -> the share of ``count`` that ``Group.macs`` or
+    ``Group.params`` has.
+    """
+
+    kind: Literal["macs", "params"]
+    count: int
+    axes: tuple[Mapping[str, float], ...]
+    counted: Mapping[str, float]
+    tensor: str = ""
+
+    def counted_twice(self, gone: Mapping[str, float]) -> float:
+        """By how much the savings of the groups add up to more than what goes. ``gone``: group id -> share of its units
+        that goes."""
+        left = math.prod(1 - sum(share * gone.get(name, 0.0) for name, share in axis.items()) for axis in self.axes)
+        alone = sum(share * gone.get(name, 0.0) for name, share in self.counted.items())
+        return self.count * (alone - (1 - left))
+
+
+@dataclass(frozen=True)
 class StreamBasis:
     """A residual stream (of group ``group``), with what its width costs by channels and by directions of a basis.
 
@@ -308,7 +332,7 @@ SublayerKind = Literal["attention", "feed-forward", "convolution"]
 @dataclass(frozen=True)
 class Sublayer:
     """A layer beside the residual stream: it reads ``stream``, and its output ``branch`` is added in ``summed``, all
-    three names of values.
+    three names of values. ``read``: what all of it is computed from, as the stream behind its normalization.
 
     ``macs`` and ``params``: what goes with it. ``reason``: why it cannot go; "" where it can.
     """
@@ -318,6 +342,7 @@ class Sublayer:
     stream: str
     branch: str
     summed: str
+    read: str
     macs: int
     params: int
     reason: str = ""

@@ -62,6 +62,7 @@ COMMAND_PLACES = {
     "passes": CommandPlace("listings", "passes_command", "List the graph passes in the order in which they run."),
     "plan": CommandPlace("plan", "plan_command", "Score a model and write a plan, which can be read and edited."),
     "prune": CommandPlace("prune", "prune_command", "Prune a model, verify the result, show before and after."),
+    "report": CommandPlace("report", "report_command", "Show files beside their original: a page with charts."),
     "sweep": CommandPlace(
         "sweep", "sweep_command", "Prune a model to several sizes: a table, a plot, the best models."
     ),

@@ -31,18 +31,29 @@ from snpc.passes.analyze import (
     analyze,
     analyze_graph,
     cost_without,
+    enter_streams,
     quoted_facts,
     remove_sublayers,
     turn_streams,
 )
 from snpc.passes.mac_breakdown import macs_by_role
 from snpc.passes.output_kinds import OutputKind, find_output_kinds, partly_written_outputs
-from snpc.passes.pass_list import FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS, PASSES, DumpAfter
+from snpc.passes.pass_list import (
+    FOLD_ATTENTION_SCALE,
+    FUSE_ATTENTION,
+    FUSE_ATTENTION_PROJECTIONS,
+    FUSE_GEMM_BIAS,
+    PAD_ATTENTION_HEADS,
+    PASSES,
+    DumpAfter,
+)
 
 __all__ = [
+    "FOLD_ATTENTION_SCALE",
     "FUSE_ATTENTION",
     "FUSE_ATTENTION_PROJECTIONS",
     "FUSE_GEMM_BIAS",
+    "PAD_ATTENTION_HEADS",
     "PASSES",
     "Analysis",
     "Companion",
@@ -53,6 +64,7 @@ __all__ = [
     "analyze",
     "analyze_graph",
     "cost_without",
+    "enter_streams",
     "find_output_kinds",
     "macs_by_role",
     "partly_written_outputs",

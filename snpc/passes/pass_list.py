@@ -2,7 +2,7 @@
 
 The stages are run from these tuples: ``canonicalize`` while loading, ``dequantize`` where a quantized file is to be
 made float, ``analyze`` before labels are propagated, ``rewrite`` for each model that is cut, ``finalize`` before each
-model that is written or run, ``fuse`` for candidates of ``--target ort``.
+model that is written or run, ``fuse`` for candidates of ``--target ort`` and for TensorRT.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from snpc.passes.canonicalization import (
     FINALIZATION_PASSES,
     FOLD_SHAPE_ARITHMETIC,
 )
-from snpc.passes.fusion import FuseAttention, FuseGemmBias
+from snpc.passes.fusion import FuseAttention, FuseGemmBias, PadAttentionHeads
 from snpc.passes.quantization import DEQUANTIZATION_PASSES
-from snpc.passes.slicing import REWRITE_PASSES
+from snpc.passes.slicing import REWRITE_PASSES, FoldAttentionScale
 
 ANALYSIS_PASSES = (ELIMINATE_DEAD_ROWS,)
 
@@ -49,7 +49,22 @@ FUSE_GEMM_BIAS = GraphPass(
     "replaces a product and the bias that is added to it by one Gemm",
     "last: attention that holds its projections takes their biases too",
 )
+FOLD_ATTENTION_SCALE = GraphPass(
+    "fold-attention-scale",
+    "fuse",
+    FoldAttentionScale,
+    "multiplies what makes queries by the scale of their attention, which is then left out",
+    "for TensorRT, before the graph gets its precision",
+)
+PAD_ATTENTION_HEADS = GraphPass(
+    "pad-attention-heads",
+    "fuse",
+    PadAttentionHeads,
+    "makes heads of queries, keys and values equally wide by zeros",
+    "for TensorRT in half precision, after fold-attention-scale, which follows queries to their weights",
+)
 FUSION_PASSES = (FOLD_SHAPE_ARITHMETIC, FUSE_ATTENTION, FUSE_ATTENTION_PROJECTIONS, FUSE_GEMM_BIAS)
+ENGINE_PASSES = (FOLD_ATTENTION_SCALE, PAD_ATTENTION_HEADS)
 
 PASSES: tuple[GraphPass, ...] = (
     *CANONICALIZATION_PASSES,
@@ -58,6 +73,7 @@ PASSES: tuple[GraphPass, ...] = (
     *REWRITE_PASSES,
     *FINALIZATION_PASSES,
     *FUSION_PASSES,
+    *ENGINE_PASSES,
 )
 PASS_NAMES = tuple(entry.name for entry in PASSES)
 

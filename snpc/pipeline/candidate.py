@@ -19,7 +19,7 @@ from snpc.pipeline.companions import FittedPlan, WrittenCompanion, write_compani
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
-from snpc.planning import SlicePlan, cuts_of
+from snpc.planning import SlicePlan, cuts_of, parse_target
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.evaluation import cache_bytes_per_token
@@ -40,6 +40,8 @@ from snpc.types import ClosedFormKind, Cost, Model, Quality, TaskChange, TensorS
 
 if TYPE_CHECKING:
     from snpc.runtime.io import InMemoryModel
+
+TARGET_MARGIN = 5e-4  # of the dense model: what shows as the target, rounded, has met it
 
 
 @dataclass
@@ -104,6 +106,17 @@ class PrunedModel:
     """Models with the same weights that were cut alike, and written beside it."""
     task: TaskChange | None = None
     """The score on labels, where there were some."""
+
+    @property
+    def missed_target(self) -> str:
+        """The target in MACs, parameters or bytes and the share that is left, in words; "" where that is not more."""
+        given = self.plan.options.get("target")
+        target = parse_target(str(given)) if given is not None else None
+        if target is None or target.kind == "latency":
+            return ""
+        left = getattr(self.after, target.kind) / getattr(self.before, target.kind)
+        why = ": names and nodes take bytes beside the weights" if target.kind == "bytes" else ""
+        return f"{target} is missed: {left:.3f} is left{why}" if left > target.share + TARGET_MARGIN else ""
 
     @property
     def quality(self) -> Quality:

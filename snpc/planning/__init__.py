@@ -11,6 +11,8 @@ Files
   plan         Scores of units, and the slice plan made of them: which units each group keeps.
   plan_file    A plan as a file: JSON that can be read, edited and applied again.
   provenance   Provenance: what a written file says of how it was made, as entries of its ``metadata_props``.
+  savings      Savings: how many MACs, parameters, bytes or ms go with units. What several groups cut at once is counted
+               once.
   tied_widths  Tied widths: groups of one tie, such as keys and values of a fused node, keep equally many channels per
                head.
 """
@@ -26,7 +28,6 @@ from snpc.planning.allocate import (
     make_slice_plan,
     predicted_drift,
     predicted_surprise,
-    savings_by_width,
 )
 from snpc.planning.config import (
     DEFAULT_ROLES,
@@ -50,19 +51,23 @@ from snpc.planning.plan_file import (
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
+    with_planned_entries,
     without_removed_layers,
 )
 from snpc.planning.provenance import (
+    PREVIOUS,
     VOCABULARY_ENTRY,
     pruning_provenance,
     read_provenance,
     target_text,
     write_provenance,
 )
+from snpc.planning.savings import savings_by_width
 
 __all__ = [
     "DEFAULT_ROLES",
     "GUESSED_DRIFT",
+    "PREVIOUS",
     "SAFE_DRIFT",
     "VOCABULARY_ENTRY",
     "AllocationPath",
@@ -101,6 +106,7 @@ __all__ = [
     "target_text",
     "token_reduction_in",
     "top_units",
+    "with_planned_entries",
     "without_removed_layers",
     "write_provenance",
 ]

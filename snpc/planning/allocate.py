@@ -16,6 +16,7 @@ from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.descent import AllocationPath, greedy_path, widths_within
 from snpc.planning.dimap import dimap_widths_at
 from snpc.planning.plan import SlicePlan, UnitScores, select_units
+from snpc.planning.savings import saved_along, saved_at, savings_by_width
 from snpc.planning.tied_widths import (
     check_ties_are_whole,
     common_widths,
@@ -136,7 +137,7 @@ def dimap_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) ->
     target = budget.target
 
     def saved(widths: Mapping[str, int]) -> float:
-        return sum(float(savings_by_width(scores, g, target)[widths[g.id]]) for g in groups)
+        return saved_at(widths, scores, groups, target)
 
     most = dimap_widths_at(groups, scores.energies, budget, 1.0)
     required, reachable, slack = required_savings(scores, target, saved(most))
@@ -167,16 +168,7 @@ def allocation_path(groups: Sequence[Group], scores: UnitScores, budget: Budget)
     least = smallest_widths(groups, budget)
     unit_savings = {g.id: float(savings[g.id][least[g.id]]) / max(g.size - least[g.id], 1) for g in groups}
     path = greedy_path(groups, {g.id: removal_costs(scores, g) for g in groups}, unit_savings, budget)
-    return path, path.cumulative(savings)
-
-
-def savings_by_width(scores: UnitScores, group: Group, target: ResourceTarget) -> FloatArray:
-    """[size + 1]: the savings, by units per block that are kept."""
-    if target.kind == "latency":
-        assert scores.latency is not None
-        return scores.latency.saved[group.id]
-    removed: FloatArray = 1 - np.arange(group.size + 1) / group.size
-    return resource_use(scores.analysis, group, target) * removed
+    return path, saved_along(path, scores, target)
 
 
 def target_widths(groups: Sequence[Group], scores: UnitScores, budget: Budget) -> dict[str, int]:
@@ -233,17 +225,6 @@ def predicted_change(path: AllocationPath, scores: UnitScores, flag: str) -> Flo
     if any(g.id not in scores.curves for g in path.groups):
         raise UserError(f"{flag} needs calibration data, on which it is measured: give --calib")
     return np.maximum(path.cumulative(scores.curves), 0.0)
-
-
-def resource_use(analysis: Analysis, group: Group, target: ResourceTarget) -> float:
-    """MACs, parameters or weight bytes that the group accounts for."""
-    if target.kind == "macs":
-        return float(group.macs)
-    if target.kind == "params":
-        return float(group.params)
-    weight = analysis.traced_graph.model.graph.initializers[group.sites[0].tensor].const_value
-    assert weight is not None
-    return group.params * weight.nbytes / weight.size
 
 
 def removal_costs(scores: UnitScores, group: Group) -> FloatArray:

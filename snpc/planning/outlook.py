@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from snpc.planning.allocate import allocation_path, predicted_drift, required_savings, savings_by_width
+from snpc.planning.allocate import allocation_path, predicted_drift, required_savings
 from snpc.planning.config import Budget, ResourceTarget
 from snpc.planning.plan import SlicePlan, UnitScores
+from snpc.planning.savings import saved_at
 from snpc.planning.tied_widths import smallest_widths
 from snpc.types import Group, Role
 
@@ -66,12 +67,8 @@ def plan_outlook(
     target = ResourceTarget(kind, 1.0)
     roles = tuple({g.role: None for g in measured})
     aim = replace(budget, ratio=None, max_drift=None, max_ppl=None, max_drop=None, target=target, roles=roles)
-    saved = most = 0.0
-    least = smallest_widths(measured, budget)
-    for group in measured:
-        savings = savings_by_width(scores, group, target)
-        saved += float(savings[slices.kept_width(group)])
-        most += float(savings[least[group.id]])
+    kept = {group.id: slices.kept_width(group) for group in measured}
+    saved, most = (saved_at(w, scores, measured, target) for w in (kept, smallest_widths(measured, budget)))
     share = saved / most if most else 0.0
     if len(measured) < len(groups) or any(g.id not in scores.curves for g in measured):
         return PlanOutlook(removed, share)

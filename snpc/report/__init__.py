@@ -1,10 +1,11 @@
 """The HTML report of a pruned model, and the plot of a sweep: files that load nothing else.
 
 data            everything that the page shows, as one value
-page            that value as HTML
-sweep_plot      quality against latency of a sweep, as SVG
+comparison      files beside their original, at any later time
+reproduction    how to make a file again
+page            the data as HTML
+charts/         bars, curves and plots, as shapes with coordinates
 card            the report as a model card of the Hugging Face hub
-charts          bars and curves, as shapes with coordinates
 attention_maps  where the heads of a vision model look, before and after
 token_maps      which patches of a picture are left where tokens get fewer
 render          the templates (``templates/*.j2``) with their values
@@ -17,8 +18,8 @@ Files
                   after.
   card            A model card: the ``README.md`` of a model on the Hugging Face hub, from the JSON report of a pruned
                   model.
-  charts          The charts of the page, as shapes with coordinates in CSS pixels; ``templates/chart.svg.j2`` writes
-                  them as SVG.
+  charts/         Charts: shapes with coordinates, drawn as SVG.
+  comparison      Files beside their original: what each costs, which widths are left, and how close its outputs are.
   data            Everything that the report shows, as one value.
   format          Numbers and methods as text, the same on the terminal and in the report.
   page            The report page: one HTML file that loads nothing else.
@@ -26,15 +27,18 @@ Files
   quality_text    The two statements on a result, in words: whether the rewrite is correct, and how close its outputs
                   are.
   render          Templates to text: every value is escaped, and an unknown name is an error.
-  sweep_plot      Quality against latency: the plot of a sweep, an SVG file of its own.
+  reproduction    How to make a file again: the command, the call, and what both were run with.
   token_maps      Token maps: which patches of a picture are left after each step of a token reduction.
 """
 
 from __future__ import annotations
 
 from snpc.report.card import BaseModelRelation, CardOptions, model_card
+from snpc.report.charts import write_sweep_plot
+from snpc.report.comparison import FileComparison, compare_files
+from snpc.report.data import ReportData
 from snpc.report.format import describe_method, format_count, format_share
-from snpc.report.page import write_report
+from snpc.report.page import glance_rows, write_report
 from snpc.report.quality_text import (
     dequantization_text,
     drift_text,
@@ -47,16 +51,19 @@ from snpc.report.quality_text import (
     rewrite_text,
     task_text,
 )
-from snpc.report.sweep_plot import write_sweep_plot
 
 __all__ = [
     "BaseModelRelation",
     "CardOptions",
+    "FileComparison",
+    "ReportData",
+    "compare_files",
     "dequantization_text",
     "describe_method",
     "drift_text",
     "format_count",
     "format_share",
+    "glance_rows",
     "model_card",
     "output_lines",
     "provenance_text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,11 +14,11 @@ from snpc.errors import UserError
 from snpc.ops import lookup
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import finalize
-from snpc.pipeline import PrunedModel, self_deciding_model
+from snpc.pipeline import self_deciding_model
 from snpc.planning import SlicePlan
 from snpc.report.png import PixelArray
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution import open_session
+from snpc.runtime.execution import ARTIFACT_SUFFIXES, open_session
 from snpc.runtime.io import load, save
 from snpc.temporary import temporary_folder
 from snpc.types import AnyArray, Feeds, FloatArray, Group
@@ -67,26 +68,32 @@ class MapsUnavailable(Exception):
     """Says why there are no maps."""
 
 
-def attention_maps(result: PrunedModel, calibration: Calibration | None) -> AttentionMaps:
-    """Run both models on the first calibration pictures, and compare the attention weights of a few heads."""
+def attention_maps(
+    analysis: Analysis, path: Path, calibration: Calibration | None, plan: SlicePlan | None = None
+) -> AttentionMaps:
+    """Run the original and the file on the first calibration pictures, and compare the attention weights of a few
+    heads. ``plan``: by which heads were cut, where it is known."""
     try:
-        return compute_attention_maps(result, calibration)
+        return compute_attention_maps(analysis, path, calibration, plan)
     except (MapsUnavailable, UserError) as error:
         return AttentionMaps(reason=str(error))
 
 
-def compute_attention_maps(result: PrunedModel, calibration: Calibration | None) -> AttentionMaps:
+def compute_attention_maps(
+    analysis: Analysis, path: Path, calibration: Calibration | None, plan: SlicePlan | None
+) -> AttentionMaps:
     """The maps of a few heads on each picture. MapsUnavailable: says why there are none."""
-    plan = result.plan
+    if path.suffix in ARTIFACT_SUFFIXES:
+        raise MapsUnavailable(f"{path.name} is no ONNX file")
     if calibration is None:
         raise MapsUnavailable("there is no calibration data to show pictures of")
-    feeds = first_samples(plan.analysis, calibration)
+    feeds = first_samples(analysis, calibration)
     pictures = find_pictures(feeds)
-    values = select_layers(find_attention_weights(plan.analysis))
-    known_types = plan.analysis.traced_graph.facts.dtype
+    values = select_layers(find_attention_weights(analysis))
+    known_types = analysis.traced_graph.facts.dtype
     types = {str(value.name): known_types.get(value) or ir.DataType.FLOAT for _, value in values}
-    before = evaluate_values(self_deciding_model(plan.analysis), types, feeds)
-    after = evaluate_values(load(result.path).graph, types, feeds)
+    before = evaluate_values(self_deciding_model(analysis), types, feeds)
+    after = evaluate_values(load(path).graph, types, feeds)
     count = min(MAX_PICTURES, len(pictures))
     maps: list[list[HeadMap]] = [[] for _ in range(count)]
     queries = set()
@@ -94,7 +101,8 @@ def compute_attention_maps(result: PrunedModel, calibration: Calibration | None)
         weights = [attention_per_head(w[str(value.name)], len(pictures)) for w in (before, after)]
         heads = match_heads(plan, group, weights)
         layout = patch_grid(weights[0].shape[-1], pictures.shape[1:3])
-        if layout is None or heads is None or has_fewer_tokens(plan.analysis, weights[0].shape[-1]):
+        same_tokens = weights[0].shape[-1] == weights[1].shape[-1]
+        if layout is None or heads is None or not same_tokens or has_fewer_tokens(analysis, weights[0].shape[-1]):
             continue
         prefix, grid = layout
         queries.add(describe_queries(weights[0], prefix))
@@ -211,11 +219,13 @@ def attention_per_head(weights: AnyArray, samples: int) -> FloatArray:
     return np.asarray(weights, np.float64)
 
 
-def match_heads(plan: SlicePlan, group: Group, weights: Sequence[FloatArray]) -> list[tuple[int, int]] | None:
+def match_heads(plan: SlicePlan | None, group: Group, weights: Sequence[FloatArray]) -> list[tuple[int, int]] | None:
     """(head before, the same head after) of all heads that are left; None where they cannot be matched."""
     old, new = (w.shape[1] for w in weights)
     if old == new:
         return [(k, k) for k in range(old)]
+    if plan is None:
+        return None
     for heads in plan.analysis.groups:
         same = heads.role == "head" and {s.tensor for s in group.sites} & {s.tensor for s in heads.sites}
         if same and (heads.size, plan.kept_width(heads)) == (old, new):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,40 +10,44 @@ from typing import Any
 
 import numpy as np
 
-from snpc.passes import analyze, macs_by_role
+from snpc.errors import UserError
+from snpc.passes import Analysis, analyze, macs_by_role
 from snpc.pipeline import PrunedModel, PruningPlan
 from snpc.planning import target_text
 from snpc.report.attention_maps import AttentionMaps, attention_maps
+from snpc.report.comparison import ComparedFile, FileComparison
 from snpc.report.format import describe_method
 from snpc.report.quality_text import (
     dequantization_text,
+    provenance_text,
     quality_text,
     quality_warning,
     requantization_text,
     restriction_text,
     rewrite_text,
-    task_text,
 )
+from snpc.report.reproduction import Reproduction, reproduction_of_file, reproduction_of_result
 from snpc.report.token_maps import TokenMaps, token_maps
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import BenchResult
-from snpc.runtime.io import load
-from snpc.types import Difference, FloatArray, Grade, Pin
+from snpc.runtime.io import file_bytes, load
+from snpc.tokens import reduce_tokens
+from snpc.types import Difference, FloatArray, Grade, Group, Pin, Quality, TaskChange
 
 
 @dataclass(frozen=True)
-class BeforeAfter:
-    """A number before and after pruning, with its name and unit."""
+class Measured:
+    """A number of the original (``before``) and of each file (``after``; None: not known), with its name and unit."""
 
     name: str
     unit: str
     before: float
-    after: float
+    after: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class GroupWidth:
-    """One group of the plan: ``blocks`` x ``size`` units before, ``blocks`` x ``kept`` after.
+    """One group of the original: ``blocks`` x ``size`` units, and ``blocks`` x ``kept`` in each file (None: not known).
 
     ``curve`` [size + 1], where measured: change of the outputs (relative RMS) by units kept per block, while all other
     groups keep theirs. ``form``: the closed form that made the weights, "" without one. ``normalized_inside``: a
@@ -54,48 +59,73 @@ class GroupWidth:
     layer: int
     blocks: int
     size: int
-    kept: int
-    form: str
-    curve: tuple[float, ...]
-    normalized_inside: bool
+    kept: tuple[int | None, ...]
+    form: str = ""
+    curve: tuple[float, ...] = ()
+    normalized_inside: bool = False
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """So many tokens are ``left`` behind ``block``, of the original's ``tokens``; on average where their number depends
+    on the input."""
+
+    block: int
+    tokens: float
+    left: float
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """The statements on one file. ``made``: how it was made, by what it says itself or by what was asked for.
+    ``rewrite``: whether it computes what the plan says, where that is known. ``removed``: layers that are gone."""
+
+    name: str
+    path: str
+    made: str
+    quality: str
+    grade: Grade
+    warning: str
+    compared: str
+    differences: tuple[Difference, ...]
+    task: TaskChange | None = None
+    removed: tuple[str, ...] = ()
+    rewrite: str = ""
+    equals_mask: tuple[Difference, ...] = ()
+    structure: tuple[str, ...] = ()
+    reproduction: Reproduction | None = None
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the page shows.
+    """What the page shows: one original, and one file or several.
 
-    ``request``: what was asked for and how it was done. ``macs``: by role, each product counted once. ``rewrite``,
-    ``quality``, ``warning``, ``task``: the statements on the result. ``drift``, ``equals_mask``: what verification
-    measured.
+    ``macs``: by role, each product counted once. ``tokens``: where tokens get fewer, of a file that was just pruned.
+    ``options``, ``pins``, ``seconds``: of the run, where the page is written by one.
     """
 
     model: str
-    output: str
     digest: str
-    request: str
-    options: Mapping[str, Any]
-    costs: tuple[BeforeAfter, ...]
+    files: tuple[FileReport, ...]
+    costs: tuple[Measured, ...]
     widths: tuple[GroupWidth, ...]
-    macs: tuple[BeforeAfter, ...]
+    macs: tuple[Measured, ...]
     macs_at: Mapping[str, int]
-    rewrite: str
-    quality: str
-    grade: Grade
-    warning: str
-    task: str
-    compared: str
-    drift: tuple[Difference, ...]
-    equals_mask: tuple[Difference, ...]
-    structure: tuple[str, ...]
+    bench: BenchResult | None
     attention: AttentionMaps
     token_maps: TokenMaps
-    warnings: tuple[str, ...]
-    pins: tuple[Pin, ...]
-    seconds: Mapping[str, float]
+    tokens: tuple[TokenCount, ...] = ()
+    warnings: tuple[str, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    options: Mapping[str, Any] | None = None
+    seconds: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+
+# -- a model that was just pruned ------------------------------------------------------------------------------------
 
 
 def collect_report_data(
@@ -104,35 +134,57 @@ def collect_report_data(
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     bench: BenchResult | None = None,
+    command: str = "",
 ) -> ReportData:
-    """Collect the data of the page. The written file is read once more for MACs by role, attention and token maps."""
+    """Collect the data of the page. The written file is read once more for MACs by role, attention and token maps.
+    ``command``: what was typed."""
     slices, analysis, verdict = result.plan, result.plan.analysis, result.verification
-    attention = attention_maps(result, calibration)
-    return ReportData(
-        model=str(analysis.model.source),
-        output=str(result.path),
-        digest=analysis.model.digest,
-        request=describe_request(result),
-        options=dict(slices.options),
-        costs=(*cost_pairs(result), *latency_pairs(bench)),
-        widths=group_widths(result, plan.loss_curves if plan else {}),
-        macs=mac_pairs(result),
-        macs_at=dict(analysis.dim_sizes),
+    removal = analysis.removal
+    file = FileReport(
+        name=result.path.name,
+        path=str(result.path),
+        made=describe_request(result),
+        **statements(result.quality),
+        task=result.task,
+        removed=removal.descriptions if removal is not None else (),
         rewrite=rewrite_text(verdict),
-        quality=quality_text(result.quality),
-        grade=result.quality.grade,
-        warning=quality_warning(result.quality),
-        task=task_text(result.task) if result.task is not None else "",
-        compared=result.quality.source,
-        drift=result.quality.differences,
         equals_mask=verdict.equals_mask,
         structure=(*((f"not run: {verdict.not_run}",) if verdict.not_run else ()), *verdict.structure),
-        attention=attention,
-        token_maps=token_maps(result, calibration),
+        reproduction=reproduction_of_result(result, command),
+    )
+    costs = (
+        Measured("MACs", "", result.before.macs, (result.after.macs,)),
+        Measured("parameters", "", result.before.params, (result.after.params,)),
+        Measured("size on disk", "B", result.before.bytes, (result.after.bytes,)),
+    )
+    return ReportData(
+        model=str(analysis.model.source),
+        digest=analysis.model.digest,
+        files=(file,),
+        costs=(*costs, *latencies(bench)),
+        widths=group_widths(result, plan.loss_curves if plan else {}),
+        macs=role_macs(without_reduction(analysis), [macs_by_role(analyze(load(result.path), analysis.dim_sizes))]),
+        macs_at=dict(analysis.dim_sizes),
+        bench=bench,
+        attention=attention_maps(analysis, result.path, calibration, slices),
+        token_maps=token_maps(analysis, result.path, calibration),
+        tokens=token_counts(analysis),
         warnings=collect_warnings(result, plan),
         pins=analysis.pins,
+        options=dict(slices.options),
         seconds=dict(result.seconds),
     )
+
+
+def statements(quality: Quality) -> dict[str, Any]:
+    """What is said of the outputs, as fields of ``FileReport``."""
+    return {
+        "quality": quality_text(quality),
+        "grade": quality.grade,
+        "warning": quality_warning(quality),
+        "compared": quality.source,
+        "differences": quality.differences,
+    }
 
 
 def describe_request(result: PrunedModel) -> str:
@@ -148,22 +200,13 @@ def describe_request(result: PrunedModel) -> str:
     return f"{goal}{f' in {roles}' if roles else ''}{spread}; {describe_method(result)}; {data}"
 
 
-def cost_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
-    """Costs read from both files."""
-    before, after = result.before, result.after
-    return (
-        BeforeAfter("parameters", "", before.params, after.params),
-        BeforeAfter("MACs", "", before.macs, after.macs),
-        BeforeAfter("size on disk", "B", before.bytes, after.bytes),
-    )
-
-
-def latency_pairs(bench: BenchResult | None) -> tuple[BeforeAfter, ...]:
-    """``bench``: of the original and the pruned model, in this order."""
+def latencies(bench: BenchResult | None) -> tuple[Measured, ...]:
+    """``bench``: of the original and the files, in this order. The latency of a file is the original's median divided
+    by the speed-up, which is measured in pairs."""
     if bench is None:
         return ()
-    before, after = bench.timings[0], bench.timings[1]
-    return (BeforeAfter("latency", "ms", before.median, after.median),)
+    before = bench.timings[0].median
+    return (Measured("latency", "ms", before, tuple(before / speedup.ratio for speedup in bench.speedups)),)
 
 
 def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple[GroupWidth, ...]:
@@ -172,12 +215,8 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
     cut = {g.role for g in plan.analysis.groups if g.id in plan.keep} | set(plan.options.get("roles", ()))
     return tuple(
         GroupWidth(
-            g.id,
-            g.role,
-            g.layer,
-            g.blocks,
-            g.size,
-            plan.kept_width(g),
+            *identity(g),
+            (plan.kept_width(g),),
             result.closed_forms.get(g.id, "") if g.id in plan.keep else "",
             tuple(np.sqrt(curves[g.id]).tolist()) if g.id in curves else (),
             g.normalized_inside,
@@ -187,14 +226,30 @@ def group_widths(result: PrunedModel, curves: Mapping[str, FloatArray]) -> tuple
     )
 
 
-def mac_pairs(result: PrunedModel) -> tuple[BeforeAfter, ...]:
-    """MACs by role, of the original and of the written file."""
-    analysis = result.plan.analysis
-    before = macs_by_role(analysis if analysis.reduction is None else analyze(analysis.model, analysis.dim_sizes))
-    after = macs_by_role(analyze(load(result.path), analysis.dim_sizes))
+def identity(group: Group) -> tuple[str, str, int, int, int]:
+    return group.id, group.role, group.layer, group.blocks, group.size
+
+
+def without_reduction(analysis: Analysis) -> Analysis:
+    return analysis if analysis.reduction is None else analyze(analysis.model, analysis.dim_sizes)
+
+
+def role_macs(original: Analysis, files: Sequence[Mapping[str, int]]) -> tuple[Measured, ...]:
+    """MACs by role, of the original and of each file; not known of a file without any."""
+    before = macs_by_role(original)
+    names = dict.fromkeys(name for macs in (before, *files) for name in macs)
     return tuple(
-        BeforeAfter(name, "", before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after))
+        Measured(name, "", before.get(name, 0), tuple(macs.get(name, 0) if macs else None for macs in files))
+        for name in names
     )
+
+
+def token_counts(analysis: Analysis) -> tuple[TokenCount, ...]:
+    """Where tokens get fewer, and how many are left."""
+    if analysis.reduction is None:
+        return ()
+    steps = analysis.reduction.to_json()["steps"]
+    return tuple(TokenCount(step["block"], steps[0]["tokens"], step["after"]) for step in steps if "after" in step)
 
 
 def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str, ...]:
@@ -219,6 +274,98 @@ def collect_warnings(result: PrunedModel, plan: PruningPlan | None) -> tuple[str
     dead_macs = result.plan.analysis.dead_macs
     if dead_macs and result.plan.analysis.reduction is None:
         warnings.append(f"{dead_macs:,} MACs were removed with rows that no output depends on; that changes no output.")
+    return tuple(warnings)
+
+
+# -- files that were compared ----------------------------------------------------------------------------------------
+
+
+def collect_comparison_data(comparison: FileComparison, *, bench: BenchResult | None = None) -> ReportData:
+    """The same of files. Maps are of the first one."""
+    analysis, files = comparison.analysis, comparison.files
+    first, names = files[0], file_names(files)
+    reduced = reduced_as(analysis, first)
+    cost = analysis.cost
+    costs = (
+        Measured("MACs", "", cost.macs, tuple(file.macs for file in files)),
+        Measured("parameters", "", cost.params, tuple(file.cost.params if file.cost else None for file in files)),
+        Measured("size on disk", "B", file_bytes(analysis.model.path), tuple(file.bytes for file in files)),
+    )
+    return ReportData(
+        model=str(analysis.model.source),
+        digest=analysis.model.digest,
+        files=tuple(file_report(name, file, analysis) for name, file in zip(names, files, strict=True)),
+        costs=(*costs, *latencies(bench)),
+        widths=compared_widths(analysis, files),
+        macs=role_macs(analysis, [file.macs_by_role for file in files]),
+        macs_at=dict(analysis.dim_sizes),
+        bench=bench,
+        attention=attention_maps(analysis, first.path, comparison.calibration),
+        token_maps=token_maps(reduced, first.path, comparison.calibration),
+        tokens=token_counts(reduced) if len(files) == 1 else (),
+        warnings=comparison_warnings(comparison),
+        pins=analysis.pins,
+    )
+
+
+def file_names(files: Sequence[ComparedFile]) -> list[str]:
+    """Names of files, whole paths where two names are equal."""
+    count = Counter(file.path.name for file in files)
+    return [file.path.name if count[file.path.name] == 1 else str(file.path) for file in files]
+
+
+def file_report(name: str, file: ComparedFile, analysis: Analysis) -> FileReport:
+    latest = file.provenance[0] if file.provenance else {}
+    return FileReport(
+        name=name,
+        path=str(file.path),
+        made=provenance_text(latest) or "the file does not say how it was made",
+        **statements(file.quality),
+        task=file.task,
+        removed=tuple(json.loads(latest.get("layers", "[]"))),
+        reproduction=reproduction_of_file(file.path, latest, analysis),
+    )
+
+
+def reduced_as(analysis: Analysis, file: ComparedFile) -> Analysis:
+    """The analysis with fewer tokens, as the file says; unchanged where it says nothing, or of another original."""
+    if len(file.provenance) != 1:
+        return analysis
+    (entries,) = file.provenance
+    if "tokens" not in entries or entries.get("source_sha256") != analysis.model.digest:
+        return analysis
+    try:
+        return reduce_tokens(analysis, entries["tokens"])
+    except UserError:  # scores that were measured on data stand in the file, and not in its words
+        return analysis
+
+
+def compared_widths(analysis: Analysis, files: Sequence[ComparedFile]) -> tuple[GroupWidth, ...]:
+    """The groups of the roles that are narrower in any file."""
+    cut = {g.role for g in analysis.groups for file in files if file.kept.get(g.id, g.size) < g.size}
+    return tuple(
+        GroupWidth(*identity(g), tuple(file.kept.get(g.id) for file in files), normalized_inside=g.normalized_inside)
+        for g in analysis.groups
+        if g.prunable and g.role in cut
+    )
+
+
+def comparison_warnings(comparison: FileComparison) -> tuple[str, ...]:
+    warnings = []
+    if comparison.calibration is None:
+        warnings.append("No data were given: drift was measured on random inputs and may differ on real ones.")
+    digest = comparison.analysis.model.digest
+    for file in comparison.files:
+        name = file.path.name
+        sources = [step.get("source_sha256") for step in file.provenance]
+        if sources and digest not in sources:
+            warnings.append(f"{name} says that it was made of another file than this original.")
+        if file.cost is None:
+            warnings.append(f"{name} is no ONNX file: its MACs, parameters and widths are not read.")
+        elif file.macs is None:
+            warnings.append(f"{name} has nodes whose MACs are not counted: {', '.join(file.cost.not_counted)}.")
+        if file.cost is not None and not file.kept:
+            warnings.append(f"The widths of {name} cannot be told: its constants have other names than the original's.")
     return tuple(warnings)
 
 

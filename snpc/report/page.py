@@ -8,16 +8,35 @@ from pathlib import Path
 
 import numpy as np
 
+from snpc.errors import UserError
 from snpc.pipeline import PrunedModel, PruningPlan, describe_approximation
 from snpc.report.attention_maps import AttentionPicture, HeadMap
-from snpc.report.charts import Chart, before_after_chart, curve_chart, curve_decades, widths_chart
-from snpc.report.data import BeforeAfter, GroupWidth, ReportData, collect_report_data, plural, widths_by_role
+from snpc.report.charts import (
+    Chart,
+    amounts_chart,
+    curve_chart,
+    curve_decades,
+    latency_chart,
+    remaining_chart,
+    tokens_chart,
+)
+from snpc.report.comparison import FileComparison
+from snpc.report.data import (
+    FileReport,
+    GroupWidth,
+    Measured,
+    ReportData,
+    collect_comparison_data,
+    collect_report_data,
+    plural,
+    widths_by_role,
+)
 from snpc.report.format import format_count, format_percent, format_share
 from snpc.report.png import apply_colormap
-from snpc.report.quality_text import drift_text, perplexity_text
+from snpc.report.quality_text import MEANINGS, drift_text, perplexity_text, quality_words, score_words, task_text
 from snpc.report.render import image_url, render_template
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation import BenchResult
+from snpc.runtime.evaluation import BenchResult, Speedup
 from snpc.runtime.io import atomic_write
 from snpc.types import Difference
 
@@ -44,22 +63,29 @@ WEIGHT_ORIGINS = {
 
 
 def write_report(
-    result: PrunedModel,
+    result: PrunedModel | FileComparison,
     path: Path | str,
     *,
     plan: PruningPlan | None = None,
     calibration: Calibration | None = None,
     bench: BenchResult | None = None,
+    command: str = "",
 ) -> ReportData:
     """Write an HTML page about ``result`` to ``path``, and return what it shows.
 
-    ``plan`` gives the loss curves, ``calibration`` (default: the plan's) the pictures for the attention maps of vision
-    models, ``bench`` (of the original and the pruned file, in this order) the latency. Raises UserError where ``path``
-    cannot be written.
+    ``result``: a model that was just pruned, or files that ``compare_files`` compared with their original. ``plan``
+    gives the loss curves, ``calibration`` (default: the plan's) the pictures for the attention maps of vision models,
+    ``bench`` (of the original and the files, in this order) the latency, ``command`` what was typed to prune. Raises
+    UserError where ``path`` cannot be written, and for options of a pruned model beside a comparison.
     """
-    if calibration is None and plan is not None:
-        calibration = plan.calibration
-    report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench)
+    if isinstance(result, FileComparison):
+        if plan is not None or calibration is not None or command:
+            raise UserError("a comparison has its own data: plan, calibration and command are of a pruned model")
+        report = collect_comparison_data(result, bench=bench)
+    else:
+        if calibration is None and plan is not None:
+            calibration = plan.calibration
+        report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench, command=command)
     text = render_page(report)
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -68,21 +94,30 @@ def write_report(
 
 def render_page(report: ReportData) -> str:
     """The page as HTML."""
+    single = len(report.files) == 1
+    names = tuple(file.name for file in report.files)
     return render_template(
         "page.html.j2",
         report=report,
         policy=CONTENT_SECURITY_POLICY,
-        name=Path(report.model).name,
-        cards=[*(cost_card(pair) for pair in report.costs), *drift_cards(report.drift)],
-        drift_rows=[drift_row(d) for d in report.drift],
-        width_figures=width_figures(report.widths),
+        title=page_title(report),
+        lead=lead(report),
+        key=[("before", "original"), *((f"file{k}", name) for k, name in enumerate(names))],
+        cards=cards(report) if single else [],
+        glance=[] if single else glance_rows(report),
+        names=names,
+        sections=[file_section(file) for file in report.files],
+        drift_rows=[
+            ((file.name,) if not single else ()) + drift_row(d) for file in report.files for d in file.differences
+        ],
+        width_figures=width_figures(report),
         macs_at=", ".join(f"{name} = {size}" for name, size in report.macs_at.items()),
-        macs_chart=before_after_chart(report.macs, [role_name(pair.name) for pair in report.macs]),
+        macs_chart=amounts_chart(report.macs, [role_name(row.name) for row in report.macs], names),
+        latency=latency_figure(report),
         curve_sections=curve_sections(report.widths),
         attention_rows=[attention_row(picture) for picture in report.attention.pictures],
         pin_rows=[(p.tensor, p.axis, p.size, p.reason, p.operator) for p in report.pins],
         group_rows=[group_row(w) for w in report.widths],
-        checks=[*report.structure, *map(mask_check, report.equals_mask)],
         run_rows=run_rows(report),
     )
 
@@ -100,36 +135,117 @@ class Card:
     exact: str = ""
 
 
-def cost_card(pair: BeforeAfter) -> Card:
-    exact = f"{pair.before:,.6g} before, {pair.after:,.6g} after"
-    if pair.unit in ("", "B"):
-        exact = f"{pair.before:,.0f} before, {pair.after:,.0f} after"
-    note = f"from {format_amount(pair, pair.before)}, now {format_share(pair.after, pair.before)}"
-    return Card(pair.name, format_amount(pair, pair.after), note, exact)
+def page_title(report: ReportData) -> str:
+    name = Path(report.model).name
+    if report.options is not None:
+        return f"{name}, pruned"
+    count = len(report.files)
+    return f"{report.files[0].name if count == 1 else f'{count} files'} beside {name}"
 
 
-def format_amount(pair: BeforeAfter, number: float) -> str:
+def lead(report: ReportData) -> str:
+    """What the one file is and what that cost, in a sentence or two; of several files, what the page shows."""
+    name = Path(report.model).name
+    if len(report.files) > 1:
+        return f"What {len(report.files)} files keep of {name}, what that cost, and how fast they are."
+    (file,) = report.files
+    shares = [
+        f"{format_share(after, row.before)} of the {row.name}"
+        for row in report.costs
+        if row.unit == "" and (after := row.after[0]) is not None and row.before
+    ]
+    kept = f"keeps {' and '.join(shares)} of {name}" if shares else f"was made of {name}"
+    speed = speedup_of(report, 0)
+    faster = f" and runs {speed.ratio:.2f} times as fast" if speed is not None else ""
+    words = score_words(file.task) if file.task is not None else quality_words(file.differences, file.grade)
+    return f"{file.name} {kept}{faster}. {words}"
+
+
+def cards(report: ReportData) -> list[Card]:
+    """Of the one file: MACs and parameters, what it cost, and how fast it is, or how large where that is not
+    measured."""
+    costs = {row.name: row for row in report.costs}
+    last = "latency" if "latency" in costs else "size on disk"
+    shown = [cost_card(costs[name]) for name in ("MACs", "parameters", last) if costs[name].after[0] is not None]
+    speed = speedup_of(report, 0)
+    if speed is not None:
+        interval = f"{speed.low:.2f} to {speed.high:.2f}"
+        note = f"{costs['latency'].after[0]:.3g} ms, from {costs['latency'].before:.3g} ms"
+        shown[-1] = Card("speed-up", f"{speed.ratio:.2f} x", note, f"95 % interval {interval}")
+    return [*shown[:2], quality_card(report.files[0]), *shown[2:]]
+
+
+def cost_card(row: Measured) -> Card:
+    after = row.after[0] or 0.0
+    note = f"from {format_amount(row, row.before)} to {format_amount(row, after)}"
+    return Card(row.name, format_share(after, row.before), note, f"{row.before:,.0f} before, {after:,.0f} after")
+
+
+def format_amount(row: Measured, number: float) -> str:
     """A number with its unit, as on a card."""
-    if pair.unit in ("", "B"):
-        text = format_count(number) + pair.unit
-        return f"{number:.0f} {pair.unit}" if pair.unit and abs(number) < 1000 else text
-    return f"{number:.3g} {pair.unit}"
+    if row.unit in ("", "B"):
+        text = format_count(number) + row.unit
+        return f"{number:.0f} {row.unit}" if row.unit and abs(number) < 1000 else text
+    return f"{number:.3g} {row.unit}"
 
 
-def drift_cards(drift: Sequence[Difference]) -> Iterator[Card]:
-    """The output that changed most, where outputs were compared, and the perplexity of a language model."""
-    if drift:
-        worst = max(drift, key=lambda d: d.relative)
-        yield Card("drift of the outputs", format_percent(worst.relative), f"{worst.output}: {drift_text(worst)}")
-    for found in (d.perplexity for d in drift if d.perplexity is not None):
-        note = f"from {found.before:.4g}, now x {found.factor:.3g}"
-        yield Card("perplexity", f"{found.after:.4g}", note, perplexity_text(found))
+def quality_card(file: FileReport) -> Card:
+    """The score on labels; without any, the perplexity of a language model, or the output that changed most."""
+    if file.task is not None:
+        found = file.task
+        lost = f"{abs(found.drop):.2g} points {'lost' if found.drop > 0 else 'gained'}"
+        return Card(found.metric, f"{100 * found.after:.4g} %", f"from {100 * found.before:.4g} %, {lost}")
+    for perplexity in (d.perplexity for d in file.differences if d.perplexity is not None):
+        note = f"from {perplexity.before:.4g}, now x {perplexity.factor:.3g}"
+        return Card("perplexity", f"{perplexity.after:.4g}", note, perplexity_text(perplexity))
+    if not file.differences:
+        return Card("quality", "not known", "outputs were not compared")
+    worst = max(file.differences, key=lambda d: d.relative)
+    note = f"{file.grade}: {MEANINGS[file.grade]}" if file.grade in MEANINGS else "of random inputs, or not graded"
+    return Card("drift of the outputs", format_percent(worst.relative), note, f"{worst.output}: {drift_text(worst)}")
+
+
+def glance_rows(report: ReportData) -> list[tuple[str, ...]]:
+    """A row for each number, a column for the original and for each file."""
+    rows = [(row.name, format_amount(row, row.before), *amount_cells(row)) for row in report.costs]
+    speeds = [speedup_of(report, index) for index in range(len(report.files))]
+    if any(speeds):
+        rows.append(("speed-up", "1.00 x", *(f"{s.ratio:.2f} x" if s is not None else "-" for s in speeds)))
+    quality = [quality_card(file) for file in report.files]
+    for name in dict.fromkeys(card.name for card in quality):
+        before = {task.before for task in (file.task for file in report.files) if task is not None}
+        first = f"{100 * before.pop():.4g} %" if len(before) == 1 else ""
+        rows.append((name, first, *(card.value if card.name == name else "-" for card in quality)))
+    return [*rows, ("grade", "", *(file.grade for file in report.files))]
+
+
+def amount_cells(row: Measured) -> Iterator[str]:
+    for number in row.after:
+        if number is None:
+            yield "not known"
+        else:
+            yield f"{format_amount(row, number)} ({format_share(number, row.before)})"
 
 
 def drift_row(d: Difference) -> tuple[str, ...]:
     same = f"{100 * d.agreement:.1f} %" if d.agreement is not None and d.metric == "kl" else "-"
     distance = f"{d.metric} {d.distance:.3g}" if d.metric != "none" else "not judged"
     return d.output, distance, format_percent(d.relative), f"{d.max_abs_diff:.3g}", f"{d.cosine:.5f}", same
+
+
+@dataclass(frozen=True)
+class FileSection:
+    """What the page says of one file: ``task``, its score."""
+
+    file: FileReport
+    task: str
+    checks: tuple[str, ...]
+
+
+def file_section(file: FileReport) -> FileSection:
+    task = task_text(file.task) if file.task is not None else ""
+    checks = (*file.structure, *map(mask_check, file.equals_mask))
+    return FileSection(file, task, checks)
 
 
 # -- charts ----------------------------------------------------------------------------------------------------------
@@ -156,15 +272,28 @@ def role_name(role: str) -> str:
     return ROLE_NAMES.get(role, role)
 
 
-def width_figures(items: Sequence[GroupWidth]) -> list[Figure]:
-    """A chart of the widths before and after for each role."""
-    figures = []
-    for role, widths in widths_by_role(items).items():
-        before = sum(w.blocks * w.size for w in widths)
-        after = sum(w.blocks * w.kept for w in widths)
-        kept = f"{format_count(after)} of {format_count(before)} units kept, {format_share(after, before)}"
-        figures.append(Figure(role_name(role), f" ({role}): {kept}", widths_chart(widths)))
+def width_figures(report: ReportData) -> list[Figure]:
+    """What is left of each layer: a chart for each role, and one for tokens."""
+    figures = [
+        Figure(role_name(role), f" ({role}): {kept_text(widths)}", remaining_chart(widths))
+        for role, widths in widths_by_role(report.widths).items()
+    ]
+    if report.tokens:
+        last = report.tokens[-1]
+        caption = f": {last.left:g} of {last.tokens:g} are left behind block {last.block}"
+        figures.append(Figure("tokens", caption, tokens_chart(report.tokens)))
     return figures
+
+
+def kept_text(widths: Sequence[GroupWidth]) -> str:
+    """How many units of a role are left in each file."""
+    before = sum(w.blocks * w.size for w in widths)
+    texts = []
+    for index in range(len(widths[0].kept)):
+        kept = [w.kept[index] for w in widths]
+        after = sum(w.blocks * (k or 0) for w, k in zip(widths, kept, strict=True))
+        texts += [format_share(after, before)] if None not in kept else []
+    return f"{', '.join(dict.fromkeys(texts)) or 'an unknown share'} of {format_count(before)} units"
 
 
 def curve_sections(items: Sequence[GroupWidth]) -> list[CurveSection]:
@@ -175,10 +304,37 @@ def curve_sections(items: Sequence[GroupWidth]) -> list[CurveSection]:
     low, high = curve_decades(measured)
     sections = []
     for role, widths in widths_by_role(measured).items():
-        figures = tuple(Figure(w.id, f" {w.size} to {w.kept}", curve_chart(w, low, high)) for w in widths)
+        figures = tuple(Figure(w.id, f" {w.size} to {w.kept[0]}", curve_chart(w, low, high)) for w in widths)
         title = f"{role_name(role)} ({role}), {len(widths)} {plural('group', len(widths))}"
         sections.append(CurveSection(title, figures))
     return sections
+
+
+# -- speed -----------------------------------------------------------------------------------------------------------
+
+
+def speedup_of(report: ReportData, index: int) -> Speedup | None:
+    return report.bench.speedups[index] if report.bench is not None else None
+
+
+def latency_figure(report: ReportData) -> Figure | None:
+    """The latency of every model, and where it was measured; None where it was not."""
+    bench = report.bench
+    if bench is None:
+        return None
+    (latency,) = (row for row in report.costs if row.name == "latency")
+    times = [f"{number:.3g} ms" for number in (latency.before, *latency.after) if number is not None]
+    gains = ["", *(f", {s.ratio:.2f} x ({s.low:.2f} to {s.high:.2f})" for s in bench.speedups)]
+    texts = [time + gain for time, gain in zip(times, gains, strict=True)]
+    machine = bench.machine
+    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in bench.shapes.items())
+    caption = (
+        f"{machine.runtime}, {machine.provider}, {machine.threads or 'as many as the runtime chooses'} threads, "
+        f"{machine.cpu} x {machine.cores}; inputs {shapes}; median of {bench.rounds} rounds in which every model ran "
+        "once; in brackets the 95 % interval"
+    )
+    names = [Path(report.model).name, *(file.name for file in report.files)]
+    return Figure("latency", caption, latency_chart(latency, names, texts))
 
 
 # -- attention maps --------------------------------------------------------------------------------------------------
@@ -222,12 +378,13 @@ def head_images(item: HeadMap) -> HeadImages:
 
 
 def group_row(item: GroupWidth) -> tuple[str, ...]:
-    """A row of the table of groups."""
-    origin = WEIGHT_ORIGINS.get(item.form, "sliced" if item.kept < item.size else "as they were")
-    if item.normalized_inside and item.kept < item.size:
+    """A row of the table of groups: a cell for each file behind the first three."""
+    narrower = any(kept is not None and kept < item.size for kept in item.kept)
+    origin = WEIGHT_ORIGINS.get(item.form, "sliced" if narrower else "as they were")
+    if item.normalized_inside and narrower:
         origin += f"; approximate: {describe_approximation(item.role, item.form)}"
-    before, after = f"{item.blocks} x {item.size}", f"{item.blocks} x {item.kept}"
-    return item.id, item.role, before, after, format_share(item.kept, item.size), origin
+    after = ("not known" if kept is None else f"{item.blocks} x {kept}" for kept in item.kept)
+    return item.id, item.role, f"{item.blocks} x {item.size}", *after, origin
 
 
 def mask_check(d: Difference) -> str:
@@ -236,9 +393,10 @@ def mask_check(d: Difference) -> str:
 
 def run_rows(report: ReportData) -> list[tuple[str, str]]:
     """What was run, with which options, and how long it took."""
-    rows = [("original", report.model), ("pruned", report.output), ("sha256 of the original", report.digest)]
-    rows += [(f"option {name}", option_text(value)) for name, value in report.options.items()]
-    rows += [(f"seconds: {name}", f"{seconds:.2f} s") for name, seconds in report.seconds.items()]
+    rows = [("original", report.model), ("sha256 of the original", report.digest)]
+    rows += [(file.name, file.path) for file in report.files]
+    rows += [(f"option {name}", option_text(value)) for name, value in (report.options or {}).items()]
+    rows += [(f"seconds: {name}", f"{seconds:.2f} s") for name, seconds in (report.seconds or {}).items()]
     if report.attention.reason:
         rows.append(("no attention maps", report.attention.reason))
     if report.token_maps.reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from snpc.passes.quantization import operator_counts
 from snpc.types import (
@@ -89,6 +89,23 @@ def quality_text(quality: Quality) -> str:
     if quality.grade == "unknown":
         return "quality: not graded: the metric has no limits"
     return f"quality: {quality.grade}: {MEANINGS[quality.grade]}"
+
+
+def quality_words(differences: Sequence[Difference], grade: Grade) -> str:
+    """What the outputs are like, for a reader who knows no metric."""
+    if not differences:
+        return "Outputs were not compared."
+    if grade == "unknown":
+        return "How close its outputs are to the original's on real data is not known."
+    same = next((d.agreement for d in differences if d.agreement is not None and d.metric == "kl"), None)
+    share = f"; the top entry is the same in {100 * same:.1f} % of all cases" if same is not None else ""
+    return f"Its {MEANINGS[grade]}{share}."
+
+
+def score_words(found: TaskChange) -> str:
+    """``Top-1 accuracy goes from 81.5 to 80.9 %``"""
+    name = TASK_METRIC_TEXTS.get(found.metric, found.metric)
+    return f"{name[:1].upper()}{name[1:]} goes from {100 * found.before:.4g} to {100 * found.after:.4g} %."
 
 
 def quality_warning(quality: Quality) -> str:

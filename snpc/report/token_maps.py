@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from snpc.errors import SnpcError
-from snpc.pipeline import PrunedModel, file_decisions
+from snpc.passes import Analysis
+from snpc.pipeline import file_decisions
 from snpc.report.attention_maps import (
     MAX_PICTURES,
     MapsUnavailable,
@@ -58,32 +60,32 @@ class TokenMaps:
     reason: str = ""
 
 
-def token_maps(result: PrunedModel, calibration: Calibration | None) -> TokenMaps:
-    """The token decisions of the written file for the first calibration pictures."""
-    reduction = result.plan.analysis.reduction
+def token_maps(analysis: Analysis, path: Path, calibration: Calibration | None) -> TokenMaps:
+    """The token decisions of the written file for the first calibration pictures. ``analysis``: with fewer tokens."""
+    reduction = analysis.reduction
     if not isinstance(reduction, TokenReductionPlan):
         return TokenMaps()
     count = reduction.steps[0].point.count
     try:
-        return TokenMaps(count, compute_token_maps(result, reduction, calibration))
+        return TokenMaps(count, compute_token_maps(analysis, reduction, path, calibration))
     except (MapsUnavailable, SnpcError) as error:
         return TokenMaps(count, reason=str(error))
 
 
 def compute_token_maps(
-    result: PrunedModel, reduction: TokenReductionPlan, calibration: Calibration | None
+    analysis: Analysis, reduction: TokenReductionPlan, path: Path, calibration: Calibration | None
 ) -> tuple[TokenPicture, ...]:
     """The pictures with their patches after each step. MapsUnavailable: no pictures, or no grid of patches."""
     if calibration is None:
         raise MapsUnavailable("there is no calibration data to show pictures of")
-    feeds = first_samples(result.plan.analysis, calibration)
+    feeds = first_samples(analysis, calibration)
     pictures = find_pictures(feeds)
     steps = reduction.steps
     layout = patch_grid(steps[0].point.count, pictures.shape[1:3])
     if layout is None:
         raise MapsUnavailable("the tokens are not a grid of patches")
     prefix, grid = layout
-    (decisions,) = file_decisions(result.path, reduction.decisions, [feeds])
+    (decisions,) = file_decisions(path, reduction.decisions, [feeds])
     stages: list[list[TokenStage]] = [[] for _ in range(min(MAX_PICTURES, len(pictures)))]
     for step, members in zip(steps, token_membership(steps, decisions, steps[0].point.count), strict=True):
         shares = (members / np.maximum(members.sum(2, keepdims=True), 1)).max(1)[:, prefix:]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from snpc.errors import UserError
 from snpc.runtime.execution import Execution
-from snpc.types import Difference, Feeds, Precision, Shape
+from snpc.types import Difference, Feeds, Model, Precision, Shape
+
+FP32_TOLERANCE = 1e-3  # relative difference of outputs that another runtime may have in fp32
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,43 @@ class BuildJob(BuildRequest):
     """One build: the target reads ``source``, the model at the requested precision, and writes ``output``.
 
     ``model`` is the file that the user named; outputs are compared with its outputs on ``feeds``. ``timing_feeds``: one
-    batch to time on.
+    batch to time on. ``plain``: the model at that precision without what the target rewrites beforehand; None where
+    that is ``source``. ``prepared``: what was rewritten.
     """
 
     model: Path
     source: Path
     feeds: tuple[Feeds, ...]
     timing_feeds: Feeds
+    plain: Path | None = None
+    prepared: PreparedModel | None = None
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model as its target wants it. ``attentions``: names of the nodes that stand for its attentions (the softmax).
+
+    ``rewritten``: it is not the model that was given. ``padded``: it computes more than that.
+    """
+
+    model: Model
+    attentions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    rewritten: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """Whether an engine computes an attention in one kernel.
+
+    ``name``: the node of its softmax, or the fused node. ``one_kernel_before``: whether it would if its graph were not
+    rewritten; None where that engine was not built, or the graph is refused.
+    """
+
+    name: str
+    one_kernel: bool
+    one_kernel_before: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +98,14 @@ class BuildOutput:
     """What a target wrote: ``files`` in one folder, first the one to load. ``runnable``: whether this machine can run
     it.
 
-    ``weight_bytes``: bytes of weight memory, where the runtime reports them.
+    ``weight_bytes``: bytes of weight memory, where the runtime reports them. ``attentions``: as of BuildResult.
     """
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
     runnable: bool = True
     weight_bytes: int | None = None
+    attentions: tuple[AttentionKernel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +113,8 @@ class BuildResult:
     """A built artifact. Where this machine can run it, it was loaded and compared.
 
     ``seconds``: duration of the build. ``bytes``: size of all files. ``drift``: its outputs against those of the model
-    it was built from, in onnxruntime; empty where this machine cannot run it.
+    it was built from, in onnxruntime; empty where this machine cannot run it. ``attentions``: which attentions an
+    engine computes in one kernel; empty for other targets, and where it does not tell.
     """
 
     path: Path
@@ -92,14 +126,16 @@ class BuildResult:
     notes: tuple[str, ...] = ()
     weight_bytes: int | None = None
     drift: tuple[Difference, ...] = ()
+    attentions: tuple[AttentionKernel, ...] = ()
 
 
 @dataclass(frozen=True)
 class BuildTarget:
     """One runtime to build for.
 
-    ``build`` writes ``job.output`` and files beside it, whose suffixes are ``extra_suffixes``. ``graph_precisions``:
-    the graph must be cast or quantized to these beforehand; the runtime makes the others of ``precisions`` itself.
+    ``build`` writes ``job.output`` and files beside it, whose suffixes are ``extra_suffixes``, or a script.
+    ``graph_precisions``: the graph must be cast or quantized to these beforehand; the runtime makes the others of
+    ``precisions`` itself.
     ``symmetric_activations``: int8 activations must be symmetric around zero. ``options``: flags of the BuildOptions
     that it has.
     """
@@ -115,6 +151,13 @@ class BuildTarget:
     extra_suffixes: tuple[str, ...] = ()
     check_request: Callable[[BuildRequest], None] | None = None
     """Raises UserError for a request that this machine cannot build; called before anything is computed."""
+    prepare: Callable[[Model, BuildJob, Path], PreparedModel] | None = None
+    """Rewrites the model before it gets its precision; files may be left in the folder."""
+
+    def paths(self, output: Path, options: BuildOptions) -> tuple[Path, ...]:
+        """The files that a build of ``output`` writes, other than external data."""
+        script = (".sh",) if options.emit_script else ()
+        return (output, *(output.with_suffix(suffix) for suffix in (*self.extra_suffixes, *script)))
 
     def check_supported(self, precision: Precision, options: BuildOptions) -> None:
         """Raises UserError for a precision or an option that the target does not have."""

@@ -38,15 +38,22 @@ from snpc.runtime.io import (
 )
 from snpc.targets import onnxruntime as ort
 from snpc.targets import openvino
-from snpc.targets import tensorrt as trt
-from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildResult, BuildTarget
+from snpc.targets.base import (
+    FP32_TOLERANCE,
+    BuildJob,
+    BuildOptions,
+    BuildOutput,
+    BuildRequest,
+    BuildResult,
+    BuildTarget,
+)
 from snpc.targets.cast import cast_model
+from snpc.targets.engines import TENSORRT_RTX_TARGET, TENSORRT_TARGET
 from snpc.types import Difference, Feeds, Model, Precision
 
 TARGETS: dict[str, BuildTarget] = {
-    t.name: t for t in (ort.ONNXRUNTIME_TARGET, trt.TENSORRT_TARGET, trt.TENSORRT_RTX_TARGET, openvino.OPENVINO_TARGET)
+    t.name: t for t in (ort.ONNXRUNTIME_TARGET, TENSORRT_TARGET, TENSORRT_RTX_TARGET, openvino.OPENVINO_TARGET)
 }
-FP32_TOLERANCE = 1e-3  # relative difference of outputs that another runtime may have in fp32
 
 
 def build(
@@ -77,7 +84,7 @@ def build(
     build_target, loaded = find_target(target), load(model, execution.observer)
     refuse_branches(loaded, "build")
     cache = (options_given.timing_cache,) if options_given.timing_cache is not None else ()
-    for path in (output_path, *(output_path.with_suffix(suffix) for suffix in build_target.extra_suffixes), *cache):
+    for path in (*build_target.paths(output_path, options_given), *cache):
         check_target(path, *model_files(model))
     drawn = default_feeds(loaded, batch, options_given.dim_sizes)
     feeds: tuple[Feeds, ...] = (drawn,)
@@ -87,8 +94,9 @@ def build(
     with staging_folder(output_path) as folder, write_errors(output_path), execution.progress.stage("build", 1):
         work = folder / "work"
         work.mkdir()
-        source, notes = cast_model(loaded, build_target, precision, calibration, work)
-        job = replace(job, source=source, output=folder / output_path.name)
+        job, notes = prepare_job(
+            replace(job, output=folder / output_path.name), loaded, build_target, calibration, work
+        )
         written = build_target.build(job)
         drift, remarks = compare_artifact(job, written)
         files = publish_files(written.files, output_path.parent / written.files[0].name)
@@ -104,7 +112,25 @@ def build(
         notes=(*notes, *written.notes, *remarks),
         weight_bytes=written.weight_bytes,
         drift=drift,
+        attentions=written.attentions,
     )
+
+
+def prepare_job(
+    job: BuildJob, model: Model, target: BuildTarget, calibration: Calibration | None, folder: Path
+) -> tuple[BuildJob, tuple[str, ...]]:
+    """The job with its sources: the model as the target rewrites it, and as it was, at the precision; and notes."""
+    if target.prepare is None:
+        source, notes = cast_model(model, target, job.precision, calibration, folder)
+        return replace(job, source=source), notes
+    prepared = target.prepare(model, job, folder)
+    source, notes = cast_model(prepared.model, target, job.precision, calibration, folder)
+    plain = None
+    if prepared.rewritten and job.precision != "int8":  # quantized attention is never one kernel
+        beside = folder / "plain"
+        beside.mkdir()
+        plain, _ = cast_model(model, target, job.precision, calibration, beside)
+    return replace(job, source=source, plain=plain, prepared=prepared), (*prepared.notes, *notes)
 
 
 def check_build(

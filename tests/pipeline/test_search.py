@@ -205,6 +205,7 @@ def stub(groups: Sequence[Group]) -> Any:
         dead_macs=0,
         reduction=None,
         stream_bases=(),
+        shared_products=(),
     )
 
 

@@ -34,7 +34,8 @@ def analysis(*groups: Group) -> Analysis:
     traced_graph = SimpleNamespace(kv_cache=False)
     cost = Cost(1, 1, 1, 1)
     parts = {"groups": groups, "pins": (), "model": model, "traced_graph": traced_graph, "cost": cost}
-    return cast(Analysis, SimpleNamespace(**parts, reduction=None, removal=None, metrics={}, stream_bases=()))
+    none = {"reduction": None, "removal": None, "metrics": {}, "stream_bases": (), "shared_products": ()}
+    return cast(Analysis, SimpleNamespace(**parts, **none))
 
 
 def scores(values: Mapping[str, Array], *groups: Group) -> snpc.UnitScores:

@@ -27,7 +27,9 @@ from tests.models.groups import make_group
 
 def scores(values: Mapping[str, Any], *groups: Group) -> snpc.UnitScores:
     cost = SimpleNamespace(macs=sum(g.macs for g in groups), params=1, bytes=1)
-    made = SimpleNamespace(groups=groups, cost=cost, model=None, traced_graph=None, saved_before=lambda kind: 0)
+    made = SimpleNamespace(
+        groups=groups, cost=cost, model=None, traced_graph=None, saved_before=lambda kind: 0, shared_products=()
+    )
     return snpc.UnitScores(cast(snpc.Analysis, made), "made", values)
 
 

@@ -22,7 +22,7 @@ NAMES = {
     # plans as files
     *("complete_plan", "load_plan", "save_plan", "plan_from_json", "plan_to_json"),
     # results
-    *("save", "json_report", "write_report", "write_example"),
+    *("save", "json_report", "compare_files", "write_report", "write_example"),
     # values
     *("Analysis", "BenchResult", "Budget", "BuildOptions", "BuildResult", "Calibration", "ClosedForms", "Cost"),
     *(
@@ -30,6 +30,7 @@ NAMES = {
         "Difference",
         "EvaluationData",
         "Execution",
+        "FileComparison",
         "Group",
         "ImageOptions",
         "Model",

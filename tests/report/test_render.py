@@ -9,7 +9,7 @@ import jinja2
 import pytest
 
 import snpc.report
-from snpc.report.charts import Bar, Chart, ChartShape, Dot, Label, Line, Polyline, axis_ticks
+from snpc.report.charts.shapes import Bar, Chart, ChartShape, Dot, Label, Line, Polyline
 from snpc.report.render import render_template, template_environment
 
 TEMPLATES = Path(snpc.report.__file__).parent / "templates"
@@ -59,8 +59,3 @@ def test_no_template_switches_escaping_off() -> None:
     assert len(texts) == 5
     assert not [text for text in texts if "|safe" in text.replace(" ", "") or "autoescape" in text]
     assert template_environment().autoescape is True
-
-
-@pytest.mark.parametrize(("top", "ticks"), [(0, [0]), (384, [0, 100, 200, 300]), (24, [0, 10, 20]), (3, [0, 1, 2, 3])])
-def test_ticks_are_round_numbers(top: float, ticks: list[float]) -> None:
-    assert axis_ticks(top) == ticks

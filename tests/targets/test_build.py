@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,26 +26,16 @@ from snpc.runtime.execution.execution import Execution
 from snpc.runtime.execution.runners import open_runner
 from snpc.targets import TARGETS
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput
+from snpc.targets.engines.shape_profile import shape_ranges
 from snpc.targets.onnxruntime import ONNXRUNTIME_TARGET as ORT
 from snpc.targets.preferred_widths import widths_for_target
 from snpc.targets.quantize import find_outliers
-from snpc.targets.shape_profile import shape_ranges
 from tests.models.exports import export
 from tests.models.language import Language
 from tests.oracle import require
 from tests.patching import patch
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained example, and ``half.onnx``, half of it."""
-    folder = tmp_path_factory.mktemp("digits")
-    snpc.write_example("digits", folder)
-    decision = snpc.plan(snpc.analyze(snpc.load(folder / "digits_vit.onnx")), snpc.Budget(ratio=0.5))
-    snpc.apply(decision, folder / "half.onnx")
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -354,27 +343,6 @@ def test_the_trt_target_takes_the_same_way(digits: Path, tmp_path: Path, monkeyp
         snpc.build(digits / "half.onnx", "trt", tmp_path / "b.engine", options=options).weight_bytes
         == built.weight_bytes
     )
-
-
-@pytest.mark.parametrize(("version", "typed"), [("10.13.0", True), ("11.0.1", False)])
-def test_the_script_fits_the_installed_version(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, typed: bool
-) -> None:
-    real = importlib.import_module
-
-    class Fake:
-        __version__ = version
-
-    monkeypatch.setattr(importlib, "import_module", lambda name: Fake if name == "tensorrt" else real(name))
-    options = BuildOptions(emit_script=True, max_shapes={"image": (4, 1, 8, 8)}, workspace=512)
-    built = snpc.build(digits / "half.onnx", "trt", tmp_path / "ready.onnx", precision="fp16", options=options)
-    line = (tmp_path / "ready.sh").read_text()
-    assert ("--stronglyTyped" in line) == typed
-    assert "--onnx=ready.onnx --saveEngine=ready.engine" in line and "--maxShapes=image:4x1x8x8" in line
-    assert "--memPoolSize=workspace:512" in line
-    halves = [i for i in onnx.load(built.path).graph.initializer if i.data_type == onnx.TensorProto.FLOAT16]
-    assert len(halves) > 10
-    subprocess.run(["sh", "-n", str(tmp_path / "ready.sh")], check=True)
 
 
 # -- profiles, widths ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Files
   plan        ``snpc plan`` and ``snpc apply``: pruning in two steps, with a file in between that can be read and
               edited.
   prune       ``snpc prune``: score, plan, write and verify in one step.
+  report      ``snpc report``: files beside their original, as a page with charts.
   sweep       ``snpc sweep``: one model at several sizes, and which of them are worth having.
   verify      ``snpc verify``: a pruned file against its original.
 """

@@ -78,7 +78,7 @@ class SweepArguments(ArgumentGroup):
     )
 
 
-@command("sweep")
+@command("sweep", refused=("--ratio", "--target", "--max-drift", "--max-ppl", "--max-drop", "--criterion"))
 def sweep_command(
     model: ModelArguments,
     arguments: SweepArguments,

@@ -136,6 +136,25 @@ class FuseAttention(ir.passes.FunctionalPass):
         return FusionResult(copy, count > 0, count)
 
 
+def attention_names(model: ir.Model) -> tuple[str, ...]:
+    """Names of the nodes that stand for attentions: the softmax between two products, or the one node."""
+    _, facts = choose_dim_sizes(model)
+    version = opset_version(model)
+
+    def is_attention(node: ir.Node) -> bool:
+        if (node.domain, node.op_type) != ("", SOFTMAX):
+            return lookup(node.domain, node.op_type).kind == "attention"
+        try:
+            scores, _, _ = match_scores(node, facts)
+            batched_operands(scores, facts, version)
+            match_context(node, facts)
+        except NotFusable:
+            return False
+        return True
+
+    return tuple(str(node.name) for node in model.graph if is_attention(node))
+
+
 # -- matching --------------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,7 @@ from snpc.types import (
     Pin,
     Probe,
     ProbeKind,
+    SharedProduct,
     Site,
     SiteKind,
 )
@@ -44,9 +47,10 @@ CHANGES_BASIS = LabelFlag.NONLINEAR | LabelFlag.GATED | LabelFlag.SCALED
 
 def build_groups(
     model: ir.Model, trace: Trace, units: Units, cost_facts: ShapeFacts, drafts: list[GroupDraft]
-) -> tuple[Group, ...]:
-    """One group per draft, in order. ``cost_facts``: the shapes at which MACs are counted."""
+) -> tuple[tuple[Group, ...], tuple[SharedProduct, ...]]:
+    """One group per draft, in order, and what they share. ``cost_facts``: the shapes at which MACs are counted."""
     builder = GroupBuilder(model, trace, units, cost_facts)
+    counts = CostCounts(builder)
     names: list[str] = []
     layers: list[int] = []
     counters: dict[str, int] = defaultdict(int)
@@ -60,7 +64,7 @@ def build_groups(
     for draft, name, layer, numbers in zip(drafts, unique_names(names), layers, numbered, strict=True):
         freedom, freedom_reason = freedom_and_reason(draft)
         sites = builder.sites(numbers)
-        macs, params = builder.count_macs_and_params(numbers, sites)
+        macs, params = counts.add(name, numbers, sites)
         owned = owned_constants(trace, units, numbers) if draft.role == "experts" else ()
         params += sum(weight_size(model.graph.initializers[name]) for part in owned for name in part)
         groups.append(
@@ -86,7 +90,7 @@ def build_groups(
                 cached=bool(draft.flags & LabelFlag.CACHED),
             )
         )
-    return tuple(groups)
+    return tuple(groups), counts.shared()
 
 
 def weight_size(value: ir.Value) -> int:
@@ -228,26 +232,17 @@ class GroupBuilder:
                 paths.append(module_path(contraction.node, names))
         return common_module_path(paths)
 
-    def count_macs_and_params(self, numbers: Mapping[int, int], sites: Sequence[Site]) -> tuple[int, int]:
-        """(MACs, parameters) that are proportional to the group's size."""
+    def mac_shares(self, numbers: Mapping[int, int]) -> dict[tuple[ir.Node, str], dict[str, float]]:
+        """(node, part) of a product -> letter of an axis -> the share of the axis that is units of the group."""
         shares: dict[tuple[ir.Node, str], dict[str, float]] = defaultdict(dict)
         for contraction, side, letters, index in self.contractions(numbers):
             labels = side.factors[index]
-            numbered_labels = self.number_labels(labels, numbers)
-            share = float((numbered_labels >= 0).mean())
+            share = float((self.number_labels(labels, numbers) >= 0).mean())
             axes = [k for k, n in enumerate(labels.shape) if n > 1]
             if axes:
-                letter = letters[axes[-1]]
-                key = (contraction.node, contraction.part)
+                letter, key = letters[axes[-1]], (contraction.node, contraction.part)
                 shares[key][letter] = max(share, shares[key].get(letter, 0.0))
-        macs = sum(
-            self.contraction_macs(node, part) * max(by_letter.values()) for (node, part), by_letter in shares.items()
-        )
-        params = 0.0
-        for site in sites:
-            tensor = self.model.graph.initializers[site.tensor]
-            params += float((site.units >= 0).mean()) * float(np.prod(tensor.shape or (), dtype=np.float64))  # type: ignore[arg-type]
-        return int(macs), int(params)
+        return shares
 
     def contraction_macs(self, node: ir.Node, part: str) -> int:
         """MACs of one contraction of a node."""
@@ -319,3 +314,59 @@ class GroupBuilder:
         whole = np.broadcast_to(labels, (1, heads, 1, side.shape[3]))[:, :: heads // own]
         merged = self.number_labels(whole, numbers).transpose(0, 2, 1, 3).reshape(1, 1, -1)
         return Probe(kind, side.name, merged)
+
+
+class CostCounts:
+    """What groups account for: of products by (node, part), and of constants by name, which share of each axis is units
+    of which group."""
+
+    def __init__(self, builder: GroupBuilder) -> None:
+        self.builder = builder
+        self.products: dict[tuple[ir.Node, str], AxisShares] = defaultdict(AxisShares)
+        self.constants: dict[str, AxisShares] = defaultdict(AxisShares)
+
+    def add(self, group_id: str, numbers: Mapping[int, int], sites: Sequence[Site]) -> tuple[int, int]:
+        """(MACs, parameters) that are proportional to the group's size."""
+        macs = params = 0.0
+        for key, by_letter in self.builder.mac_shares(numbers).items():
+            for letter, share in by_letter.items():
+                self.products[key].axes[letter][group_id] = share
+            counted = self.products[key].counted[group_id] = max(by_letter.values())
+            macs += self.builder.contraction_macs(*key) * counted
+        axes: dict[str, dict[str, float]] = defaultdict(dict)
+        for site in sites:
+            axes[site.tensor][str(site.axis)] = float((site.units >= 0).mean())
+        stored = set[int]()
+        for name, by_axis in axes.items():
+            value = self.builder.model.graph.initializers[name]
+            if id(value.const_value) in stored:  # one constant of the file, see ``cost_of``
+                continue
+            stored.add(id(value.const_value))
+            for axis, share in by_axis.items():
+                self.constants[name].axes[axis][group_id] = share
+            counted = self.constants[name].counted[group_id] = 1 - math.prod(1 - share for share in by_axis.values())
+            params += counted * weight_size(value)
+        return int(macs), round(params)
+
+    def shared(self) -> tuple[SharedProduct, ...]:
+        """The products and constants of which several axes are cut."""
+        constants = self.builder.model.graph.initializers
+        shared = [
+            SharedProduct("macs", self.builder.contraction_macs(*key), tuple(found.axes.values()), found.counted)
+            for key, found in self.products.items()
+            if len(found.axes) > 1
+        ]
+        shared += [
+            SharedProduct("params", weight_size(constants[name]), tuple(found.axes.values()), found.counted, name)
+            for name, found in self.constants.items()
+            if len(found.axes) > 1
+        ]
+        return tuple(shared)
+
+
+@dataclass
+class AxisShares:
+    """``axes``: axis -> group id -> share of it that is units of the group. ``counted``: see ``SharedProduct``."""
+
+    axes: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
+    counted: dict[str, float] = field(default_factory=dict)

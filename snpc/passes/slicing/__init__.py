@@ -6,6 +6,8 @@ Files
   mask               The masked model, which every sliced model is checked against: full size, with the removed units at
                      zero.
   masked_statistics  Statistics over the units that stay, in a graph that still has all of them.
+  query_scale        Folds the scale of attention into what makes queries, so that no number multiplies scores,
+                     queries or keys.
   restriction        A model that says less: logits of some entries of the vocabulary, or of the last position only.
   rewrite            The rewrite: split packed projections where widths would differ, slice, keep attention scales,
                      check the result.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from snpc.passes.slicing.mask import mask_constants, mask_model, zeroed_positions
 from snpc.passes.slicing.masked_statistics import mask_statistic
+from snpc.passes.slicing.query_scale import FoldAttentionScale
 from snpc.passes.slicing.restriction import find_logits, keep_last_row, vocabulary_cuts
 from snpc.passes.slicing.rewrite import REWRITE_PASSES, RewrittenModel, rewrite_model
 from snpc.passes.slicing.rewrite_as_stored import rewrite_as_stored
@@ -32,6 +35,7 @@ from snpc.passes.slicing.weighted_statistics import unit_weights, weigh_statisti
 __all__ = [
     "REWRITE_PASSES",
     "Cuts",
+    "FoldAttentionScale",
     "RewrittenModel",
     "ShapeParameterEditor",
     "find_logits",

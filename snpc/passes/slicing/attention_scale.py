@@ -77,15 +77,21 @@ def plan_scales(
 
 def score_widths(contraction: Contraction, removed: RemovedUnits) -> tuple[int, int] | None:
     """(d before, d after) of a product of two activations; None for any other contraction."""
+    axis = score_width_axis(contraction)
+    if axis is None:
+        return None
+    sliced = slice_shape(contraction.left.shape, contraction.left.factors, removed)
+    return sliced.old_shape[axis], sliced.new_shape[axis]
+
+
+def score_width_axis(contraction: Contraction) -> int | None:
+    """The axis of the left operand that a product of queries and keys sums over; None for any other contraction."""
     letters = contraction.letters
     summed = set(letters.left) & set(letters.right) - set(letters.out)
     if contraction.has_weight or len(summed) != 1:
         return None
     axis = letters.left.index(next(iter(summed)))
-    if not any(axis in varying_axes(f) for f in contraction.left.factors):
-        return None
-    sliced = slice_shape(contraction.left.shape, contraction.left.factors, removed)
-    return sliced.old_shape[axis], sliced.new_shape[axis]
+    return axis if any(axis in varying_axes(f) for f in contraction.left.factors) else None
 
 
 def query_input(contraction: Contraction) -> int:
@@ -173,7 +179,12 @@ def scalar_factors_around(node: ir.Node, facts: ShapeFacts) -> Iterator[ScalarFa
             if scalar is not None:
                 yield scalar
             steps += 1
-    value = node.outputs[0]
+    yield from scalar_factors_behind(node, facts)
+
+
+def scalar_factors_behind(node: ir.Node, facts: ShapeFacts) -> Iterator[ScalarFactor]:
+    """Numbers that multiply the product, with nothing but movement in between."""
+    value: ir.Value | None = node.outputs[0]
     for _ in range(64):
         users = [u for u in (value.consumers() if value is not None else ()) if not reads_only_shape(u)]
         if len(users) != 1 or (value is not None and value.is_graph_output()):

@@ -18,6 +18,7 @@ from snpc.graph import Segment, ShapeFacts, extract_segment, infer_graph, split_
 from snpc.passes.canonicalization import InlineFunctions
 from snpc.runtime.batches.partition import Span, partition, weights_of
 from snpc.runtime.execution import (
+    ARTIFACT_SUFFIXES,
     DEFAULT_EXECUTION,
     SILENT,
     Advance,
@@ -30,6 +31,7 @@ from snpc.runtime.execution import (
     ignore_advance,
     memory_budget,
     model_weights,
+    open_runner,
     save_runnable,
     session_bytes,
     temporary_session,
@@ -152,7 +154,10 @@ def open_graph(model: ir.Model, facts: ShapeFacts, execution: Execution = DEFAUL
 
 @contextmanager
 def open_file(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
-    """The same of the model in ``path``."""
+    """The same of the model or artifact in ``path``."""
+    if path.suffix in ARTIFACT_SUFFIXES:
+        yield open_runner(path, execution=execution).run
+        return
     model = read_model(path)
     streamed = None
     if must_stream(model, execution):

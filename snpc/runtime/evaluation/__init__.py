@@ -26,7 +26,7 @@ Files
 from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate, measure_task, task_change, task_score
-from snpc.runtime.evaluation.bench import BenchResult, TimingProtocol, bench, median_interval, run_rounds
+from snpc.runtime.evaluation.bench import BenchResult, Speedup, TimingProtocol, bench, median_interval, run_rounds
 from snpc.runtime.evaluation.cached_decoding import (
     RunningDecoder,
     cache_bytes_per_token,
@@ -77,6 +77,7 @@ __all__ = [
     "OutputMetric",
     "OutputMetrics",
     "RunningDecoder",
+    "Speedup",
     "TaskMetric",
     "TimedArtifact",
     "TimingProtocol",

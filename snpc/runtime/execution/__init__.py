@@ -62,6 +62,7 @@ from snpc.runtime.execution.random_inputs import (
     random_batch,
 )
 from snpc.runtime.execution.runners import (
+    ARTIFACT_SUFFIXES,
     ENGINE_SUFFIXES,
     OPENVINO_SUFFIX,
     PRECISION_RT_INFO,
@@ -93,6 +94,7 @@ from snpc.runtime.execution.temporary_session import (
 from snpc.runtime.execution.workers import LostWorker, Reduction, Workers, workers_of
 
 __all__ = [
+    "ARTIFACT_SUFFIXES",
     "DEFAULT_EXECUTION",
     "ENGINE_SUFFIXES",
     "OPENVINO_SUFFIX",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OPENVINO_SUFFIX = ".xml"
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+ARTIFACT_SUFFIXES = (".ort", OPENVINO_SUFFIX, *ENGINE_SUFFIXES)  # files that are no ONNX
 PRECISION_RT_INFO = "snpc_precision"  # rt_info of an IR: the precision that it was built for
 
 

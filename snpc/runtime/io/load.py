@@ -167,16 +167,21 @@ def check_name(path: Path) -> None:
         ) from None
 
 
-def read_checked(path: Path) -> onnx.ModelProto:
-    """The message of a model file, its tensors checked, its big weights left where they are. Raises UserError."""
+def read_message(path: Path) -> onnx.ModelProto:
+    """The message of a model file, its big weights left where they are. Raises UserError."""
     try:
-        proto = read_without_weights(path)
+        return read_without_weights(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (DecodeError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable ONNX file ({error_summary(error)}); is it truncated, or another format?"
         ) from None
+
+
+def read_checked(path: Path) -> onnx.ModelProto:
+    """The same with its tensors checked."""
+    proto = read_message(path)
     if not proto.graph.node or not proto.opset_import:
         raise UserError(f"{path}: not an ONNX model (it holds no graph); is it truncated, or another format?")
     check_tensors(proto, path)
@@ -275,5 +280,5 @@ def file_bytes(path: Path) -> int:
 
 
 def model_files(path: Path) -> set[Path]:
-    """The model file and the files of its external data."""
-    return {path, *(path.parent / name for name in external_data_files(read_without_weights(path)))}
+    """The model file and the files of its external data. Raises UserError."""
+    return {path, *(path.parent / name for name in external_data_files(read_message(path)))}

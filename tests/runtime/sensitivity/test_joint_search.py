@@ -13,9 +13,10 @@ import snpc
 from snpc.errors import UserError
 from snpc.pipeline.planner import with_closed_form_order
 from snpc.pipeline.score import score
-from snpc.planning.allocate import allocate_widths, savings_by_width
+from snpc.planning.allocate import allocate_widths
 from snpc.planning.config import Budget, allowed_widths
 from snpc.planning.plan import UnitScores
+from snpc.planning.savings import savings_by_width
 from snpc.runtime.execution.memory import SpillableStore
 from snpc.runtime.sensitivity.joint_search import MAX_FACTOR, MeasuredSlopes, WidthSteps, search_widths
 from snpc.runtime.sensitivity.plan_trials import TrialWeights, Widths, open_plan_trials

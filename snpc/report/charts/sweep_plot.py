@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from snpc.pipeline import SweepPoint, SweepResult
-from snpc.report.charts import Chart, ChartShape, Dot, Label, Line, Polyline
+from snpc.report.charts.shapes import Chart, ChartShape, Dot, Label, Line, Polyline
 from snpc.report.quality_text import TASK_METRIC_TEXTS
 from snpc.report.render import render_template
 from snpc.runtime.io import atomic_write

@@ -14,12 +14,15 @@ from typing import Any
 
 from snpc.errors import UserError
 from snpc.runtime.execution import first_lines
-from snpc.runtime.io import atomic_write, publish_files
+from snpc.runtime.io import atomic_write
 from snpc.targets.base import BuildJob, BuildOptions, BuildOutput, BuildRequest, BuildTarget
-from snpc.targets.shape_profile import ShapeRange, shape_ranges
+from snpc.targets.engines.attention_kernels import attention_kernels, kernel_notes, prepare_attention, whole_attentions
+from snpc.targets.engines.script import TENSORRT_RTX, TRTEXEC, write_engine_script
+from snpc.targets.engines.shape_profile import shape_ranges
 from snpc.types import PRECISIONS
 
 WEIGHT_MEMORY = re.compile(r"Total Weights Memory: (\d+) bytes")
+LAYERS = "Layers:"  # how a message begins that lists the layers of an engine
 SHAPE_OPTIONS = frozenset({"--min-shapes", "--opt-shapes", "--max-shapes"})
 MISSING_TENSORRT = (
     "TensorRT is not installed: pip install 'snpc[trt]' on a machine with an NVIDIA GPU; --target trt-rtx builds "
@@ -30,14 +33,18 @@ MISSING_TENSORRT_RTX = "TensorRT for RTX is not installed: pip install 'snpc[trt
 
 @dataclass
 class BuilderLog:
-    """Messages of the builder: errors, and the weight memory, which it reports nowhere else."""
+    """Messages of the builder: errors, the weight memory, which it reports nowhere else, and the layers of the engine,
+    which an inspector tells only where the engine can be loaded."""
 
     errors: list[str] = field(default_factory=list)
     weights: int | None = None
+    layers: str = ""
 
     def record(self, severity: Any, message: str, worst: Any) -> None:
         if severity <= worst:
             self.errors.append(message)
+        if message.startswith(LAYERS):
+            self.layers = message
         match = WEIGHT_MEMORY.search(message)
         if match:
             self.weights = int(match.group(1))
@@ -67,44 +74,87 @@ def import_tensorrt(name: str, missing: str) -> Any:
 # -- building --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A built engine: its bytes, the weight memory that the builder reports, the text of its layers, and whether this
+    machine can load it."""
+
+    plan: bytes
+    weights: int | None
+    layers: str
+    loads: bool
+
+
 def build_engine(trt: Any, job: BuildJob) -> BuildOutput:
-    """Parse ``job.source``, build and write the engine. UserError: TensorRT's own message where it refuses the
-    model."""
+    """Build and write the engine of ``job``.
+
+    A graph that was rewritten for attention is built as it was, too: the engine with more attentions in one kernel is
+    written. UserError: TensorRT's own message where it refuses the model.
+    """
+    engine = compile_engine(trt, job, job.source)
+    prepared = job.prepared
+    names = prepared.attentions if prepared is not None else ()
+    after, before = whole_attentions(engine.layers, names), None
+    notes: list[str] = []
+    if after and job.plain is not None:
+        try:
+            plain = compile_engine(trt, job, job.plain)
+            before = whole_attentions(plain.layers, names)
+        except UserError:
+            notes.append("attention: the graph that was not rewritten is refused")
+        if prepared is not None and prepared.padded and before is not None and len(before) >= len(after):
+            engine, after = plain, before
+            notes.append("attention: the graph that was not rewritten is built: it has as many in one kernel")
+    kernels = attention_kernels(names, after, before)
+    job.output.write_bytes(engine.plan)
+    notes.append(f"{trt.__name__} {trt.__version__}, engine of {len(engine.plan)} bytes")
+    if engine.weights is not None:
+        notes.append(f"weight memory {engine.weights} bytes")
+    notes += kernel_notes(kernels, job.precision)
+    if not engine.loads:
+        notes.append("not loaded: this machine has no GPU that the engine was built for")
+    return BuildOutput((job.output,), tuple(notes), engine.loads, engine.weights, kernels)
+
+
+def compile_engine(trt: Any, job: BuildJob, source: Path) -> Engine:
+    """Parse ``source`` and build it with the options of ``job``. UserError: TensorRT's own message."""
     log = BuilderLog()
     logger = make_logger(trt, log)
     try:
         builder = trt.Builder(logger)
     except TypeError:  # pybind11: the factory gave nothing
         raise UserError(f"{trt.__name__} does not start here ({log.cause()}): it builds on the GPU it is for") from None
-    network = parse_network(trt, builder, logger, job)
-    config = builder_config(trt, builder, network, job)
+    network = parse_network(trt, builder, logger, source, job.model)
+    config = builder_config(trt, builder, source, job.options)
     cache = read_timing_cache(config, job.options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"{job.model}: {trt.__name__} builds no engine: {log.cause()}")
-    job.output.write_bytes(memoryview(plan))
     if cache is not None and job.options.timing_cache is not None:
         with atomic_write(job.options.timing_cache) as temporary:
             temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    size = len(memoryview(plan))
-    notes = [f"{trt.__name__} {trt.__version__}, engine of {size} bytes"]
-    if log.weights is not None:
-        notes.append(f"weight memory {log.weights} bytes")
-    runs = can_deserialize(trt, logger, job.output)
-    if not runs:
-        notes.append("not loaded: this machine has no GPU that the engine was built for")
-    return BuildOutput((job.output,), tuple(notes), runs, log.weights)
+    content = bytes(memoryview(plan))
+    runtime = trt.Runtime(logger)
+    loaded = runtime.deserialize_cuda_engine(content) if runtime is not None else None
+    return Engine(
+        content, log.weights, log.layers if loaded is None else inspect_layers(trt, loaded), loaded is not None
+    )
 
 
-def parse_network(trt: Any, builder: Any, logger: Any, job: BuildJob) -> Any:
+def inspect_layers(trt: Any, engine: Any) -> str:
+    """The layers of a loaded engine, in the form in which the builder logs them."""
+    return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
+def parse_network(trt: Any, builder: Any, logger: Any, source: Path, model: Path) -> Any:
     flags = trt.NetworkDefinitionCreationFlag
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(job.source)):
+    if not parser.parse_from_file(str(source)):
         errors = [parser.get_error(k) for k in range(parser.num_errors)]
         reasons = "; ".join(dict.fromkeys(parser_error_text(error) for error in errors[:3])) or "it gives no reason"
-        raise UserError(f"{job.model}: {trt.__name__} does not parse it: {reasons}")
+        raise UserError(f"{model}: {trt.__name__} does not parse it: {reasons}")
     return network
 
 
@@ -114,16 +164,17 @@ def parser_error_text(error: Any) -> str:
     return f"{node}: {first_lines(Exception(error.desc()))}" if node else first_lines(Exception(error.desc()))
 
 
-def builder_config(trt: Any, builder: Any, network: Any, job: BuildJob) -> Any:
+def builder_config(trt: Any, builder: Any, source: Path, options: BuildOptions) -> Any:
     config = builder.create_builder_config()
-    if job.options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.options.workspace << 20)
-    if job.options.sm:
-        capable = compute_capabilities(trt, job.options.sm)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers then say which nodes of the graph they hold
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if options.sm:
+        capable = compute_capabilities(trt, options.sm)
         config.num_compute_capabilities = len(capable)
         for index, one in enumerate(capable):
             config.set_compute_capability(one, index)
-    ranges = shape_ranges(job.source, job.options)
+    ranges = shape_ranges(source, options)
     if ranges:
         shapes = builder.create_optimization_profile()
         for name, span in ranges.items():
@@ -149,38 +200,40 @@ def read_timing_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def can_deserialize(trt: Any, logger: Any, path: Path) -> bool:
-    runtime = trt.Runtime(logger)
-    return runtime is not None and runtime.deserialize_cuda_engine(path.read_bytes()) is not None
-
-
 # -- the two targets -------------------------------------------------------------------------------------------------
 
 
 def build_tensorrt(job: BuildJob) -> BuildOutput:
-    return (
-        write_trtexec_script(job)
-        if job.options.emit_script
-        else build_engine(import_tensorrt("tensorrt", MISSING_TENSORRT), job)
-    )
+    if job.options.emit_script:
+        return write_engine_script(job, TRTEXEC)
+    return build_engine(import_tensorrt("tensorrt", MISSING_TENSORRT), job)
 
 
 def build_tensorrt_rtx(job: BuildJob) -> BuildOutput:
+    if job.options.emit_script:
+        return write_engine_script(job, TENSORRT_RTX)
     return build_engine(import_tensorrt("tensorrt_rtx", MISSING_TENSORRT_RTX), job)
 
 
 def check_tensorrt(request: BuildRequest) -> None:
-    if request.options.emit_script and request.output.suffix != ".onnx":
-        raise UserError(f"{request.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
-    if not request.options.emit_script:
+    if request.options.emit_script:
+        check_script_suffix(request)
+    else:
         import_tensorrt("tensorrt", MISSING_TENSORRT)
         check_engine_suffix(request)
 
 
 def check_tensorrt_rtx(request: BuildRequest) -> None:
-    trt = import_tensorrt("tensorrt_rtx", MISSING_TENSORRT_RTX)
-    compute_capabilities(trt, request.options.sm)
-    check_engine_suffix(request)
+    if request.options.emit_script:
+        check_script_suffix(request)
+    else:
+        compute_capabilities(import_tensorrt("tensorrt_rtx", MISSING_TENSORRT_RTX), request.options.sm)
+        check_engine_suffix(request)
+
+
+def check_script_suffix(request: BuildRequest) -> None:
+    if request.output.suffix != ".onnx":
+        raise UserError(f"{request.output}: --emit-script writes an .onnx and an .sh beside it; name the .onnx with -o")
 
 
 def check_engine_suffix(request: BuildRequest) -> None:
@@ -192,42 +245,6 @@ def check_engine_suffix(request: BuildRequest) -> None:
         )
 
 
-# -- for a machine that has TensorRT ---------------------------------------------------------------------------------
-
-
-def write_trtexec_script(job: BuildJob) -> BuildOutput:
-    """Write the model for TensorRT, and a script with the trtexec command that builds the engine."""
-    publish_files([job.source], job.output)
-    shell = job.output.with_suffix(".sh")
-    try:
-        major = int(importlib.import_module("tensorrt").__version__.split(".")[0])
-    except ImportError:
-        major = None
-    line = trtexec_command(job.output.name, shape_ranges(job.output, job.options), job.options, major)
-    shell.write_text(f"#!/bin/sh\n{line}\n")
-    shell.chmod(0o755)
-    version = f"TensorRT {major}" if major else "TensorRT 10 and 11 (none is installed here)"
-    return BuildOutput((job.output, shell), (f"for {version}: {line}",), runnable=False)
-
-
-def trtexec_command(model: str, ranges: dict[str, ShapeRange], options: BuildOptions, major: int | None) -> str:
-    """The trtexec command. TensorRT up to 10 needs a flag to keep the types of the graph; 11 always keeps them."""
-
-    def shapes(bound: str) -> str:
-        return ",".join(f"{name}:{'x'.join(map(str, getattr(span, bound)))}" for name, span in ranges.items())
-
-    words = ["trtexec", f"--onnx={model}", f"--saveEngine={Path(model).stem}.engine"]
-    if ranges:
-        words += [f"--{bound}Shapes={shapes(bound)}" for bound in ("min", "opt", "max")]
-    if major is None or major <= 10:
-        words.append("--stronglyTyped")
-    if options.workspace is not None:
-        words.append(f"--memPoolSize=workspace:{options.workspace}")
-    if options.timing_cache is not None:
-        words.append(f"--timingCacheFile={options.timing_cache}")
-    return " ".join(words)
-
-
 TENSORRT_TARGET = BuildTarget(
     "trt",
     "TensorRT: an engine for the GPU of this machine, or with --emit-script what builds it elsewhere",
@@ -236,8 +253,8 @@ TENSORRT_TARGET = BuildTarget(
     PRECISIONS,
     symmetric_activations=True,
     options=SHAPE_OPTIONS | {"--workspace", "--timing-cache", "--emit-script"},
-    extra_suffixes=(".sh",),
     check_request=check_tensorrt,
+    prepare=prepare_attention,
 )
 TENSORRT_RTX_TARGET = BuildTarget(
     "trt-rtx",
@@ -246,6 +263,7 @@ TENSORRT_RTX_TARGET = BuildTarget(
     build_tensorrt_rtx,
     PRECISIONS,
     symmetric_activations=True,
-    options=SHAPE_OPTIONS | {"--workspace", "--sm"},
+    options=SHAPE_OPTIONS | {"--workspace", "--sm", "--emit-script"},
     check_request=check_tensorrt_rtx,
+    prepare=prepare_attention,
 )

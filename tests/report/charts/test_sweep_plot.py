@@ -9,7 +9,7 @@ import pytest
 
 from snpc.errors import UserError
 from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, SweepResult, mark_pareto_front
-from snpc.report.sweep_plot import even_ticks, sweep_plot, write_sweep_plot
+from snpc.report.charts.sweep_plot import even_ticks, sweep_plot, write_sweep_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 
