@@ -222,7 +222,8 @@ def plan(
     analysis = with_metrics(analysis, options.get("metric"))
     if budget is None:
         calibration = with_token_decisions(analysis, calibration, execution)
-        refits = analysis.reduction is not None and default_method(calibration, criterion is None) == "auto"
+        method = method or default_method(calibration, criterion is None)
+        refits = analysis.reduction is not None and method == "auto"
         unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "auto" if refits else "select")
         closed_forms = ClosedForms.empty(analysis) if refits else None
         return PruningPlan(unchanged, closed_forms, calibration=calibration, execution=execution)
