@@ -13,8 +13,8 @@ data; ``selection`` removes the units of smallest weight and changes nothing els
 (only where ``--ways`` names it) is the default with whole layers among what may go. ``--pruned`` measures a file that
 ``snpc prune`` wrote before, in ``--seconds``, and prunes nothing. Nothing is trained; labels serve to evaluate only.
 MACs and parameters are those of the written files, the metric is measured on them under onnxruntime, and the speed-up
-is the median of rounds in which dense and pruned model take turns, on one sample and one thread. Each row is stored as
-soon as it is measured: a run that was stopped goes on with what is missing.
+is the median of rounds in which dense and pruned model take turns, on one sample (and ``--batches``) and one thread.
+Each row is stored as soon as it is measured: a run that was stopped goes on with what is missing.
 
 Metrics: those of ``quality.py``, and ``spearman``: the rank correlation of the cosines of all pairs of samples with
 those of the dense model, in per cent (output [N, D]).
@@ -53,11 +53,11 @@ def measured(path: Path, dense: Path, metric: str, feeds: Mapping[str, Array], l
     return 100 * float(spearmanr(cosines(path, feeds), cosines(dense, feeds)).statistic)
 
 
-def speed_up(dense: Path, pruned: Path, feeds: Mapping[str, Array]) -> float:
-    sample = {name: values[:1] for name, values in feeds.items()}
+def speed_up(dense: Path, pruned: Path, feeds: Mapping[str, Array], batch: int) -> float:
+    sample = {name: values[:batch] for name, values in feeds.items()}
     protocol = snpc.TimingProtocol(warmup=3, iterations=30, duration=5.0)
     timed = snpc.bench([dense, pruned], sample, protocol=protocol, execution=snpc.Execution(threads=1))
-    return timed.speedups[-1].ratio
+    return round(timed.speedups[-1].ratio, 2)
 
 
 def prune_row(way: str, target: float, options: argparse.Namespace, data: Data) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def file_row(
         "macs": cost.macs,
         "params": cost.params,
         "quality": round(measured(path, options.model, options.metric, feeds, labels), 3),
-        "speed_up": round(speed_up(options.model, path, feeds), 2),
+        "speed_up": speed_up(options.model, path, feeds, 1),
+        **({f"speed_up_batch_{n}": speed_up(options.model, path, feeds, n) for n in options.batches}),
         "seconds": round(seconds),
         "effort": options.effort,
     }
@@ -127,6 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", default="0.8,0.65,0.5,0.35,0.25", help="shares of the MACs that stay")
     parser.add_argument("--ways", default="snpc,selection", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--effort", choices=("quick", "normal", "search"), default="normal")
+    parser.add_argument("--batches", type=int, nargs="*", default=(), help="sizes to time beside one sample")
     parser.add_argument("--pruned", type=Path, help="a file that was pruned before, to the only one of --targets")
     parser.add_argument("--seconds", type=float, default=0, help="that --pruned took")
     parser.add_argument("--results", type=Path, default=RESULTS)

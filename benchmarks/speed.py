@@ -219,22 +219,31 @@ def check_published(macs: float, published: float) -> None:
 
 
 def variants(name: str, folder: Path, multiples: list[int]) -> Iterator[tuple[str, Path, float]]:
-    """(what, file, MAC reduction)."""
+    """(what, file, MAC reduction). Files that are there are not made again."""
     case = CASES[name]
     dense = folder / f"{name}.onnx"
-    export(case, dense)
-    analysis = snpc.analyze(snpc.load(dense))
+    if not dense.exists():
+        export(case, folder / "export.onnx")
+        (folder / "export.onnx").rename(dense)
     yield "dense", dense, 1.0
+    analysis: snpc.Analysis | None = None
     for multiple in (1, *multiples):
         path = folder / f"{name}-{multiple}.onnx"
-        yield case.title if multiple == 1 else f"multiples of {multiple}", path, cut(analysis, case, multiple, path)
+        record = path.with_suffix(".reduction")
+        if not record.exists():
+            analysis = analysis or snpc.analyze(snpc.load(dense))
+            record.write_text(repr(cut(analysis, case, multiple, path)))
+        yield case.title if multiple == 1 else f"multiples of {multiple}", path, float(record.read_text())
 
 
 def built(made: list[tuple[str, Path, float]], batch: int) -> Iterator[tuple[str, Path, float]]:
     """Each as it is, and built for this batch size."""
     for title, path, less in made:
         yield title, path, less
-        yield f"{title}, built", snpc.build(path, "ort", batch=batch).path, less
+        target = path.with_name(f"{path.stem}-built-{batch}.onnx")
+        if not target.exists():
+            snpc.build(path, "ort", target, batch=batch)
+        yield f"{title}, built", target, less
 
 
 def main() -> None:
@@ -244,12 +253,14 @@ def main() -> None:
     parser.add_argument("--multiple", type=int, action="append", help="alignments  [default: 8 and 16]")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keeps the files, so that a run that was stopped makes the rest")
     parser.add_argument("--clock", choices=[*CLOCKS], default="wall")
     options = parser.parse_args()
     print("| model | batch | | MACs | time, ms | speed-up | 95 % | per MAC |\n|---|---:|---|---:|---:|---:|---:|---:|")
     for name in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            pruned = list(variants(name, Path(folder), options.multiple or [8, 16]))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = options.folder or Path(temporary)
+            pruned = list(variants(name, folder, options.multiple or [8, 16]))
             for batch in options.batch or [1, 8]:
                 made = list(built(pruned, batch))
                 runners = [open_runner(path, execution=Execution(threads=options.threads)) for _, path, _ in made]

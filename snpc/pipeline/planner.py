@@ -38,6 +38,7 @@ from snpc.planning import (
     prunes_kv_cache,
     select_units,
     token_reduction_in,
+    with_planned_entries,
     without_removed_layers,
 )
 from snpc.runtime.batches import DenseValues, check_runs_whole
@@ -266,7 +267,8 @@ def make_plan(
         return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
     method = request.method or default_method(calibration, request.criterion is None)
     refits = method == "auto" and request.effort != "quick"
-    analysis = remove_layers(analysis, budget, calibration, execution, refits=refits)
+    decided = with_token_decisions(analysis, calibration, execution)
+    analysis = remove_layers(analysis, budget, decided, execution, refits=refits)
     if alone:
         return plan_of_layers(analysis, request, calibration, execution)
     return plan_widths(analysis, request, calibration, statistics, execution)
@@ -285,9 +287,10 @@ def plan_layers_and_widths(
     target = target_in_macs(request.budget, measured.scores)
     budget = replace(request.budget, target=target)
     assert calibration is not None
+    data = with_token_decisions(analysis, calibration, execution) or calibration
     with using_algebra(execution.algebra):
         shorter = remove_layers_beside_widths(
-            measured.closed_forms, measured.scores, calibration, measured.groups, budget, execution=execution
+            measured.closed_forms, measured.scores, data, measured.groups, budget, execution=execution
         )
     if shorter.removal is None:
         return measured.plan_for(request, execution)
@@ -417,6 +420,7 @@ def plan_of_layers(
     analysis: Analysis, request: PlanRequest, calibration: Calibration | None, execution: Execution
 ) -> PruningPlan:
     """The plan that cuts no width of an analysis without some layers: what is left is refitted, unless by "select"."""
+    calibration = with_token_decisions(analysis, calibration, execution)
     method = request.method or default_method(calibration, request.criterion is None)
     options = {**request.budget.to_options(), "effort": request.effort}
     slices = SlicePlan(analysis, "none", options, {}, method)
@@ -644,7 +648,7 @@ def load_plan(path: Path | str, model: Model, dim_sizes: Mapping[str, int] | Non
     if reduction is not None:
         analysis = reduce_tokens(analysis, *reduction)
     analysis = with_named_metrics(analysis, metrics_in(text))
-    analysis = without_removed_layers(analysis, text)
+    analysis = with_planned_entries(without_removed_layers(analysis, text), text)
     return plan_from_json(text, analysis, str(path))
 
 

@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 from snpc.passes import Analysis
 from snpc.passes.canonicalization import original_name
+from snpc.passes.rotation import entry_weight
 from snpc.passes.slicing import Cuts
+from snpc.passes.sublayers import Substitute
 from snpc.pipeline.candidate import PrunedModel
 from snpc.planning import SlicePlan, cuts_of, read_provenance
 from snpc.runtime.io import atomic_write
@@ -68,15 +70,24 @@ def layers_json(analysis: Analysis) -> list[dict[str, Any]]:
             "kind": sublayer.kind,
             "macs": sublayer.macs,
             "params": sublayer.params,
-            "replaced_by": "mean" if sublayer.name in removal.means else "nothing",
+            **substitute_json(removal.substitutes.get(sublayer.name)),
         }
         for sublayer in removal.sublayers
     ]
 
 
+def substitute_json(substitute: Substitute | None) -> dict[str, Any]:
+    """What stands for a layer; of a map also its rank, and what it reads."""
+    if substitute is None or substitute.map is None:
+        return {"replaced_by": "nothing" if substitute is None else "mean"}
+    reads = ["tokens"] if substitute.map.pooled is None else ["tokens", "mean of tokens", "first token"]
+    return {"replaced_by": "map", "rank": len(substitute.map.expand), "reads": reads}
+
+
 def streams_json(plan: SlicePlan) -> list[dict[str, Any]]:
     """The residual streams that are cut with refitted weights, and what each basis loses: the share of what is read
-    behind the normalizations, by the best channels and by principal directions. None where it cannot be rotated."""
+    behind the normalizations, by the best channels and by principal directions. None where it cannot be rotated.
+    ``begins_behind``: the value behind which a weight was put in, where the stream begins; None where none was."""
     entries = []
     for stream in plan.analysis.stream_bases:
         kept = plan.kept_width(plan.analysis.group(stream.group))
@@ -87,11 +98,17 @@ def streams_json(plan: SlicePlan) -> list[dict[str, Any]]:
                 "kept": kept,
                 "basis": "rotated" if stream.rotated else "channels",
                 "not_rotated": stream.reason or None,
+                "begins_behind": next((v for v in plan.analysis.entries if begins_behind(plan, stream, v)), None),
                 "loss_of_channels": stream.channels[kept] if stream.channels else None,
                 "loss_of_rotation": stream.rotation[kept] if stream.rotation else None,
             }
         )
     return entries
+
+
+def begins_behind(plan: SlicePlan, stream: StreamBasis, value: str) -> bool:
+    sites = plan.analysis.group(stream.group).sites
+    return any(site.tensor == entry_weight(value) and site.axis == 1 for site in sites)
 
 
 def describe_stream(stream: StreamBasis, kept: int) -> str:
@@ -295,6 +312,7 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
                 "tensor": p.value,
                 "tokens": p.count if p.fixed_length else None,
                 "leading": p.leading,
+                "protected": [list(positions) for positions in p.protected],
                 "scores": p.scores is not None,
                 "exits": [e.block for e in p.exits],
             }

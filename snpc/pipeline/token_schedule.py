@@ -142,7 +142,7 @@ class ScheduleEvaluator:
         for point, removed in zip(self.analysis.tokens.points, schedule, strict=True):
             if 0 < back < point.block:
                 count = self.cost.count
-            others, unmerge = count - point.leading, way.unmerge_at(point)
+            others, unmerge = count - point.staying, way.unmerge_at(point)
             removed = max(0, min(removed, way.method.max_removed(others)))
             if point.fixed_length:
                 request[point.block] = (way.method, TokenAmount(removed, unmerge=unmerge))

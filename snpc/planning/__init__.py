@@ -51,6 +51,7 @@ from snpc.planning.plan_file import (
     plan_to_json,
     prunes_kv_cache,
     token_reduction_in,
+    with_planned_entries,
     without_removed_layers,
 )
 from snpc.planning.provenance import (
@@ -107,6 +108,7 @@ __all__ = [
     "target_text",
     "token_reduction_in",
     "top_units",
+    "with_planned_entries",
     "without_removed_layers",
     "write_provenance",
 ]

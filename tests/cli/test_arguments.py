@@ -23,7 +23,7 @@ from snpc.cli.arguments.group import ArgumentGroup, SectionedCommand, SectionOpt
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.text import TextArguments
 from snpc.errors import UserError
-from snpc.passes.pass_list import PASS_NAMES
+from snpc.passes.pass_list import ENGINE_PASSES, PASS_NAMES
 from tests.command_line import COMMANDS
 
 MAX_PARAMETERS = 8
@@ -86,7 +86,19 @@ def test_every_option_is_in_a_section_and_says_what_it_does(name: str) -> None:
             assert parameter.help and parameter.help[0] != " ", parameter.name
             assert parameter.section != "Options", f"{name} {parameter.opts}: name a section"
     text = CliRunner().invoke(main, [name, "--help"]).output
-    assert all(option.opts[0] in text for option in listed.params if isinstance(option, click.Option))
+    options = [option for option in listed.params if isinstance(option, click.Option)]
+    assert all(option.opts[0] in text for option in options if not option.hidden)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--ratio 0.3", "--target macs=0.5", "--max-drift 0.1", "--max-ppl 1.1x", "--max-drop 1", "--criterion snp"],
+)
+def test_options_that_a_sweep_refuses_are_not_in_its_help(words: str, tmp_path: Path) -> None:
+    flag, value = words.split()
+    assert f"\n  {flag} " not in CliRunner().invoke(main, ["sweep", "--help"]).output
+    done = CliRunner().invoke(main, ["sweep", str(tmp_path / "m.onnx"), "--targets", "macs=0.5", flag, value])
+    assert done.exit_code == 2 and f"{flag}: a sweep" in done.output
 
 
 def test_prune_plan_and_sweep_share_the_planning_options() -> None:
@@ -133,7 +145,8 @@ def test_graphs_are_written_from_loading_to_building(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     written = {path.stem[3:] for path in (tmp_path / "graphs").iterdir()}
     nothing_fits = {"dequantize", "fuse-attention-projections", "fuse-gemm-bias"}
-    assert set(PASS_NAMES) - written <= nothing_fits
+    for_tensorrt = {entry.name for entry in ENGINE_PASSES}
+    assert set(PASS_NAMES) - written <= nothing_fits | for_tensorrt
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:

@@ -60,6 +60,7 @@ CAST_LAYER = """
     {y} = Cast <to = 10> ({y}0)"""
 PLAIN, SCALED = "x = Identity(e)", "x = Mul(e, scale)"
 ADDED, WEIGHED = "d = Identity(d1)", "d = Mul(d1, gamma)"
+TWICE = "c = Concat <axis = -1> (m, m) y = MatMul(c, out_twice)"
 OWN, TIED = "y = MatMul(m, out)", "w = Transpose <perm = [1, 0]> (table) y = MatMul(m, w)"
 
 # (behind the embedding, normalization, behind the hidden layer, last layer)
@@ -69,6 +70,7 @@ STREAM_FORMS = {
     "root mean square": (PLAIN, ROOT_MEAN_SQUARE, ADDED, OWN),
     "scaled embeddings": (SCALED, ROOT_MEAN_SQUARE, ADDED, OWN),
     "scale per channel": (PLAIN, LAYER, WEIGHED, OWN),
+    "read twice by one weight": (PLAIN, LAYER, ADDED, TWICE),
     "tied to the embeddings": (PLAIN, ROOT_MEAN_SQUARE, ADDED, TIED),
     "layer norm, tied to the embeddings": (PLAIN, LAYER, ADDED, TIED),
 }
@@ -79,6 +81,14 @@ HALF_FORMS = {
     "normalized in single precision": (PLAIN, CAST_ROOT_MEAN_SQUARE, ADDED, OWN, "two small"),
     "products in half precision": (
         PLAIN, CAST_LAYER, "d2 = Cast <to = 1> (d1) d = Identity(d2)", OWN, "table g1 g2 b1 b2"
+    ),
+}  # fmt: skip
+# begin behind what works on single channels
+ENTERED_FORMS = {
+    "an activation behind the embeddings": ("x = Relu(e)", LAYER, ADDED, OWN),
+    "normalized embeddings": (LAYER.format(x="e", y="x", g="g0", b="b0"), LAYER, ADDED, OWN),
+    "normalized embeddings that a weight reads": (
+        LAYER.format(x="e", y="x", g="g0", b="b0"), LAYER, "d2 = MatMul(x, square) d = Add(d1, d2)", OWN
     ),
 }  # fmt: skip
 KEPT_FORMS = {
@@ -108,7 +118,7 @@ def write_half_stream(form: str) -> onnx.ModelProto:
 
 def write_stream(form: str) -> onnx.ModelProto:
     """A model of one of these forms, in float32. Each direction of its stream has half of the last one's size."""
-    embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS, **HALF_FORMS}[form]
+    embedded, norm, branch, last, *_ = {**STREAM_FORMS, **KEPT_FORMS, **HALF_FORMS, **ENTERED_FORMS}[form]
     model = parser.parse_model(
         HEAD
         + STREAM.format(
@@ -141,5 +151,9 @@ def stream_weights() -> dict[str, npt.NDArray[np.float32]]:
         "gamma": rng.uniform(0.5, 1.5, WIDTH),
         **{name: rng.uniform(0.5, 1.5, WIDTH) for name in ("g1", "g2")},
         **{name: rng.normal(size=WIDTH) for name in ("b1", "b2")},
+        "out_twice": rng.normal(size=(2 * WIDTH, CLASSES)),
+        "square": written(WIDTH),
+        "g0": rng.uniform(0.5, 1.5, WIDTH),
+        "b0": 0.1 * rng.normal(size=WIDTH),
     }
     return {name: array.astype(np.float32) for name, array in arrays.items()}

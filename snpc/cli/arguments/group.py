@@ -11,7 +11,7 @@ parsed values. Most groups have a ``load`` method that turns the flags into the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
@@ -129,8 +129,9 @@ class SectionedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def command(name: str) -> Callable[[Callable[..., None]], SectionedCommand]:
-    """Make a command of a function whose parameters are argument groups. Its docstring is the help text."""
+def command(name: str, refused: Collection[str] = ()) -> Callable[[Callable[..., None]], SectionedCommand]:
+    """Make a command of a function whose parameters are argument groups. Its docstring is the help text. ``refused``:
+    options of these groups that the function refuses with a reason; ``--help`` does not list them."""
 
     def decorate(function: Callable[..., None]) -> SectionedCommand:
         groups: dict[str, type[ArgumentGroup]] = get_type_hints(function)
@@ -139,6 +140,9 @@ def command(name: str) -> Callable[[Callable[..., None]], SectionedCommand]:
         names = [parameter.name for parameter in parameters]
         if len(set(names)) != len(names):
             raise ValueError(f"{name}: two parameters have the same name, of {names}")
+        for parameter in parameters:
+            if isinstance(parameter, click.Option):
+                parameter.hidden = not set(refused).isdisjoint(parameter.opts)
 
         def run(**flags: object) -> None:
             function(**{key: group.from_flags(flags) for key, group in groups.items()})

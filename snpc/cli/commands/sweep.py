@@ -93,7 +93,7 @@ class SweepArguments(ArgumentGroup):
     )
 
 
-@command("sweep")
+@command("sweep", refused=("--ratio", "--target", "--max-drift", "--max-ppl", "--max-drop", "--criterion"))
 def sweep_command(
     model: ModelArguments,
     arguments: SweepArguments,

@@ -19,13 +19,18 @@ from snpc.ops import names as op
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.propagation import Contraction, LabeledValue, RemovedUnits, varying_axes
 from snpc.passes.weights import Normalization, affected_normalizations
-from snpc.types import Group, Site
+from snpc.types import Group, IntArray
 
 RAW = -1  # the state of a value of the stream that no normalization has changed; others: the normalization's number
 
 
 class StreamKeepsChannels(Exception):
-    """A residual stream cannot be turned; the message says why."""
+    """A residual stream cannot be turned; the message says why. ``entry``: a value, with channels on its last axis,
+    behind which it could begin (``rotation.enter``)."""
+
+    def __init__(self, reason: str, entry: str | None = None) -> None:
+        super().__init__(reason)
+        self.entry = entry
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,14 @@ class ConstantAxis:
 class StreamReader:
     """``node`` reads the stream by ``weight`` behind normalization number ``norm`` (RAW: as it is).
 
-    ``data``: the index of the node's input that holds the stream."""
+    ``data``: the index of the node's input that holds the stream. ``copies``: how often its channels lie on the axis of
+    the weight, one after the other: behind a class token beside the mean of the others there are two."""
 
     weight: ConstantAxis
     node: str
     norm: int
     data: int
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class StreamWalk:
 
     def __post_init__(self) -> None:
         group, trace = self.group, self.traced_graph.trace
-        if group.blocks != 1 or any(not is_whole(site, group.size) for site in group.sites):
+        if group.blocks != 1 or any(not is_whole(site.units, group.size) for site in group.sites):
             raise StreamKeepsChannels("a weight holds its channels in another order")
         axes = {(str(axis.constant.name), axis.axis): axis for axis in trace.table.axes}
         first = axes[group.sites[0].tensor, group.sites[0].axis]
@@ -173,19 +180,24 @@ class StreamWalk:
             if not (channels >= 0).any():
                 continue
             varying = varying_axes(labels)
-            if len(varying) != 1 or not np.array_equal(channels, np.arange(self.group.size)):
+            if len(varying) != 1 or not is_whole(channels, self.group.size):
                 raise StreamKeepsChannels(f"{labeled.name} holds its channels in another order, or parts of them")
             axes += varying
         return tuple(sorted(set(axes)))
+
+    def copies(self, value: ir.Value) -> int:
+        """How often the channels lie along their axis, one after the other."""
+        (axis,) = self.channel_axes(value)
+        return self.traced_graph.trace.values[value].shape[axis] // self.group.size
 
     def is_labeled(self, value: ir.Value | None) -> bool:
         return bool(self.channel_axes(value))
 
     def is_constant(self, value: ir.Value) -> bool:
-        """Is it made of constants by movement alone?"""
+        """Is it made of constants by movement alone? The weights of the experts that a router chooses are too."""
         while (node := value.producer()) is not None:
             moves = lookup(node.domain, node.op_type).kind == "movement"
-            rest = node.inputs[1:]
+            rest = () if node in self.traced_graph.trace.expert_reads else node.inputs[1:]
             if not moves or any(v is not None and v.const_value is None for v in rest) or node.inputs[0] is None:
                 return False
             value = node.inputs[0]
@@ -205,7 +217,19 @@ class StreamWalk:
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def refuse(self, node: ir.Node) -> StreamKeepsChannels:
-        return StreamKeepsChannels(f"{node.op_type} {node.name} works on single channels of it")
+        reason = f"{node.op_type} {node.name} works on single channels of it"
+        return StreamKeepsChannels(reason, self.entry_behind(node.outputs[0]))
+
+    def entry_behind(self, value: ir.Value) -> str | None:
+        """The first value that movement makes of this one and that has the channels on its last axis."""
+        while self.is_labeled(value) and not value.is_graph_output():
+            if self.channel_axes(value) == (len(self.traced_graph.trace.values[value].shape) - 1,):
+                return str(value.name)
+            users = list(value.consumers())
+            if len(users) != 1 or lookup(users[0].domain, users[0].op_type).kind != "movement":
+                return None
+            value = users[0].outputs[0]
+        return None
 
     def visit_normalization(self, node: ir.Node, number: int) -> None:
         norm, spec = self.normalizations[number], lookup(node.domain, node.op_type)
@@ -231,7 +255,10 @@ class StreamWalk:
                 if str(value.name) not in (norm.gain, norm.bias) or not own:
                     raise self.refuse(node)
             elif value in self.states and self.states[value] != RAW:
-                raise StreamKeepsChannels(f"{node.name} normalizes what was normalized before")
+                entry = self.entry_behind(self.normalizations[self.states[value]].output)
+                raise StreamKeepsChannels(f"{node.name} normalizes what was normalized before", entry)
+            elif self.copies(value) > 1:
+                raise self.refuse(node)
             elif value in self.states:
                 self.sources.setdefault(number, str(value.name))
             elif value.producer() not in norm.nodes:
@@ -268,28 +295,24 @@ class StreamWalk:
             return spec.effect == "same" or (spec.effect == "add" and len(labeled) == len(node.inputs))
         if spec.kind == "concat":
             return len(labeled) == len(node.inputs)
-        return spec.kind == "movement" or node.op_type == op.REDUCE_MEAN
+        return spec.kind == "movement" or node.op_type in (op.REDUCE_MEAN, op.REDUCE_SUM)
 
     def visit_linear(self, node: ir.Node) -> None:
-        states = set()
-        for value in node.inputs:
-            if value is not None and self.is_labeled(value):
-                states.add(self.state_of(value, node))
-        states.discard(None)
+        found = (self.state_of(value, node) for value in node.inputs if value is not None and self.is_labeled(value))
+        states = {state for state in found if state is not None}
         if not states:
             return  # movement of a constant
-        if len(states) > 1 or (states != {RAW} and len(node.inputs) > 1 and self.adds(node)):
-            raise StreamKeepsChannels(f"{node.op_type} {node.name} adds what was normalized to the stream")
+        adds = lookup(node.domain, node.op_type).effect == "add"
+        if len(states) > 1 or (states != {RAW} and len(node.inputs) > 1 and adds):
+            reason = f"{node.op_type} {node.name} adds what was normalized to the stream"
+            normalized = next(state for state in sorted(states) if state != RAW)
+            raise StreamKeepsChannels(reason, self.entry_behind(self.normalizations[normalized].output))
         (state,) = states
-        assert state is not None
-        if state != RAW and (node.domain, node.op_type) in FILLING:  # what fills gets no bias
+        keeps_bias = (node.domain, node.op_type) not in FILLING and node.op_type != op.REDUCE_SUM
+        if state != RAW and self.normalizations[state].bias is not None and not keeps_bias:
             raise self.refuse(node)
         for value in node.outputs:
             self.states[value] = state
-
-    def adds(self, node: ir.Node) -> bool:
-        spec = lookup(node.domain, node.op_type)
-        return spec.kind == "concat" or spec.effect == "add"
 
     def state_of(self, value: ir.Value, node: ir.Node) -> int | None:
         """The state of an input of a linear node; None where constants are only moved."""
@@ -298,7 +321,7 @@ class StreamWalk:
         if not self.is_constant(value):
             raise self.refuse(node)
         (axis,) = self.channel_axes(value)
-        if all(v is None or self.is_constant(v) for v in node.inputs) and self.is_constant(node.outputs[0]):
+        if self.is_constant(node.outputs[0]):
             return None
         root = self.root_axis(value, axis)
         self.writers[root] = None
@@ -393,19 +416,26 @@ class StreamWalk:
             factors = (attribute_values(node).get(name, 1.0) for name in ("alpha", "beta"))
             if data not in self.states or self.products[node][0].letters.windowed or any(f != 1.0 for f in factors):
                 raise self.refuse(node)
-            rank = len(self.traced_graph.trace.values[data].shape)
-            if self.channel_axes(data) != (rank - 1,):
+            rank, state = len(self.traced_graph.trace.values[data].shape), self.states[data]
+            if self.channel_axes(data) != (rank - 1,) and self.needs_rows(weight, state):
                 raise self.refuse(node)
-            self.readers.append(StreamReader(weight, str(node.name), self.states[data], inputs[1]))
+            copies = self.copies(data)
+            if copies > 1 and weight in self.writers:
+                raise self.refuse(node)
+            self.readers.append(StreamReader(weight, str(node.name), state, inputs[1], copies))
         elif stays and self.states.get(value) == RAW:
             self.states[node.outputs[0]] = RAW  # tokens are mixed
         elif stays or not self.is_constant(data):
             raise self.refuse(node)
 
+    def needs_rows(self, weight: ConstantAxis, state: int) -> bool:
+        """Does turning it add a bias behind a reader, or a product in front, which take channels on the last axis?"""
+        return weight in self.writers or (state != RAW and self.normalizations[state].bias is not None)
 
-def is_whole(site: Site, size: int) -> bool:
-    """Does the axis hold every unit once, in order?"""
-    return np.array_equal(site.units, np.arange(size))
+
+def is_whole(units: IntArray, size: int) -> bool:
+    """Do the units of an axis hold all of ``size`` in order, once or several times?"""
+    return np.array_equal(units, np.tile(np.arange(size), max(1, len(units) // size)))
 
 
 def is_two(value: ir.Value | None) -> bool:

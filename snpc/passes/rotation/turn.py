@@ -49,11 +49,13 @@ def first_basis(stream: ResidualStream) -> FloatArray:
 
 
 def reader_weight(source: TracedGraph, reader: StreamReader) -> FloatArray:
-    """[D, outputs] in float64."""
+    """[D, copies x outputs] in float64."""
     tensor = source.model.graph.initializers[reader.weight.tensor].const_value
     assert tensor is not None
     array = tensor.numpy().astype(np.float64)
-    return np.moveaxis(array, reader.weight.axis, 0).reshape(array.shape[reader.weight.axis], -1)
+    rows = np.moveaxis(array, reader.weight.axis, 0)
+    rows = rows.reshape(reader.copies, len(rows) // reader.copies, -1)
+    return np.moveaxis(rows, 1, 0).reshape(rows.shape[1], -1)
 
 
 def norm_vector(source: TracedGraph, name: str | None, size: int, default: float) -> FloatArray:
@@ -79,7 +81,7 @@ def edit_weights(source: TracedGraph, stream: ResidualStream, basis: FloatArray,
         gain = norm_vector(source, norm.gain if norm else None, size, 1.0)
         bias = norm_vector(source, norm.bias if norm else None, size, 0.0)
         if bias.any():
-            edits.add_bias(reader.node, bias @ reader_weight(source, reader))
+            edits.add_bias(reader.node, (bias @ reader_weight(source, reader)).reshape(reader.copies, -1).sum(0))
         if reader.weight not in turned and reader.weight not in tied:
             turned.add(reader.weight)
             matrix = gain[:, None] * basis
@@ -92,8 +94,15 @@ def edit_weights(source: TracedGraph, stream: ResidualStream, basis: FloatArray,
 
 
 def product_along(axis: int, matrix: FloatArray) -> Callable[[FloatArray], FloatArray]:
-    """The product of an array with ``matrix``, over ``axis`` of the array."""
-    return lambda array: np.moveaxis(np.moveaxis(array, axis, -1) @ matrix, -1, axis)
+    """The product of an array with ``matrix`` [D, D], over ``axis`` of the array, where D channels lie once or several
+    times."""
+
+    def product(array: FloatArray) -> FloatArray:
+        last = np.moveaxis(array, axis, -1)
+        parts = last.reshape(*last.shape[:-1], -1, len(matrix)) @ matrix
+        return np.moveaxis(parts.reshape(last.shape), -1, axis)
+
+    return product
 
 
 class GraphTurn:

@@ -21,11 +21,12 @@ import onnx_ir as ir
 
 from snpc.errors import UserError
 from snpc.ops import names as op
-from snpc.passes import Analysis, turn_streams
+from snpc.passes import Analysis, enter_streams, turn_streams
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.rotation import (
     ResidualStream,
     StreamKeepsChannels,
+    entry_weight,
     find_stream,
     first_basis,
     norm_vector,
@@ -38,10 +39,11 @@ from snpc.runtime.closed_form.refit_normalizations import add_up_outputs, channe
 from snpc.runtime.evaluation import rounding_tolerance
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
 from snpc.runtime.statistics import Instrument, find_padding
-from snpc.types import FloatArray, IntArray, StreamBasis
+from snpc.types import FloatArray, Group, IntArray, StreamBasis
 
 RIDGE = 1e-6  # of the trace: sums over rows in float32 are no better
 CHANNEL_STEPS = 24  # in which the order of channels is found
+SHARE_BEHIND_ENTRY = 0.8  # of a stream's MACs: what is in front of its entry keeps its width
 COMPARED_FROM = 0.5  # of the width: bases are compared over all widths from here on
 
 
@@ -53,9 +55,58 @@ def with_stream_bases(
 ) -> Analysis:
     """The analysis with residual streams in the basis that loses least, and what was found of each of them.
 
+    Streams may begin behind a weight that is put in (``enter_streams``) where they can be rotated only so.
     ``rotated``: the groups to be rotated, as a plan says. Raises UserError where one of these cannot be.
     """
-    groups = [g for g in analysis.groups if g.role == "residual" and g.prunable and g.size > 1]
+    if rotated is None and not analysis.entries:
+        entered = with_entries(analysis)
+        if entered.entries:
+            found = with_bases(entered, calibration, execution, None)
+            rotated_groups = {stream.group for stream in found.stream_bases if stream.rotated}
+            if all(group.id in rotated_groups for group in groups_behind(entered, entered.entries)):
+                return found
+    return with_bases(analysis, calibration, execution, rotated)
+
+
+def with_entries(analysis: Analysis) -> Analysis:
+    """The analysis in which streams that cannot be rotated begin behind a weight, where one makes them so."""
+    entries = []
+    for group in groups_of_streams(analysis):
+        try:
+            check_rotatable(analysis)
+            find_stream(analysis.traced_graph, group)
+        except StreamKeepsChannels as error:
+            if error.entry is not None and analysis.reduction is None and begins_at(analysis, error.entry, group.macs):
+                entries.append(error.entry)
+    return enter_streams(analysis, entries) if entries else analysis
+
+
+def begins_at(analysis: Analysis, value: str, macs: int) -> bool:
+    """Can the stream be rotated that begins behind ``value``, and has it most of the ``macs`` of the whole?"""
+    entered = enter_streams(analysis, [value])
+    behind = groups_behind(entered, [value])
+    try:
+        streams = [find_stream(entered.traced_graph, group) for group in behind]
+    except StreamKeepsChannels:
+        return False
+    return bool(streams) and sum(group.macs for group in behind) >= SHARE_BEHIND_ENTRY * macs
+
+
+def groups_behind(analysis: Analysis, entries: Sequence[str]) -> list[Group]:
+    """The groups of the streams that begin behind these values."""
+    weights = {entry_weight(value) for value in entries}
+    return [g for g in groups_of_streams(analysis) if any(s.tensor in weights and s.axis == 1 for s in g.sites)]
+
+
+def groups_of_streams(analysis: Analysis) -> list[Group]:
+    return [g for g in analysis.groups if g.role == "residual" and g.prunable and g.size > 1]
+
+
+def with_bases(
+    analysis: Analysis, calibration: Calibration, execution: Execution, rotated: Collection[str] | None
+) -> Analysis:
+    """``with_stream_bases`` of streams as they are."""
+    groups = groups_of_streams(analysis)
     found: dict[str, StreamBasis] = {}
     streams: list[ResidualStream] = []
     for group in groups:
@@ -226,7 +277,7 @@ def read_moments(
         weight = gain[:, None] * reader_weight(source, reader)
         weights += weight @ weight.T
         node = next(node for node in source.model.graph if node.name == reader.node)
-        with_bias = with_bias or existing_bias(node, weight.shape[1]) is not None
+        with_bias = with_bias or existing_bias(node, weight.shape[1] // reader.copies) is not None
     mean = moments[-1:, :-1] if with_bias else np.zeros((1, size))
     return ReadMoments(moments[:-1, :-1] - mean.T @ mean, start.T @ weights @ start)
 

@@ -16,7 +16,14 @@ from snpc.runtime.closed_form.stream_basis import RIDGE, ReadMoments, channel_or
 from snpc.types import FloatArray
 from tests.closed_forms import calibration_of
 from tests.models.exports import export
-from tests.models.streams import HALF_FORMS, TOKENS, WIDTH, write_half_stream, write_stream
+from tests.models.streams import (
+    ENTERED_FORMS,
+    HALF_FORMS,
+    TOKENS,
+    WIDTH,
+    write_half_stream,
+    write_stream,
+)
 from tests.oracle import analysis_at, relative_error, run
 
 KEPT = 4
@@ -116,6 +123,32 @@ def test_half_precision(form: str, tmp_path: Path) -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+@pytest.mark.parametrize("form", ENTERED_FORMS)
+def test_a_stream_begins_behind_a_weight(form: str, tmp_path: Path) -> None:
+    """Where a norm or an activation makes its first values: rotated and verified, and again from the plan's file."""
+    analysis = analysis_at(tmp_path / "m.onnx", write_stream(form))
+    calibration = calibration_of(analysis, TOKENS)
+    made = snpc.plan(analysis, snpc.Budget(1 - KEPT / WIDTH, roles=("residual",)), calibration)
+    result = snpc.apply(made, tmp_path / "p.onnx")
+    (entry,) = snpc.json_report(result)["residual_streams"]
+    assert (entry["basis"], entry["kept"], entry["begins_behind"]) == ("rotated", KEPT, "x")
+    assert result.verification.max_abs_diff is not None
+    channels = snpc.plan(
+        analysis, snpc.Budget(1 - KEPT / WIDTH, roles=("residual",)), calibration, method="auto", criterion="mixed"
+    )
+    outputs = run(analysis.model.path, TOKENS)
+    errors = [relative_error(outputs, run(snpc.apply(p, tmp_path / "c.onnx").path, TOKENS)) for p in (made, channels)]
+    assert errors[0] < 0.7 * errors[1]
+
+    snpc.save_plan(made, tmp_path / "plan.json")
+    again = snpc.complete_plan(snpc.load_plan(tmp_path / "plan.json", analysis.model), calibration)
+    snpc.verify(analysis.model.path, result.path, plan=again)
+    wrong = {**json.loads((tmp_path / "plan.json").read_text()), "entries": ["nothing"]}
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match='"entries"'):
+        snpc.load_plan(tmp_path / "wrong.json", analysis.model)
+
+
 @pytest.mark.parametrize("tokens", ["topk:0.7@1", "merge:2@1"])
 def test_with_fewer_tokens(tokens: str, tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
@@ -130,12 +163,12 @@ def test_with_fewer_tokens(tokens: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_rotated_is_cut_by_channels_and_says_so(tmp_path: Path) -> None:
-    analysis = analysis_at(tmp_path / "m.onnx", write_stream("an activation on the stream"))
+    analysis = analysis_at(tmp_path / "m.onnx", write_stream("a gate on the stream"))
     calibration = calibration_of(analysis, TOKENS)
     made = snpc.plan(analysis, snpc.Budget(0.5, roles=("residual",)), calibration)
     (stream,) = made.analysis.stream_bases
     assert not stream.rotated
-    assert "Relu" in stream.reason
+    assert "Mul" in stream.reason
     result = snpc.apply(made, tmp_path / "p.onnx")
     (entry,) = snpc.json_report(result)["residual_streams"]
     assert (entry["basis"], entry["not_rotated"]) == ("channels", stream.reason)
