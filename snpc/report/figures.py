@@ -103,7 +103,7 @@ def latency_figure(report: ReportData) -> Figure | None:
 
 # -- as a picture ----------------------------------------------------------------------------------------------------
 
-COLUMN_WIDTH, COLUMNS = 390.0, 3
+COLUMN_WIDTH, PICTURE_COLUMNS = 390.0, 3
 PICTURE_MARGIN, CAPTION_HEIGHT, FIGURE_GAP = 24.0, 24.0, 28.0
 
 
@@ -113,14 +113,14 @@ def overview_chart(report: ReportData, title: str) -> Chart:
     latency = latency_figure(report)
     figures = [*width_figures(report), *([latency] if latency is not None else []), macs_figure(report)]
     shapes: list[Bar | Label] = [Label(PICTURE_MARGIN, 32, title, style="title"), *key_shapes(report)]
-    bottoms = [80.0] * COLUMNS
+    bottoms = [80.0] * PICTURE_COLUMNS
     for figure in figures:
-        column = min(range(COLUMNS), key=bottoms.__getitem__)
+        column = min(range(PICTURE_COLUMNS), key=bottoms.__getitem__)
         x, y = PICTURE_MARGIN + column * COLUMN_WIDTH, bottoms[column]
         shapes.append(Label(x, y + 12, figure.title, style="title"))
         shapes += [s.moved(x, y + CAPTION_HEIGHT) for s in figure.chart.shapes if isinstance(s, Bar | Label)]
         bottoms[column] = y + CAPTION_HEIGHT + figure.chart.height + FIGURE_GAP
-    width = PICTURE_MARGIN + COLUMN_WIDTH * min(COLUMNS, len(figures))
+    width = PICTURE_MARGIN + COLUMN_WIDTH * min(PICTURE_COLUMNS, len(figures))
     return Chart(width, max(bottoms), title, tuple(shapes))
 
 
