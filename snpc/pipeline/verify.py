@@ -261,7 +261,7 @@ def compare_with_reference(
         decided, check = check_token_reduction(analysis, pruned, first.batches, tolerance, execution)
         structure = (*structure, check)
     if analysis.removal is not None:
-        structure = (*structure, check_removed_layers(analysis, first.batches, tolerance, execution))
+        structure = (*structure, check_removed_layers(analysis, decided, tolerance, execution))
 
     def verdict(
         equals_mask: Sequence[Difference], drift: Sequence[Difference], checks: tuple[str, ...], on: VerificationData

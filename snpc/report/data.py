@@ -146,7 +146,7 @@ def collect_report_data(
         made=describe_request(result),
         **statements(result.quality),
         task=result.task,
-        removed=removal.names if removal is not None else (),
+        removed=removal.descriptions if removal is not None else (),
         rewrite=rewrite_text(verdict),
         equals_mask=verdict.equals_mask,
         structure=(*((f"not run: {verdict.not_run}",) if verdict.not_run else ()), *verdict.structure),

@@ -65,6 +65,12 @@ class TokenReductionPlan:
         """Names of the decision tensors."""
         return tuple(name for step in self.steps for name in step.names)
 
+    @property
+    def decided_by(self) -> frozenset[str]:
+        """Names of the values and nodes by which the steps decide: the stream at each, and its attention."""
+        scores = (s.point.scores for s in self.steps if s.method.needs_scores and s.point.scores is not None)
+        return frozenset([*(s.point.value for s in self.steps), *(found.fused or found.tensor for found in scores)])
+
     def embed_decisions(self, model: ir.Model) -> None:
         """Replace the decision inputs of ``model``, in place, by nodes that decide."""
         embed_decisions(model, self.steps, self.dtypes)

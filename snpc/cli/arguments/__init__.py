@@ -39,7 +39,7 @@ from snpc.cli.arguments.model import (
     load_and_analyze,
 )
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
-from snpc.cli.arguments.parsers import parse_target_name
+from snpc.cli.arguments.parsers import parse_precisions, parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import (
     ExecutionArguments,
@@ -93,6 +93,7 @@ __all__ = [
     "import_torch_package",
     "load_and_analyze",
     "option",
+    "parse_precisions",
     "parse_target_name",
     "subgroup",
 ]

@@ -58,6 +58,11 @@ class TokenReduction(Protocol):
         """Names of the tensors that say which tokens are removed: graph inputs until decisions are embedded."""
         ...
 
+    @property
+    def decided_by(self) -> frozenset[str]:
+        """Names of the values and nodes of the graph by which it is decided."""
+        ...
+
     def embed_decisions(self, model: ir.Model) -> None:
         """Add the nodes that compute the decisions, in place of graph inputs."""
         ...
