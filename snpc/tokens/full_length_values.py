@@ -16,9 +16,9 @@ from snpc.tokens.writer import TokenGraphBuilder
 
 def full_length_values(
     model: ir.Model, facts: ShapeFacts, steps: Sequence[TokenStep], names: Sequence[str]
-) -> tuple[ir.Model, Mapping[str, ir.Value]]:
-    """A copy of ``model``, the decisions of ``steps`` as inputs; and for every name the value [B, N', ...] that it has
-    at the tokens that the steps leave there, merged ones averaged.
+) -> tuple[ir.Model, Mapping[str, str]]:
+    """A copy of ``model``, the decisions of ``steps`` as inputs; and by the name of a value, that of the value
+    [B, N', D] which has the same of the tokens that the steps leave there, merged ones averaged.
 
     Of a value that has no tokens any more, and of one in front of all steps, it is the value itself.
     """
@@ -36,7 +36,8 @@ def full_length_values(
         for step in steps_in_front(steps, name, shapes):
             writer = TokenGraphBuilder(copy.graph, f"{step.prefix}_target_{number}", types[step.point.value])
             stream = step.method.reduce(writer, step.settings, stream, decided[step.prefix])
-        shown[name] = stream.values
+        shown[name] = str(stream.values.name)
+    copy.graph.sort()
     return copy, shown
 
 

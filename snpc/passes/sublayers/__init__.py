@@ -11,11 +11,12 @@ Files
 from __future__ import annotations
 
 from snpc.passes.sublayers.find import SublayerGraph
-from snpc.passes.sublayers.remove import SublayerRemoval, switch_name, with_switches, without_sublayers
+from snpc.passes.sublayers.remove import Continuation, SublayerRemoval, switch_name, with_switches, without_sublayers
 from snpc.passes.sublayers.substitutes import NO_SUBSTITUTES, Substitute, Substitutes, TokenMap, maps_tokens
 
 __all__ = [
     "NO_SUBSTITUTES",
+    "Continuation",
     "SublayerGraph",
     "SublayerRemoval",
     "Substitute",

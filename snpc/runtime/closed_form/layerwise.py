@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import ShapeFacts, extract_segment, make_node
+from snpc.graph import ShapeFacts, extract_segment
 from snpc.ops import names as op
 from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import rewrite_model
+from snpc.passes.sublayers import Continuation
 from snpc.passes.weights import WeightEdits, apply_edits
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.batches import (
@@ -219,42 +220,27 @@ def values_on_workers(
 
 
 def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
-    """The dense model, with all its layers, which keeps what its values of these names are there: in front of a layer
-    that is gone, the sum behind it."""
-    removal = analysis.removal
-    if analysis.reduction is not None and removal is None:
-        return dense_program_at_tokens(analysis, names)
-    if removal is None:
+    """The dense model, with all its tokens and layers, which keeps what its values of these names are: at the tokens
+    that are left, and in front of a layer that is gone, the sum behind it."""
+    removal, reduction = analysis.removal, analysis.reduction
+    if removal is None and reduction is None:
         instrument = Instrument(analysis.traced_graph.model)
         instrument.add_values(names, analysis.traced_graph.facts.types_by_name)
         return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
-    instrument, types = Instrument(removal.source.model), removal.source.facts.types_by_name
-    for name in names:
-        found = removal.stands_for(name)
-        value, dtype = instrument.values[found.summed], types[found.summed]
-        if found.added is not None:
-            value = instrument.node(op.SUB, [value, instrument.constant(found.added.astype(dtype.numpy()))])
+    found = {name: Continuation(name) if removal is None else removal.stands_for(name) for name in names}
+    source = removal.source if removal is not None else analysis.traced_graph
+    model, shown = source.model, {place.summed: place.summed for place in found.values()}
+    if reduction is not None:
+        assert isinstance(reduction, TokenReductionPlan) and reduction.source is not None
+        source = reduction.source
+        model, shown = full_length_values(source.model, source.facts, reduction.steps, list(shown))
+    instrument, types = Instrument(model), source.facts.types_by_name
+    for name, place in found.items():
+        value, dtype = instrument.values[shown[place.summed]], types[place.summed]
+        if place.added is not None:
+            value = instrument.node(op.SUB, [value, instrument.constant(place.added.astype(dtype.numpy()))])
         instrument.add_output(instrument.node(op.IDENTITY, [value]), dense_name(name), dtype)
     return BatchProgram(instrument.model, kept={dense_name(name): dense_name(name) for name in names})
-
-
-def dense_program_at_tokens(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
-    """The dense model with all its tokens, which keeps what its values of these names are at the tokens that are left:
-    the fit compensates for what fewer tokens changed, too."""
-    reduction = analysis.reduction
-    assert isinstance(reduction, TokenReductionPlan) and reduction.source is not None
-    source = reduction.source
-    full, shown = full_length_values(source.model, source.facts, reduction.steps, names)
-    types = source.facts.types_by_name
-    full.graph.outputs.clear()
-    for name, value in shown.items():
-        kept = make_node(op.IDENTITY, [value], {}, name=f"snpc_{dense_name(name)}")
-        full.graph.append(kept)
-        output = kept.outputs[0]
-        output.name, output.type = dense_name(name), ir.TensorType(types[name])
-        full.graph.outputs.append(output)
-    full.graph.sort()
-    return BatchProgram(full, kept={dense_name(name): dense_name(name) for name in names})
 
 
 @dataclass(frozen=True)
