@@ -226,6 +226,8 @@ def learn_masks_and_prune(
     from snpc.torch import learn_masks
 
     budget = snpc.Budget(target=parse_target(pruning.target or "macs"))
+    if pruning.roles is not None:
+        budget = replace(budget, roles=pruning.roles)
     with training_progress() as report:
         learned = learn_masks(
             analysis,

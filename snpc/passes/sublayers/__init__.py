@@ -11,7 +11,14 @@ Files
 from __future__ import annotations
 
 from snpc.passes.sublayers.find import SublayerGraph
-from snpc.passes.sublayers.remove import SublayerRemoval, switch_name, with_switches, without_sublayers
+from snpc.passes.sublayers.remove import (
+    SublayerRemoval,
+    factor_name,
+    switch_name,
+    with_factors,
+    with_switches,
+    without_sublayers,
+)
 from snpc.passes.sublayers.substitutes import NO_SUBSTITUTES, Substitute, Substitutes, TokenMap, maps_tokens
 
 __all__ = [
@@ -21,8 +28,10 @@ __all__ = [
     "Substitute",
     "Substitutes",
     "TokenMap",
+    "factor_name",
     "maps_tokens",
     "switch_name",
+    "with_factors",
     "with_switches",
     "without_sublayers",
 ]

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from snpc.ops import lookup
 from snpc.passes import Analysis
+from snpc.passes.sublayers import factor_name, with_factors
 from snpc.torch.module import GraphModule, WeightTransform
 from snpc.torch.operators import Tensor
-from snpc.types import Group, Model, Site
+from snpc.types import LAYER_ROLE, Group, Model, Site, Sublayer
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,20 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
     return Gate(group, producers, 2.0 if group.role == "qk" else 1.0)
 
 
+def layer_gates(sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
+    """A gate on what each of these layers adds to the stream, in the graph that ``with_factors`` makes: a group of one
+    unit."""
+    gates = []
+    for number, layer in enumerate(sublayers):
+        site = Site(factor_name(layer.name), 0, "consume", np.zeros(1, np.int64))
+        group = Group(
+            id=layer.name, role=LAYER_ROLE, layer=number, blocks=1, size=1, sites=(site,), probes=(), freedom="select",
+            freedom_reason="a whole layer", macs=layer.macs, params=layer.params,
+        )  # fmt: skip
+        gates.append(Gate(group, (site,), 1.0))
+    return tuple(gates)
+
+
 def is_bias(analysis: Analysis, site: Site) -> bool:
     """Is the constant at a site added to an activation, and nothing else?"""
     users = analysis.traced_graph.model.graph.initializers[site.tensor].uses()
@@ -59,9 +75,13 @@ def is_bias(analysis: Analysis, site: Site) -> bool:
     return all(spec.effect == "add" or spec.kind in ("contraction", "attention") for spec in specs)
 
 
-def canonical_module(analysis: Analysis, watch: Sequence[str] = ()) -> GraphModule:
-    """The canonicalized graph as a module: sites name its constants."""
-    model: Model = replace(analysis.model, graph=analysis.traced_graph.model)
+def canonical_module(
+    analysis: Analysis, watch: Sequence[str] = (), gated_layers: Sequence[Sublayer] = ()
+) -> GraphModule:
+    """The canonicalized graph as a module: sites name its constants. ``gated_layers``: those that ``layer_gates`` is to
+    scale."""
+    graph = with_factors(analysis.traced_graph, gated_layers) if gated_layers else analysis.traced_graph.model
+    model: Model = replace(analysis.model, graph=graph)
     return GraphModule(model, watch=watch)
 
 
