@@ -131,14 +131,16 @@ def with_switches(
 
 
 def with_factors(source: TracedGraph, sublayers: Iterable[Sublayer]) -> ir.Model:
-    """A copy of the graph in which what each sublayer adds is multiplied by a constant [1] of its own, a one, which is
+    """A copy of the graph in which what each sublayer adds is multiplied by a constant of its own, ones [D] that are
     called ``factor_name``."""
     copy, types = source.model.clone(), source.facts.types_by_name
+    shapes = {str(value.name): shape or () for value, shape in source.facts.shape.items()}
     values = {str(value.name): value for node in copy.graph for value in node.outputs}
     for sublayer in sublayers:
         branch, node = values[sublayer.branch], values[sublayer.summed].producer()
         assert node is not None
-        factor = add_constant(copy.graph, np.ones(1, types[sublayer.branch].numpy()), factor_name(sublayer.name))
+        ones = np.ones(shapes[sublayer.branch][-1], types[sublayer.branch].numpy())
+        factor = add_constant(copy.graph, ones, factor_name(sublayer.name))
         scaled = make_node(op.MUL, [branch, factor], name=f"{factor.name}_mul")
         copy.graph.insert_before(node, scaled)
         node.replace_input_with(next(k for k, value in enumerate(node.inputs) if value is branch), scaled.outputs[0])

@@ -54,12 +54,13 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
     return Gate(group, producers, 2.0 if group.role == "qk" else 1.0)
 
 
-def layer_gates(sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
+def layer_gates(analysis: Analysis, sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
     """A gate on what each of these layers adds to the stream, in the graph that ``with_factors`` makes: a group of one
     unit."""
+    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
     gates = []
     for number, layer in enumerate(sublayers):
-        site = Site(factor_name(layer.name), 0, "consume", np.zeros(1, np.int64))
+        site = Site(factor_name(layer.name), 0, "consume", np.zeros(shapes[layer.branch][-1], np.int64))
         group = Group(
             id=layer.name, role=LAYER_ROLE, layer=number, blocks=1, size=1, sites=(site,), probes=(), freedom="select",
             freedom_reason="a whole layer", macs=layer.macs, params=layer.params,

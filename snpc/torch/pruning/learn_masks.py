@@ -75,7 +75,7 @@ def learn_masks(
         raise UserError("masks are few numbers, and weights do not train with them: leave out --sharded")
     if training.sparsify:
         raise UserError("masks prune whole units, and weights do not train with them: leave out --sparsify")
-    gates = layer_gates(layers) if layers else unit_gates(analysis, budget)
+    gates = layer_gates(analysis, layers) if layers else unit_gates(analysis, budget)
     with distributed_worker() as worker:
         masked = MaskedModule(
             canonical_module(analysis, gated_layers=layers),
