@@ -431,8 +431,7 @@ def print_removed_layers(plan: SlicePlan) -> None:
     """The layers that are gone whole, and what stands for them."""
     removal = plan.analysis.removal
     if removal is not None:
-        listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
-        print_line(f"layers gone: {', '.join(listed)}")
+        print_line(f"layers gone: {', '.join(removal.descriptions)}")
 
 
 def print_streams(plan: SlicePlan) -> None:

@@ -37,7 +37,15 @@ from snpc.passes.grouping import (
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.quantization import with_float_graph, with_stored_widths
 from snpc.passes.rotation import ResidualStream, entered_graph, entry_weight, turned_graph
-from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
+from snpc.passes.sublayers import (
+    NO_SUBSTITUTES,
+    SublayerGraph,
+    SublayerRemoval,
+    Substitute,
+    Substitutes,
+    maps_tokens,
+    without_sublayers,
+)
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
 from snpc.types import (
@@ -105,7 +113,8 @@ class Analysis:
         if self.reduction is not None:
             changes.append(self.reduction.to_json())
         if self.removal is not None:
-            changes.append([self.removal.names, {name: mean.tolist() for name, mean in self.removal.means.items()}])
+            numbers = {name: substitute.numbers() for name, substitute in self.removal.substitutes.items()}
+            changes.append([self.removal.names, numbers])
         changes += self.entries
         changes += [[stream.group, stream.digest] for stream in self.stream_bases if stream.rotated]
         if not changes:
@@ -303,28 +312,27 @@ def analyze_graph(
     )
 
 
-def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO_MEANS) -> Analysis:
-    """The analysis of the graph without these sublayers. ``means``: name -> [D], the constant that stands for one.
+def remove_sublayers(analysis: Analysis, names: Iterable[str], substitutes: Substitutes = NO_SUBSTITUTES) -> Analysis:
+    """The analysis of the graph without these sublayers. ``substitutes``: name -> what stands for one.
 
     Raises UserError for names that are not those of sublayers, and for sublayers that cannot go.
     """
     known = {sublayer.name: sublayer for sublayer in analysis.sublayers}
-    wanted, widths = set(names), {str(v.name): shape for v, shape in analysis.traced_graph.facts.shape.items()}
+    wanted = set(names)
     for name in sorted(wanted):
         if name not in known:
             raise UserError(f"{analysis.model.path.name}: has no layer {name!r}; `snpc inspect` lists them")
         if not known[name].removable:
             raise UserError(f"{analysis.model.path.name}: the layer {name} cannot go: {known[name].reason}")
-        width = (widths.get(known[name].branch) or (0,))[-1]
-        if name in means and means[name].shape != (width,):
-            raise UserError(f"{analysis.model.path.name}: {means[name].size} numbers stand for {name}, not {width}")
+        if name in substitutes:
+            check_substitute(analysis, known[name], substitutes[name])
     if analysis.removal is not None:
         raise UserError("whole layers are removed once, from a model that has all of them")
     gone = tuple(sublayer for sublayer in analysis.sublayers if sublayer.name in wanted)
     if not gone:
         return analysis
     source = analysis.traced_graph
-    graph, continued = without_sublayers(source, gone, means)
+    graph, continued = without_sublayers(source, gone, substitutes)
     sized = at_sizes_of(analysis, graph)
     without = analyze_graph(
         analysis.model,
@@ -335,8 +343,21 @@ def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO
         extra_macs=analysis.deciding_macs,
         kv_cache=source.kv_cache,
     )
-    used = {name: mean for name, mean in means.items() if name in wanted}
+    used = {name: substitute for name, substitute in substitutes.items() if name in wanted}
     return replace(without, removal=SublayerRemoval(gone, used, source, continued), metrics=analysis.metrics)
+
+
+def check_substitute(analysis: Analysis, sublayer: Sublayer, substitute: Substitute) -> None:
+    """Raise UserError where it has not the width of what the sublayer adds, or of what it reads."""
+    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    added, read = shapes.get(sublayer.branch, ()), shapes.get(sublayer.read, ())
+    where, width = analysis.model.path.name, (added or (0,))[-1]
+    if substitute.constant.shape != (width,):
+        raise UserError(f"{where}: {substitute.constant.size} numbers stand for {sublayer.name}, not {width}")
+    if substitute.map is None:
+        return
+    if not maps_tokens(read, added) or not substitute.map.fits(read[-1], width):
+        raise UserError(f"{where}: the map that stands for {sublayer.name} does not fit what the layer reads and adds")
 
 
 def enter_streams(analysis: Analysis, values: Sequence[str]) -> Analysis:
@@ -378,10 +399,10 @@ def pinned_in_front(group: Group, weights: Collection[str]) -> Group:
     return replace(group, pins=(*group.pins, pin))
 
 
-def cost_without(analysis: Analysis, names: Collection[str]) -> Cost:
-    """What the model costs without these sublayers, and without rows that no output depends on then."""
+def cost_without(analysis: Analysis, names: Collection[str], substitutes: Substitutes = NO_SUBSTITUTES) -> Cost:
+    """What the model costs with these sublayers replaced, and without rows that no output depends on then."""
     gone = [sublayer for sublayer in analysis.sublayers if sublayer.name in names]
-    graph, _ = without_sublayers(analysis.traced_graph, gone)
+    graph, _ = without_sublayers(analysis.traced_graph, gone, substitutes)
     sized = at_sizes_of(analysis, graph)
     narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, None, facts=sized.traced.facts)
     cost = cost_of(narrowed.model, infer_graph(narrowed.model, analysis.dim_sizes))

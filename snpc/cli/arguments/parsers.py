@@ -67,6 +67,19 @@ def parse_target_name(ctx: click.Context, param: click.Parameter, name: str | No
     return name
 
 
+def parse_precisions(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """``fp16,q8`` -> ("fp16", "q8"). Refuses at once what is no precision."""
+    if text is None:
+        return ()
+    from snpc.targets import check_precisions
+
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise click.BadParameter("nothing: give precisions, separated by commas")
+    check_precisions(names)
+    return names
+
+
 def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
     """``2GB`` or ``512MiB`` -> bytes."""
     from snpc.runtime.execution import parse_bytes

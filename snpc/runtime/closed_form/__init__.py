@@ -40,6 +40,7 @@ from snpc.runtime.closed_form.fit import (
 from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.closed_form.masked_weights import changed_constants, constant_array, edited_constants, trial_weights
 from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
+from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
     NotSegmentable,
     check_boundary_types,
@@ -53,9 +54,11 @@ __all__ = [
     "ClosedForms",
     "DenseAlgebra",
     "NotSegmentable",
+    "Regression",
     "approximate_groups",
     "changed_constants",
     "check_boundary_types",
+    "choose_ridge",
     "closed_form_edits",
     "constant_array",
     "current_algebra",
