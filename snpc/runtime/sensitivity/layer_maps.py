@@ -63,7 +63,9 @@ def fit_layer_maps(
             for number, total in enumerate(sums):
                 total.add(*(found[f"{what}{number}"] for what in (READ, ADDED, COUNT)))
     unpadded = [s for s in mapped if s.branch not in padding.row_masks and analysis.reduction is None]
-    pooled = layers_that_look_ahead(analysis, unpadded, next(iter(calibration.batches())), execution)
+    pooled = set[str]()
+    if unpadded:
+        pooled = layers_that_look_ahead(analysis, unpadded, next(iter(calibration.batches())), execution)
     maps = {s.name: total.fit(s.read, s.name in pooled) for s, total in zip(mapped, sums, strict=True)}
     return {name: substitute for name, substitute in maps.items() if substitute is not None}
 
