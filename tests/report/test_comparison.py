@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -70,10 +71,10 @@ def test_widths_are_those_of_the_plan_with_and_without_provenance(comparison: Fi
     plan = files.result.plan
     expected = {group.id: plan.kept_width(group) for group in plan.analysis.groups}
     half, unnamed, tuned, built = comparison.files
-    assert half.kept == tuned.kept == expected
+    assert half.kept == tuned.kept == built.kept == expected
     assert unnamed.kept.items() <= expected.items()
     assert {g.role for g in plan.analysis.groups if g.id in unnamed.kept} >= {"ffn"}
-    assert built.kept == {} and built.cost is None
+    assert built.cost is None and built.macs is None
     assert half.macs == files.result.after.macs and half.cost is not None
     assert half.cost.params == files.result.after.params
     assert built.bytes == files.built.stat().st_size
@@ -117,6 +118,15 @@ def test_the_page_shows_all_files(comparison: FileComparison, files: Files, tmp_
     assert half is not None and ("sha256 of digits_vit.onnx", comparison.analysis.model.digest) in half.facts
     assert "--ratio 0.5" in half.command and "--tokens merge:2@1" in half.command and "ratio=0.5" in half.call
     assert report.files[1].reproduction is None and "does not say how it was made" in report.files[1].made
+    assert snpc.write_report(comparison, tmp_path / "charts.svg", bench=timed) == report
+    shown = {text.text for text in ElementTree.parse(tmp_path / "charts.svg").iter() if text.tag.endswith("}text")}
+    assert {
+        "query and key",
+        "feed-forward, hidden",
+        "latency",
+        "MACs by role",
+        *(f.name for f in report.files),
+    } <= shown
     with pytest.raises(snpc.UserError, match="has its own data"):
         snpc.write_report(comparison, tmp_path / "other.html", command="snpc prune")
     json.dumps(report.to_json(), default=str)
