@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from snpc.errors import CheckFailed, UserError
-from snpc.graph import DimSizes
+from snpc.graph import DimSizes, dynamic_axes
 from snpc.passes import Analysis, analyze, partly_written_outputs
 from snpc.passes.slicing import RewrittenModel, rewrite_as_stored
 from snpc.pipeline.planner import PruningPlan, fills_caches
@@ -141,8 +141,9 @@ def verification_data(
 
 
 def random_data(analysis: Analysis, dim_sizes: DimSizes) -> VerificationData:
-    """Random inputs at ``dim_sizes``, which ``source`` names."""
-    sizes = feed_sizes(analysis, RANDOM_SAMPLES, dim_sizes)
+    """Random inputs at ``dim_sizes``, of which ``source`` names those of the model's own inputs."""
+    own = {name for name, *_ in dynamic_axes(analysis.model.graph.graph)}
+    sizes = {k: v for k, v in feed_sizes(analysis, RANDOM_SAMPLES, dim_sizes).items() if k in own}
     batch = random_batch(analysis, RANDOM_SAMPLES, dim_sizes=dim_sizes)
     source = f"{RANDOM} at {sizes_text(sizes)}" if sizes else RANDOM
     return VerificationData([batch], [len(next(iter(batch.values()), ()))], source, random_inputs=True)
