@@ -13,9 +13,9 @@ from __future__ import annotations
 from snpc.passes.sublayers.find import SublayerGraph
 from snpc.passes.sublayers.remove import (
     SublayerRemoval,
-    factor_name,
+    layer_scale_name,
     switch_name,
-    with_factors,
+    with_layer_scales,
     with_switches,
     without_sublayers,
 )
@@ -28,10 +28,10 @@ __all__ = [
     "Substitute",
     "Substitutes",
     "TokenMap",
-    "factor_name",
+    "layer_scale_name",
     "maps_tokens",
     "switch_name",
-    "with_factors",
+    "with_layer_scales",
     "with_switches",
     "without_sublayers",
 ]

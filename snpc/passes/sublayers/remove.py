@@ -130,9 +130,9 @@ def with_switches(
     return copy
 
 
-def with_factors(source: TracedGraph, sublayers: Iterable[Sublayer]) -> ir.Model:
+def with_layer_scales(source: TracedGraph, sublayers: Iterable[Sublayer]) -> ir.Model:
     """A copy of the graph in which what each sublayer adds is multiplied by a constant of its own, ones [D] that are
-    called ``factor_name``."""
+    called ``layer_scale_name``."""
     copy, types = source.model.clone(), source.facts.types_by_name
     shapes = {str(value.name): shape or () for value, shape in source.facts.shape.items()}
     values = {str(value.name): value for node in copy.graph for value in node.outputs}
@@ -140,16 +140,16 @@ def with_factors(source: TracedGraph, sublayers: Iterable[Sublayer]) -> ir.Model
         branch, node = values[sublayer.branch], values[sublayer.summed].producer()
         assert node is not None
         ones = np.ones(shapes[sublayer.branch][-1], types[sublayer.branch].numpy())
-        factor = add_constant(copy.graph, ones, factor_name(sublayer.name))
+        factor = add_constant(copy.graph, ones, layer_scale_name(sublayer.name))
         scaled = make_node(op.MUL, [branch, factor], name=f"{factor.name}_mul")
         copy.graph.insert_before(node, scaled)
         node.replace_input_with(next(k for k, value in enumerate(node.inputs) if value is branch), scaled.outputs[0])
     return copy
 
 
-def factor_name(sublayer: str) -> str:
+def layer_scale_name(sublayer: str) -> str:
     """The constant that what the sublayer of this name adds is multiplied by."""
-    return f"snpc_factor_{sublayer}"
+    return f"snpc_scale_{sublayer}"
 
 
 def switch_name(sublayer: str) -> str:

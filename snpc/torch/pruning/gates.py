@@ -15,7 +15,7 @@ import torch
 
 from snpc.ops import lookup
 from snpc.passes import Analysis
-from snpc.passes.sublayers import factor_name, with_factors
+from snpc.passes.sublayers import layer_scale_name, with_layer_scales
 from snpc.torch.module import GraphModule, WeightTransform
 from snpc.torch.operators import Tensor
 from snpc.types import LAYER_ROLE, Group, Model, Site, Sublayer
@@ -55,12 +55,12 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
 
 
 def layer_gates(analysis: Analysis, sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
-    """A gate on what each of these layers adds to the stream, in the graph that ``with_factors`` makes: a group of one
+    """A gate on what each of these layers adds to the stream, in the graph that ``with_layer_scales`` makes: a group of one
     unit."""
     shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
     gates = []
     for number, layer in enumerate(sublayers):
-        site = Site(factor_name(layer.name), 0, "consume", np.zeros(shapes[layer.branch][-1], np.int64))
+        site = Site(layer_scale_name(layer.name), 0, "consume", np.zeros(shapes[layer.branch][-1], np.int64))
         group = Group(
             id=layer.name, role=LAYER_ROLE, layer=number, blocks=1, size=1, sites=(site,), probes=(), freedom="select",
             freedom_reason="a whole layer", macs=layer.macs, params=layer.params,
@@ -81,7 +81,7 @@ def canonical_module(
 ) -> GraphModule:
     """The canonicalized graph as a module: sites name its constants. ``gated_layers``: those that ``layer_gates`` is to
     scale."""
-    graph = with_factors(analysis.traced_graph, gated_layers) if gated_layers else analysis.traced_graph.model
+    graph = with_layer_scales(analysis.traced_graph, gated_layers) if gated_layers else analysis.traced_graph.model
     model: Model = replace(analysis.model, graph=graph)
     return GraphModule(model, watch=watch)
 
