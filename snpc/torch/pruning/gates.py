@@ -55,8 +55,8 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
 
 
 def layer_gates(analysis: Analysis, sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
-    """A gate on what each of these layers adds to the stream, in the graph that ``with_layer_scales`` makes: a group of one
-    unit."""
+    """A gate on what each of these layers adds to the stream, in the graph that ``with_layer_scales`` makes: a group of
+    one unit."""
     shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
     gates = []
     for number, layer in enumerate(sublayers):
