@@ -17,6 +17,7 @@ from snpc.cli.arguments import (
     ModelArguments,
     PlanningArguments,
     ScoredCalibrationArguments,
+    TrackingArguments,
     TypedCommand,
     check_output_paths,
     command,
@@ -99,6 +100,7 @@ def sweep_command(
     arguments: SweepArguments,
     planning: PlanningArguments,
     calibration: ScoredCalibrationArguments,
+    tracking: TrackingArguments,
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
@@ -134,14 +136,18 @@ def sweep_command(
         planning.selection.effort,
     )
     builder = sweep_builder(arguments, data, execution)
-    with execution.progress.stage("sweep", 1):
-        result = sweep(analysis, targets, folder, data, request, builder=builder, execution=execution)
-    write_json(result.to_json(), table)
-    dense = result.points[0]
-    if peers and dense.accuracy is None and dense.perplexity is None:
-        tables.print_warning(f"{arguments.points}: not plotted: scores of others need --eval DATA --labels NAME")
-        peers = ()
-    write_sweep_plot(result, plot, peers)
+    with tracking.run() as run:
+        with execution.progress.stage("sweep", 1):
+            result = sweep(analysis, targets, folder, data, request, builder=builder, execution=execution)
+        write_json(result.to_json(), table)
+        dense = result.points[0]
+        if peers and dense.accuracy is None and dense.perplexity is None:
+            tables.print_warning(f"{arguments.points}: not plotted: scores of others need --eval DATA --labels NAME")
+            peers = ()
+        write_sweep_plot(result, plot, peers)
+        if run is not None:
+            run.log_files(table, plot)
+            run.log_sweep(result, models=tracking.models)
     tables.print_sweep(result)
     tables.print_line(f"written to {folder}: sweep.json and the models on the front; the plot is {plot}")
     written = [folder / p.files[0].name for p in result.points if p.front and p.files[0] != model.path]

@@ -25,6 +25,7 @@ from snpc.passes.grouping import TracedGraph, trace_graph
 from snpc.passes.propagation import SlicedShape
 from snpc.passes.slicing import rewrite_model
 from snpc.passes.sublayers import Continuation
+from snpc.passes.token_analysis import TOKEN_AXIS
 from snpc.passes.weights import WeightEdits, apply_edits
 from snpc.planning import SlicePlan, cuts_of
 from snpc.runtime.batches import (
@@ -71,6 +72,7 @@ from snpc.types import AnyArray, FloatArray, IntArray, Probe
 RESIDUAL_DAMPING = 1.0  # ridge of the regression of the residual error on the hidden units, where there are no halves
 RESIDUAL_RIDGES = RIDGES[:-1]  # that are tried; where the last of them is best, the limit below is taken
 MAX_RESIDUAL_DAMPING = 3.0  # a small correction helps even where halves find none: docs/rows-and-ridge.md
+CLASS_TOKEN_SHARE = 0.3  # in the regression, of the weight of all other tokens together (docs/design-notes.md)
 GRAM, CROSS, TOTAL, HIDDEN = "snpc_gram", "snpc_cross", "snpc_total", "snpc_hidden"  # values of an instrumented segment
 
 
@@ -294,8 +296,9 @@ def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchPr
     values that later segments read."""
     segment, error = stage.segment, stage.error
     types = fit.facts.types_by_name
-    instrument = Instrument(extract_segment(fit.cut, segment, fit.facts), fit.padding.row_masks)
     hidden = error.probe.tensor
+    scale = row_scale(fit, hidden)
+    instrument = Instrument(extract_segment(fit.cut, segment, fit.facts), fit.padding.row_masks, scale)
     if hidden not in instrument.values:
         raise NotSegmentable(f"{hidden} is not computed in the segment of its weight")
     units = np.arange(width).reshape([1] * (error.probe.units.ndim - 1) + [width])
@@ -309,6 +312,26 @@ def measuring_program(fit: LayerwiseFit, stage: FitStage, width: int) -> BatchPr
     kept = {name: name for name in segment.outputs} | {HIDDEN: HIDDEN}
     live = live_names(fit, stage) | {HIDDEN}
     return BatchProgram(instrument.model, (GRAM, CROSS, TOTAL), kept, live)
+
+
+def row_scale(fit: LayerwiseFit, hidden: str) -> FloatArray | None:
+    """[1, rows, 1]: the square root of the weight of each token; None where all weigh the same.
+
+    Where the outputs read class tokens only, these count as ``CLASS_TOKEN_SHARE`` of all others together: the others
+    matter as far as the class tokens read them.
+    """
+    reduction = fit.analysis.reduction
+    if reduction is None:
+        return None
+    assert isinstance(reduction, TokenReductionPlan)
+    point = reduction.steps[0].point
+    shape = next((s for v, s in fit.facts.shape.items() if v.name == hidden), None)
+    if shape is None or not (point.leading_reads and point.fixed_length and not point.pooled):
+        return None
+    others = shape[TOKEN_AXIS] - point.leading_reads
+    scale = np.ones((1, shape[TOKEN_AXIS], 1))
+    scale[:, : point.leading_reads] = np.sqrt(max(CLASS_TOKEN_SHARE * others / point.leading_reads, 1.0))
+    return scale
 
 
 def live_names(fit: LayerwiseFit, stage: FitStage) -> frozenset[str]:

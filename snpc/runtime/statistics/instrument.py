@@ -25,15 +25,23 @@ class Instrument:
     """Appends statistics to a copy of a model, as new outputs in place of its own.
 
     ``row_masks``: tensor -> the input that says which of its rows count (all rows of other tensors do). Such an input
-    is added to the copy when a statistic first needs it. Methods that return a value document its shape.
+    is added to the copy when a statistic first needs it. ``row_scale`` [1, rows, 1]: what every row of every probe is
+    multiplied by, the square root of its weight; None: all weigh the same. Methods that return a value document its
+    shape.
     """
 
-    def __init__(self, model: ir.Model, row_masks: Mapping[str, RowMask] | None = None) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        row_masks: Mapping[str, RowMask] | None = None,
+        row_scale: FloatArray | None = None,
+    ) -> None:
         self.model = model.clone()
         self.values = {str(v.name): v for node in self.model.graph for v in node.outputs}
         self.values |= {str(v.name): v for v in self.model.graph.inputs}
         self.values |= dict(self.model.graph.initializers)
         self.row_masks = row_masks or {}
+        self.row_scale = row_scale
         self.mask_inputs: dict[str, ir.Value] = {}
         self.rows_cache: dict[tuple[str, bytes, int], ir.Value] = {}
         self.count = 0
@@ -196,6 +204,12 @@ class Instrument:
             return value
         return self.node(op.WHERE, [mask, value, self.constant(np.zeros((), np.float32))])
 
+    def scale_rows(self, value: ir.Value) -> ir.Value:
+        """``value`` [..., rows, n] with its rows scaled by their weights."""
+        if self.row_scale is None:
+            return value
+        return self.node(op.MUL, [value, self.constant(self.row_scale.astype(np.float32))])
+
     def rows(self, probe: Probe, units: int) -> ir.Value:
         """[samples, rows, repeats * units] in float32, zero in rows that do not count."""
         key = (probe.tensor, probe.units.tobytes(), units)
@@ -213,7 +227,7 @@ class Instrument:
                 value = self.node(op.CONCAT, [value, self.node(op.SUB, [first, first])], axis=2)
             if layout.columns.tolist() != list(range(total)):
                 value = self.node(op.GATHER, [value, self.ints(layout.columns.tolist())], axis=2)
-            self.rows_cache[key] = self.zero_masked(value, self.row_mask(probe.tensor))
+            self.rows_cache[key] = self.scale_rows(self.zero_masked(value, self.row_mask(probe.tensor)))
         return self.rows_cache[key]
 
     def block_rows(self, probe: Probe, blocks: int, size: int) -> ir.Value:
@@ -235,7 +249,7 @@ class Instrument:
     def ones_column(self, rows: ir.Value, mask: ir.Value | None) -> ir.Value:
         """[.., samples, rows, 1]: for ``rows`` [.., samples, rows, size] ones, and zeros where a row does not count."""
         first = self.node(op.GATHER, [rows, self.ints([0])], axis=-1)
-        return self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [first, first])]), mask)
+        return self.scale_rows(self.zero_masked(self.node(op.EXP, [self.node(op.SUB, [first, first])]), mask))
 
     def ones_of_shown(self, ones: ir.Value, shown: BoolArray) -> ir.Value:
         """``ones`` [.., samples, rows, 1] with zeros for blocks that are not ``shown`` [..]."""
@@ -388,17 +402,19 @@ class Instrument:
     def residual_error_sums(
         self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """(sum of unit' error [1, size, D], sum of error [1, D]), error = dense - value, over the rows of a probe that
+        """(sum of unit' error [1, size, D], sum of error [1, 1, D]), error = dense - value, over the rows of a probe that
         shows every unit once, along its last axis. ``dense`` names a new input of the type and shape of ``value``."""
         operands = [self.cast_float32(v) for v in (self.add_input(dense, dtype), self.values[value])]
-        error = self.node(op.SUB, operands)
+        error = self.scale_rows(self.node(op.SUB, operands))
         flat = self.node(
             op.RESHAPE, [error, self.node(op.CONCAT, [self.ints([1, -1]), self.shape_slice(error, -1)], axis=0)]
         )
         mask = self.row_mask(probe.tensor)
         flat = self.zero_masked(flat, None if mask is None else self.reshape(mask, 1, -1, 1))
+        rows = self.rows(probe, size)
+        ones = self.reshape(self.ones_column(rows, mask), 1, 1, -1)
         units = self.reshape(self.rows_by_block(probe, 1, size), 1, -1, size)
-        return self.node(op.MATMUL, [self.transpose(units, 0, 2, 1), flat]), self.reduce(op.REDUCE_SUM, flat, [1])
+        return self.node(op.MATMUL, [self.transpose(units, 0, 2, 1), flat]), self.node(op.MATMUL, [ones, flat])
 
     def max_attention(self, source: PaddingSource) -> ir.Value:
         """[batch, keys]: the largest attention weight of each key, over queries and heads."""
