@@ -16,7 +16,7 @@ from snpc.tokens.writer import TokenGraphBuilder
 
 def full_length_values(
     model: ir.Model, facts: ShapeFacts, steps: Sequence[TokenStep], names: Sequence[str]
-) -> tuple[ir.Model, Mapping[str, str]]:
+) -> tuple[ir.Model, dict[str, str]]:
     """A copy of ``model``, the decisions of ``steps`` as inputs; and by the name of a value, that of the value
     [B, N', D] which has the same of the tokens that the steps leave there, merged ones averaged.
 
@@ -30,7 +30,7 @@ def full_length_values(
         for step in steps
     }
     shapes = {str(value.name): shape for value, shape in facts.shape.items() if shape is not None and len(shape) == 3}
-    shown = {}
+    shown: dict[str, str] = {}
     for number, name in enumerate(names):
         stream = TokenStream(values[name], None)
         for step in steps_in_front(steps, name, shapes):

@@ -231,11 +231,11 @@ def dense_program(analysis: Analysis, names: tuple[str, ...]) -> BatchProgram:
         return BatchProgram(instrument.model, kept={name: dense_name(name) for name in names})
     found = {name: Continuation(name) if removal is None else removal.stands_for(name) for name in names}
     source = removal.source if removal is not None else analysis.traced_graph
-    model, shown = source.model, {place.summed: place.summed for place in found.values()}
+    model, shown = source.model, dict[str, str]((place.summed, place.summed) for place in found.values())
     if reduction is not None:
         assert isinstance(reduction, TokenReductionPlan) and reduction.source is not None
         source = reduction.source
-        model, shown = full_length_values(source.model, source.facts, reduction.steps, list(shown))
+        model, shown = full_length_values(source.model, source.facts, reduction.steps, tuple(shown))
     instrument, types = Instrument(model), source.facts.types_by_name
     for name, place in found.items():
         value, dtype = instrument.values[shown[place.summed]], types[place.summed]

@@ -52,7 +52,8 @@ def compensable_groups(analysis: Analysis, groups: Iterable[Group]) -> list[Grou
         candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role == "ffn")]
         kinds = closed_form_kinds(analysis.weights, candidates)
         refitted = [g for g in candidates if kinds.get(g.id) == "refit"]
-        return [g for g in refitted if g.id in chosen or consumers_have_bias(analysis, g)]
+        fewer_tokens = analysis.reduction is not None
+        return [g for g in refitted if g.id in chosen or fewer_tokens or consumers_have_bias(analysis, g)]
     candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role in ("ffn", "vo"))]
     kinds = closed_form_kinds(analysis.weights, candidates)  # the error is worth a bias that was not there
     return [g for g in candidates if kinds.get(g.id) in ("refit", "low_rank_vo")]

@@ -14,7 +14,7 @@ from snpc.ops import names as op
 from snpc.passes.token_analysis import PaddingSource
 from snpc.runtime.batches import row_strips
 from snpc.runtime.statistics.probe_layout import ProbeLayout, RowMask, infer_probe_layout
-from snpc.types import BoolArray, Probe
+from snpc.types import BoolArray, FloatArray, Probe
 
 SLICE_END = 1 << 30  # larger than any rank
 TURN = 1 << 16
@@ -402,8 +402,9 @@ class Instrument:
     def residual_error_sums(
         self, probe: Probe, size: int, value: str, dense: str, dtype: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """(sum of unit' error [1, size, D], sum of error [1, 1, D]), error = dense - value, over the rows of a probe that
-        shows every unit once, along its last axis. ``dense`` names a new input of the type and shape of ``value``."""
+        """(sum of unit' error [1, size, D], sum of error [1, 1, D]), error = dense - value, over the rows of a probe
+        that shows every unit once, along its last axis. ``dense`` names a new input of the type and shape of
+        ``value``."""
         operands = [self.cast_float32(v) for v in (self.add_input(dense, dtype), self.values[value])]
         error = self.scale_rows(self.node(op.SUB, operands))
         flat = self.node(
