@@ -66,5 +66,4 @@ def test_refitted_weights_make_up_for_tokens(spec: str, tmp_path: Path) -> None:
         path = tmp_path / f"{method}.onnx"
         snpc.prune(dense, path, tokens=spec, calibration=feeds, method=method)
         losses[method] = [relative_error(path, dense, data) for data in (feeds, ENCODER.feeds(64, seed=2))]
-    print(losses)
     assert all(refitted < 0.9 * sliced for refitted, sliced in zip(losses["auto"], losses["select"], strict=True))

@@ -46,17 +46,22 @@ class FitStage:
 
 def compensable_groups(analysis: Analysis, groups: Iterable[Group]) -> list[Group]:
     """Of the groups that are pruned, and the feed-forward groups that are not, those whose consumer weight can
-    compensate for an error of the residual stream; attention outputs where layers are gone (docs/design-notes.md)."""
+    compensate for an error of the residual stream; attention outputs where layers or tokens are gone
+    (docs/design-notes.md)."""
     chosen = {g.id for g in groups}
-    if analysis.removal is None:
+    if not follows_dense_stream(analysis):
         candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role == "ffn")]
         kinds = closed_form_kinds(analysis.weights, candidates)
         refitted = [g for g in candidates if kinds.get(g.id) == "refit"]
-        fewer_tokens = analysis.reduction is not None
-        return [g for g in refitted if g.id in chosen or fewer_tokens or consumers_have_bias(analysis, g)]
+        return [g for g in refitted if g.id in chosen or consumers_have_bias(analysis, g)]
     candidates = [g for g in analysis.groups if g.prunable and (g.id in chosen or g.role in ("ffn", "vo"))]
     kinds = closed_form_kinds(analysis.weights, candidates)  # the error is worth a bias that was not there
     return [g for g in candidates if kinds.get(g.id) in ("refit", "low_rank_vo")]
+
+
+def follows_dense_stream(analysis: Analysis) -> bool:
+    """Is more gone than widths, layers or tokens, so that the dense model's stream is another one?"""
+    return analysis.removal is not None or analysis.reduction is not None
 
 
 def consumers_have_bias(analysis: Analysis, group: Group) -> bool:
@@ -112,7 +117,7 @@ def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
     consumers = weights.consumers
     if len(consumers) != 1 or consumers[0].taps != 1 or len(consumers[0].nodes) != 1:
         return None
-    if analysis.removal is None and consumers[0].columns != 1:  # whole heads, see ``compensable_groups``
+    if not follows_dense_stream(analysis) and consumers[0].columns != 1:  # whole heads, see ``compensable_groups``
         return None
     (consumer,), (node,) = consumers, consumers[0].nodes
     if len(list(graph.model.graph.initializers[consumer.weight_slice.tensor].uses())) != 1:
