@@ -67,6 +67,7 @@ def test_costs_are_those_of_the_file(idle: Path, tmp_path: Path) -> None:
     assert after.macs == shorter.cost.macs - shorter.dead_macs
 
 
+@pytest.mark.slow
 def test_layers_go_within_a_limit_of_quality(idle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snpc.pipeline.search.SEARCH_ROUNDS", 3)
     data = snpc.load_calibration(CALIB, snpc.load(idle).inputs, samples=32)
