@@ -17,8 +17,8 @@ from snpc.types import ClosedFormKind, FloatArray, Group
 REFERENCE_SHARE = 1 / 64
 SCORE_REFERENCE_SHARE = 1 / 4
 SCORED_FORMS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection", "score_refit"})
-# Per unit of loss, summed over the norms, trials of a rotated stream change the outputs about three times as much as those
-# of hidden layers and nine times as much as those of values (a small Llama, see docs/design-notes.md).
+# Per unit of loss, summed over the norms, trials of a rotated stream change the outputs about three times as much as
+# those of hidden layers and nine times as much as those of values (a small Llama, see docs/design-notes.md).
 STREAM_SCALE = 4.0
 NO_LOSS = 1e-9  # of the whole group's: a loss that is smaller says nothing
 
