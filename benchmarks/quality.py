@@ -49,6 +49,8 @@ def evaluation(options: argparse.Namespace, model: snpc.Model) -> tuple[dict[str
             str(options.eval), model.inputs, samples=1 << 30, batch=BATCH, images=images, held_out=0
         )
         name = model.inputs[0].name
+        if options.labels is None:
+            return {name: np.concatenate([f[name] for f in found.batches()])}, None
         with options.labels.open() as file:
             rows = sorted(tuple(row.values()) for row in csv.DictReader(file))
         return {name: np.concatenate([f[name] for f in found.batches()])}, np.array([int(row[1]) for row in rows])

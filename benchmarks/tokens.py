@@ -1,10 +1,13 @@
 """Fewer tokens, alone and together with widths: what is left of the quality, and how much of the spared MACs is time.
 
     python benchmarks/tokens.py model.onnx --calib images/ --eval held-out/ --labels labels.csv
+    python benchmarks/tokens.py encoder.onnx --calib images/ --eval held-out/ --rows '--tokens merge:13'
 
-Each row is one call of ``snpc prune``. ``speed / MACs``: speed-up of onnxruntime over the dense model, measured side by
-side, over the factor by which MACs got fewer (1: every MAC that went saved its share of the time). ``deciding``: share
-of the time that goes into nodes that snpc added, by onnxruntime's profile. Data and labels as in ``quality.py``.
+Each row is one call of ``snpc prune``. Without labels a row is judged by its drift: the norm of the change of the first
+output over its norm, for all ``--eval`` samples together (features, segmentation, depth). ``speed / MACs``: speed-up of
+onnxruntime over the dense model, measured side by side, over the factor by which MACs got fewer (1: every MAC that went
+saved its share of the time). ``deciding``: share of the time that goes into nodes that snpc added, by onnxruntime's
+profile. Data and labels as in ``quality.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from quality import evaluation, quality  # type: ignore[import-not-found]
+from quality import evaluation, outputs, quality  # type: ignore[import-not-found]
 
 import snpc
 from snpc.runtime.evaluation.bench import run_rounds
@@ -36,6 +40,14 @@ ROWS = (
     "--tokens auto --target macs=0.5",
     "--tokens auto --target macs=0.4",
 )
+
+
+def drift(dense: Path, pruned: Path, feeds: dict[str, Any]) -> float:
+    """Norm of the change of the first output over its norm."""
+    change = whole = 0.0
+    for (_, before), (_, after) in zip(outputs(dense, feeds), outputs(pruned, feeds), strict=True):
+        change, whole = change + float(((after - before) ** 2).sum()), whole + float((before**2).sum())
+    return float(np.sqrt(change / whole))
 
 
 def deciding(path: Path, batch: int, folder: Path) -> float:
@@ -83,9 +95,11 @@ def main() -> None:
     images = Path(options.calib).is_dir()
     calib = ["--calib", options.calib]
     calib += ["--image-mean", options.image_mean, "--image-std", options.image_std] if images else []
-    print(f"dense: {quality(options.model, 'top1', feeds, labels):.1f}", flush=True)
+    if labels is not None:
+        print(f"dense: {quality(options.model, 'top1', feeds, labels):.1f}", flush=True)
     heads = [f"{what}, batch {batch}" for what in ("speed-up", "speed / MACs", "deciding") for batch in BATCHES]
-    print(f"| | top-1 | MACs | {' | '.join(heads)} |\n|---|{'---:|' * (2 + len(heads))}", flush=True)
+    judged = "drift" if labels is None else "top-1"
+    print(f"| | {judged} | MACs | {' | '.join(heads)} |\n|---|{'---:|' * (2 + len(heads))}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         target, report = folder / "pruned.onnx", folder / "report.json"
@@ -97,8 +111,11 @@ def main() -> None:
             faster = speeds(options.model, target, options.threads, options.clock)
             cells = [f"{s:.2f} x" for s in faster] + [f"{s * left:.2f}" for s in faster]
             cells += [f"{100 * deciding(target, batch, folder):.1f} %" for batch in BATCHES]
-            top = quality(target, "top1", feeds, labels)
-            print(f"| `{row.strip()}` | {top:.1f} | {100 * left:.1f} % | {' | '.join(cells)} |", flush=True)
+            if labels is None:
+                result = f"{drift(options.model, target, feeds):.3f}"
+            else:
+                result = f"{quality(target, 'top1', feeds, labels):.1f}"
+            print(f"| `{row.strip()}` | {result} | {100 * left:.1f} % | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -334,7 +334,7 @@ SublayerKind = Literal["attention", "feed-forward", "convolution"]
 @dataclass(frozen=True)
 class Sublayer:
     """A layer beside the residual stream: it reads ``stream``, and its output ``branch`` is added in ``summed``, all
-    three names of values.
+    three names of values. ``read``: what all of it is computed from, as the stream behind its normalization.
 
     ``macs`` and ``params``: what goes with it. ``reason``: why it cannot go; "" where it can.
     """
@@ -344,6 +344,7 @@ class Sublayer:
     stream: str
     branch: str
     summed: str
+    read: str
     macs: int
     params: int
     reason: str = ""

@@ -247,6 +247,7 @@ def print_token_points(analysis: Analysis) -> None:
         where = f"after {blocks} of {analysis.tokens.blocks}"
         merged = f"can be merged {where}, and are back by block {last.exits[-1].block}" if first.exits else ""
         stays = ["the first always stays" if leading == 1 else f"the first {leading} always stay"] if leading else []
+        stays += [f"{first.staying - leading} learned ones behind stay too"] if first.protected else []
         notes = [f"methods: {methods_at(first)}", *stays]
         print_line(f"tokens: {number}, {merged or f'can get fewer {where}'} ({'; '.join(notes)})")
     for pin in analysis.tokens.pins:
@@ -255,19 +256,23 @@ def print_token_points(analysis: Analysis) -> None:
 
 def methods_at(point: TokenPoint) -> str:
     """The token methods that can be used there."""
-    if point.exits:
-        return "merge, energy" if point.scores is None else "merge, guided, energy"
-    if point.scores is None:
-        dropping = "none, as there are no attention weights to choose by"
-        return "merge, energy" if point.fixed_length and not point.side_input else dropping
-    if not point.fixed_length or point.side_input:
-        return "topk, adaptive"
-    return "topk, fuse, merge, guided, energy, adaptive"
+    if point.side_input:
+        return "topk, adaptive" if point.scores is not None else "none, as there are no attention weights to choose by"
+    dropping = point.scores is not None and not point.exits
+    possible = {
+        "topk": dropping,
+        "fuse": dropping and point.fixed_length,
+        "merge": True,
+        "guided": point.scores is not None,
+        "energy": point.fixed_length,
+        "adaptive": dropping,
+    }
+    return ", ".join(name for name, can_be_used in possible.items() if can_be_used)
 
 
-def run_key(point: TokenPoint) -> tuple[int, int, str, int]:
+def run_key(point: TokenPoint) -> tuple[int, int, int, str, int]:
     """What points of one run have in common."""
-    return point.count, point.leading, methods_at(point), point.exits[-1].block if point.exits else 0
+    return point.count, point.leading, point.staying, methods_at(point), point.exits[-1].block if point.exits else 0
 
 
 def token_spans(analysis: Analysis) -> list[tuple[int, int, list[TokenPoint]]]:
@@ -426,8 +431,7 @@ def print_removed_layers(plan: SlicePlan) -> None:
     """The layers that are gone whole, and what stands for them."""
     removal = plan.analysis.removal
     if removal is not None:
-        listed = (f"{name} (its mean stays)" if name in removal.means else name for name in removal.names)
-        print_line(f"layers gone: {', '.join(listed)}")
+        print_line(f"layers gone: {', '.join(removal.descriptions)}")
 
 
 def print_streams(plan: SlicePlan) -> None:

@@ -13,7 +13,7 @@ Files
 
 from __future__ import annotations
 
-from snpc.folders.model_folder import ModelFolder, find_model_folder, main_model
+from snpc.folders.model_folder import ModelFolder, find_model_folder, main_model, single_model_folder
 from snpc.folders.output_folder import OutputFolder, PrunedFolder, open_output_folder
 from snpc.folders.parts import ModelParts, PrunedParts, WholeVerdict
 from snpc.folders.prune_folder import TOKENIZER_ADVICE, check_part_options, prune_folder
@@ -31,4 +31,5 @@ __all__ = [
     "main_model",
     "open_output_folder",
     "prune_folder",
+    "single_model_folder",
 ]

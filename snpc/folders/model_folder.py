@@ -18,7 +18,14 @@ from snpc.types import Model
 
 GENAI_CONFIG = "genai_config.json"
 CONFIGS = (GENAI_CONFIG, "config.json")
-MODEL_PLACES = ("", "onnx", "encoder", "decoder")  # subfolders in which tools put models
+ONNX_FOLDER = "onnx"  # in which transformers.js looks for models
+MODEL_PLACES = ("", ONNX_FOLDER, "encoder", "decoder")  # subfolders in which tools put models
+BESIDE_MODELS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+)  # fmt: skip
+"""What optimum and transformers.js read beside a model."""
 USUAL_NAME = "model.onnx"  # of the one model of a folder
 PARTS = ("encoder", "decoder")
 MIN_ELEMENTS = 256  # of a constant that is compared with those of other models
@@ -31,7 +38,8 @@ class ModelFolder:
     ``model``: what is cut. ``companions``: models with the same weights, which are cut alike, such as a decoder that
     goes on from the caches of ``model``. ``encoder``: the model whose states these decoders read, where it is cut too;
     None where one part is cut. ``forms``: the same models in other precisions, with their external data, which would no
-    longer belong to them. ``others``: everything else, which goes with them as it is.
+    longer belong to them. ``others``: everything else, which goes with them as it is. ``alone``: one model is meant,
+    and only what tools read beside it goes with it.
     """
 
     path: Path
@@ -40,6 +48,7 @@ class ModelFolder:
     encoder: Path | None = None
     forms: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
+    alone: bool = False
 
     @property
     def model_path(self) -> Path:
@@ -91,6 +100,25 @@ def find_model_folder(path: Path, file: str | None = None) -> ModelFolder:
     return replace(source, forms=tuple(sorted(left_out)), others=rest)
 
 
+def single_model_folder(model: Path, companions: Sequence[Path | str] = ()) -> ModelFolder:
+    """``model`` and its ``companions`` with the configurations and the tokenizer that lie beside it, or beside its
+    folder ``onnx``.
+
+    Raises UserError where it belongs to a folder of onnxruntime-genai, which names its file, or where companions lie
+    elsewhere.
+    """
+    root = model.parent.parent if model.parent.name == ONNX_FOLDER else model.parent
+    for companion in companions:
+        if Path(companion).parent.resolve() != model.parent.resolve():
+            raise UserError(f"{companion}: does not lie beside {model}, as models of one folder do")
+    if (model.parent / GENAI_CONFIG).is_file():
+        raise UserError(f"{model}: {GENAI_CONFIG} beside it names its file: prune the folder {model.parent}")
+    beside = tuple(Path(name) for name in BESIDE_MODELS if (root / name).is_file())
+    place = model.parent.relative_to(root)
+    alike = tuple(place / Path(companion).name for companion in companions)
+    return ModelFolder(root, place / model.name, alike, others=beside, alone=True)
+
+
 def main_model(path: Path) -> Path:
     """The model that a folder is about. Raises UserError as ``find_model_folder`` does."""
     return path / chosen_model(path, models_in(path), None)
@@ -121,7 +149,7 @@ def chosen_model(path: Path, models: Sequence[Path], file: str | None) -> Path:
     if len(bare) > 1 and len(alike := decoders_alike(path, bare, bare[0])) == len(bare):
         return alike[0]
     if not bare:
-        raise UserError(f"{path}: holds no .onnx file, and none in {path / MODEL_PLACES[1]}")
+        raise UserError(f"{path}: holds no .onnx file, and none in {path / ONNX_FOLDER}")
     raise UserError(f"{path}: {listed(bare)}: name the one to cut with --file; the others are copied")
 
 

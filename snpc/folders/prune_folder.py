@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snpc.errors import UserError
-from snpc.folders.model_folder import ModelFolder, find_model_folder
+from snpc.folders.model_folder import ModelFolder, find_model_folder, single_model_folder
 from snpc.folders.output_folder import OutputFolder, PrunedFolder, open_output_folder
 from snpc.folders.parts import ModelParts
 from snpc.pipeline import PrunedModel, PruneOptions, prune
@@ -33,6 +33,7 @@ def prune_folder(
     file: str | None = None,
     calibration: Calibration | Any = None,
     tokens: str | None = None,
+    precisions: Sequence[str] = (),
     execution: Execution = DEFAULT_EXECUTION,
     **options: Unpack[PruneOptions],
 ) -> PrunedFolder:
@@ -44,20 +45,23 @@ def prune_folder(
     Everything else is as in ``prune``, but that companions are found, and that caches may get narrower where the folder
     has a genai_config.json, which says their width (``prune_kv_cache=False`` keeps them).
 
+    ``folder`` may be a model file: then what tools read beside it goes with it (config.json, the tokenizer), and the
+    model becomes ``onnx/model.onnx``, under its own name. ``precisions``: at which the pruned models are written, too,
+    in the names of transformers.js: "fp16", "q8" (``model_quantized.onnx``), "int8", "uint8", "q4", "q4f16", "bnb4";
+    models lie in ``onnx`` then. Each file is run, and its outputs are compared (``PrunedFolder.precisions``).
+
     Encoder and decoder are cut one after the other, each by what ``options`` say of its own units, MACs or outputs.
     ``calibration`` has the encoder's inputs and ``decoder_input_ids``; the decoder is fitted to the states of the
     pruned encoder. ``PrunedFolder.whole`` says what holds of both together.
 
     Raises UserError where there are several models and none is named, and where ``path`` is not empty.
     """
-    source = find_model_folder(Path(folder), file)
+    source = find_source(Path(folder), file, options)
     if options.get("vocabulary") is not None:
         raise UserError(TOKENIZER_ADVICE.format(folder=source.path, model=source.model_path))
     options.setdefault("prune_kv_cache", source.says_cache_widths)
-    if "companions" in options:
-        raise UserError("companions are for files: those of a folder are found")
     options["companions"] = source.companion_paths
-    with open_output_folder(source, Path(path)) as place:
+    with open_output_folder(source, Path(path), precisions) as place:
         if source.encoder is not None:
             check_part_options(source, {"tokens": tokens, "last_logits": options.get("last_logits")})
             return prune_parts(source, place, calibration, execution, options)
@@ -70,6 +74,18 @@ def prune_folder(
             **options,
         )
         return place.publish(result, execution)
+
+
+def find_source(path: Path, file: str | None, options: PruneOptions) -> ModelFolder:
+    """What ``path``, a folder or a model, holds. Raises UserError where ``file`` is given with a model, or companions
+    with a folder."""
+    if path.is_dir():
+        if "companions" in options:
+            raise UserError("companions are for files: those of a folder are found")
+        return find_model_folder(path, file)
+    if file is not None:
+        raise UserError(f"--file names a model of a folder, and {path} is none")
+    return single_model_folder(path, options.get("companions", ()))
 
 
 def check_part_options(source: ModelFolder, options: Mapping[str, Any]) -> None:

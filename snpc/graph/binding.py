@@ -136,11 +136,13 @@ def base_dim_sizes(graph: ir.Graph) -> list[DimSizes]:
     """Sizes to start from: all different first, which tells dimensions apart, then all alike.
 
     A name that is an expression over others, such as ``past_sequence_length + sequence_length``, follows from them.
+    One that is a multiple of something unknown, such as ``14*rows``, is a size of its own with that step.
     """
     axes, leading = dynamic_axes(graph), leading_dims(graph)
     plain: dict[str, tuple[int, int]] = {}
+    steps = multiples({name for name, *_ in axes})
     for name, _, axis, rank in axes:
-        if re.fullmatch(r"[\w.:/-]+", name):
+        if name in steps or re.fullmatch(r"[\w.:/-]+", name):
             plain.setdefault(name, (axis, rank))
     found: list[DimSizes] = []
     # The last pairs serve strided stacks: large images, and audio, whose length a front end divides by hundreds.
@@ -152,8 +154,22 @@ def base_dim_sizes(graph: ir.Graph) -> list[DimSizes]:
             picture = rank == 4 and axis >= 2 and "past" not in name
             sizes[name] = next(firsts) if name in leading else image if picture else next(lengths)
         dim_sizes = _with_expressions(sizes, dict.fromkeys(name for name, *_ in axes))
+        for name, step in steps.items():
+            dim_sizes = dim_sizes.stepped(name, step)
         if dim_sizes not in found:
             found.append(dim_sizes)
+    return found
+
+
+def multiples(names: set[str]) -> dict[str, int]:
+    """Name -> k, of names such as ``14*rows`` or ``rows*14``, as torch.export calls multiples, where ``rows`` is no
+    dimension itself."""
+    found = {}
+    for name in sorted(names):
+        match = re.fullmatch(r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)(?:\s*\*\s*(\d+))?", name)
+        step = int(match[1] or 1) * int(match[3] or 1) if match is not None else 1
+        if match is not None and step > 1 and match[2] not in names:
+            found[name] = step
     return found
 
 

@@ -29,6 +29,7 @@ LOG = "Log"
 LP_NORMALIZATION = "LpNormalization"
 ELU = "Elu"
 MATMUL = "MatMul"
+MAX = "Max"
 MIXTURE_OF_EXPERTS = "MoE"  # com.microsoft
 MOD = "Mod"  # since opset 10
 MUL = "Mul"

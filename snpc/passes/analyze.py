@@ -37,7 +37,15 @@ from snpc.passes.grouping import (
 from snpc.passes.propagation import LabelFlag
 from snpc.passes.quantization import with_float_graph, with_stored_widths
 from snpc.passes.rotation import ResidualStream, entered_graph, entry_weight, turned_graph
-from snpc.passes.sublayers import NO_MEANS, Means, SublayerGraph, SublayerRemoval, without_sublayers
+from snpc.passes.sublayers import (
+    NO_SUBSTITUTES,
+    SublayerGraph,
+    SublayerRemoval,
+    Substitute,
+    Substitutes,
+    maps_tokens,
+    without_sublayers,
+)
 from snpc.passes.token_analysis import NO_TOKENS, TOKEN_AXIS, TokenFacts, TokenReduction, find_reduction_points
 from snpc.passes.weights import GroupWeights, LazyGroupWeights
 from snpc.types import (
@@ -105,7 +113,8 @@ class Analysis:
         if self.reduction is not None:
             changes.append(self.reduction.to_json())
         if self.removal is not None:
-            changes.append([self.removal.names, {name: mean.tolist() for name, mean in self.removal.means.items()}])
+            numbers = {name: substitute.numbers() for name, substitute in self.removal.substitutes.items()}
+            changes.append([self.removal.names, numbers])
         changes += self.entries
         changes += [[stream.group, stream.digest] for stream in self.stream_bases if stream.rotated]
         if not changes:
@@ -133,7 +142,17 @@ class Analysis:
     @property
     def sublayers(self) -> tuple[Sublayer, ...]:
         """The layers beside the residual stream, in the order of the graph, and why some cannot go."""
-        return self.sublayer_graph.sublayers
+        return tuple(replace(s, reason=s.reason or self.deciding(s)) for s in self.sublayer_graph.sublayers)
+
+    def deciding(self, sublayer: Sublayer) -> str:
+        """Why fewer tokens need the layer; "" where they do not."""
+        if self.reduction is None:
+            return ""
+        inside, read = self.sublayer_graph.names_in(sublayer.name)
+        if self.reduction.decided_by & inside:
+            return "what it adds decides which tokens go"
+        merges = not sublayer.params or not read.isdisjoint(self.reduction.decisions)
+        return "tokens get fewer inside it" if merges else ""
 
     def saved_before(self, kind: str) -> int:
         """What is saved of "macs", "params" or "bytes" at any widths: MACs of dead rows and removed tokens, and what
@@ -142,6 +161,14 @@ class Analysis:
             return self.dead_macs if kind == "macs" else 0
         before, after = (cost_of(traced.model, traced.facts) for traced in (self.removal.source, self.traced_graph))
         return int(getattr(before, kind) - getattr(after, kind))
+
+    @property
+    def deciding_macs(self) -> int:
+        """MACs of deciding which tokens go; ``traced_graph`` does not contain them."""
+        if self.reduction is None:
+            return 0
+        graph = self.traced_graph.model
+        return self.cost.macs - self.dead_macs - cost_of(graph, infer_graph(graph, dict(self.dim_sizes))).macs
 
     def share_left(self, kind: str) -> float:
         """What is left of the model's "macs", "params" or "bytes" at full widths."""
@@ -286,32 +313,52 @@ def analyze_graph(
     )
 
 
-def remove_sublayers(analysis: Analysis, names: Iterable[str], means: Means = NO_MEANS) -> Analysis:
-    """The analysis of the graph without these sublayers. ``means``: name -> [D], the constant that stands for one.
+def remove_sublayers(analysis: Analysis, names: Iterable[str], substitutes: Substitutes = NO_SUBSTITUTES) -> Analysis:
+    """The analysis of the graph without these sublayers. ``substitutes``: name -> what stands for one.
 
     Raises UserError for names that are not those of sublayers, and for sublayers that cannot go.
     """
     known = {sublayer.name: sublayer for sublayer in analysis.sublayers}
-    wanted, widths = set(names), {str(v.name): shape for v, shape in analysis.traced_graph.facts.shape.items()}
+    wanted = set(names)
     for name in sorted(wanted):
         if name not in known:
             raise UserError(f"{analysis.model.path.name}: has no layer {name!r}; `snpc inspect` lists them")
         if not known[name].removable:
             raise UserError(f"{analysis.model.path.name}: the layer {name} cannot go: {known[name].reason}")
-        width = (widths.get(known[name].branch) or (0,))[-1]
-        if name in means and means[name].shape != (width,):
-            raise UserError(f"{analysis.model.path.name}: {means[name].size} numbers stand for {name}, not {width}")
-    if analysis.reduction is not None or analysis.removal is not None:
-        raise UserError("whole layers are removed from a model as it was loaded: once, and not with fewer tokens")
+        if name in substitutes:
+            check_substitute(analysis, known[name], substitutes[name])
+    if analysis.removal is not None:
+        raise UserError("whole layers are removed once, from a model that has all of them")
     gone = tuple(sublayer for sublayer in analysis.sublayers if sublayer.name in wanted)
     if not gone:
         return analysis
     source = analysis.traced_graph
-    graph, continued = without_sublayers(source, gone, means)
+    graph, continued = without_sublayers(source, gone, substitutes)
     sized = at_sizes_of(analysis, graph)
-    without = analyze_graph(analysis.model, sized, analysis.cost, kv_cache=source.kv_cache)
-    used = {name: mean for name, mean in means.items() if name in wanted}
+    without = analyze_graph(
+        analysis.model,
+        sized,
+        analysis.cost,
+        tokens=analysis.tokens,
+        reduction=analysis.reduction,
+        extra_macs=analysis.deciding_macs,
+        kv_cache=source.kv_cache,
+    )
+    used = {name: substitute for name, substitute in substitutes.items() if name in wanted}
     return replace(without, removal=SublayerRemoval(gone, used, source, continued), metrics=analysis.metrics)
+
+
+def check_substitute(analysis: Analysis, sublayer: Sublayer, substitute: Substitute) -> None:
+    """Raise UserError where it has not the width of what the sublayer adds, or of what it reads."""
+    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    added, read = shapes.get(sublayer.branch, ()), shapes.get(sublayer.read, ())
+    where, width = analysis.model.path.name, (added or (0,))[-1]
+    if substitute.constant.shape != (width,):
+        raise UserError(f"{where}: {substitute.constant.size} numbers stand for {sublayer.name}, not {width}")
+    if substitute.map is None:
+        return
+    if not maps_tokens(read, added) or not substitute.map.fits(read[-1], width):
+        raise UserError(f"{where}: the map that stands for {sublayer.name} does not fit what the layer reads and adds")
 
 
 def enter_streams(analysis: Analysis, values: Sequence[str]) -> Analysis:
@@ -353,13 +400,14 @@ def pinned_in_front(group: Group, weights: Collection[str]) -> Group:
     return replace(group, pins=(*group.pins, pin))
 
 
-def cost_without(analysis: Analysis, names: Collection[str]) -> Cost:
-    """What the model costs without these sublayers, and without rows that no output depends on then."""
+def cost_without(analysis: Analysis, names: Collection[str], substitutes: Substitutes = NO_SUBSTITUTES) -> Cost:
+    """What the model costs with these sublayers replaced, and without rows that no output depends on then."""
     gone = [sublayer for sublayer in analysis.sublayers if sublayer.name in names]
-    graph, _ = without_sublayers(analysis.traced_graph, gone)
+    graph, _ = without_sublayers(analysis.traced_graph, gone, substitutes)
     sized = at_sizes_of(analysis, graph)
     narrowed = run_pass(ELIMINATE_DEAD_ROWS, graph, None, facts=sized.traced.facts)
-    return cost_of(narrowed.model, infer_graph(narrowed.model, analysis.dim_sizes))
+    cost = cost_of(narrowed.model, infer_graph(narrowed.model, analysis.dim_sizes))
+    return replace(cost, macs=cost.macs + analysis.deciding_macs)
 
 
 def at_sizes_of(analysis: Analysis, graph: ir.Model) -> GraphAtSizes:

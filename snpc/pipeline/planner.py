@@ -267,7 +267,8 @@ def make_plan(
         return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
     method = request.method or default_method(calibration, request.criterion is None)
     refits = method == "auto" and request.effort != "quick"
-    analysis = remove_layers(analysis, budget, calibration, execution, refits=refits)
+    decided = with_token_decisions(analysis, calibration, execution)
+    analysis = remove_layers(analysis, budget, decided, execution, refits=refits)
     if alone:
         return plan_of_layers(analysis, request, calibration, execution)
     return plan_widths(analysis, request, calibration, statistics, execution)
@@ -286,9 +287,10 @@ def plan_layers_and_widths(
     target = target_in_macs(request.budget, measured.scores)
     budget = replace(request.budget, target=target)
     assert calibration is not None
+    data = with_token_decisions(analysis, calibration, execution) or calibration
     with using_algebra(execution.algebra):
         shorter = remove_layers_beside_widths(
-            measured.closed_forms, measured.scores, calibration, measured.groups, budget, execution=execution
+            measured.closed_forms, measured.scores, data, measured.groups, budget, execution=execution
         )
     if shorter.removal is None:
         return measured.plan_for(request, execution)
@@ -418,6 +420,7 @@ def plan_of_layers(
     analysis: Analysis, request: PlanRequest, calibration: Calibration | None, execution: Execution
 ) -> PruningPlan:
     """The plan that cuts no width of an analysis without some layers: what is left is refitted, unless by "select"."""
+    calibration = with_token_decisions(analysis, calibration, execution)
     method = request.method or default_method(calibration, request.criterion is None)
     options = {**request.budget.to_options(), "effort": request.effort}
     slices = SlicePlan(analysis, "none", options, {}, method)

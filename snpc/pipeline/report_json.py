@@ -15,6 +15,7 @@ from snpc.passes import Analysis
 from snpc.passes.canonicalization import original_name
 from snpc.passes.rotation import entry_weight
 from snpc.passes.slicing import Cuts
+from snpc.passes.sublayers import Substitute
 from snpc.pipeline.candidate import PrunedModel
 from snpc.planning import SlicePlan, cuts_of, read_provenance
 from snpc.runtime.io import atomic_write
@@ -69,10 +70,18 @@ def layers_json(analysis: Analysis) -> list[dict[str, Any]]:
             "kind": sublayer.kind,
             "macs": sublayer.macs,
             "params": sublayer.params,
-            "replaced_by": "mean" if sublayer.name in removal.means else "nothing",
+            **substitute_json(removal.substitutes.get(sublayer.name)),
         }
         for sublayer in removal.sublayers
     ]
+
+
+def substitute_json(substitute: Substitute | None) -> dict[str, Any]:
+    """What stands for a layer; of a map also its rank, and what it reads."""
+    if substitute is None or substitute.map is None:
+        return {"replaced_by": "nothing" if substitute is None else "mean"}
+    reads = ["tokens"] if substitute.map.pooled is None else ["tokens", "mean of tokens", "first token"]
+    return {"replaced_by": "map", "rank": len(substitute.map.expand), "reads": reads}
 
 
 def streams_json(plan: SlicePlan) -> list[dict[str, Any]]:
@@ -303,6 +312,7 @@ def tokens_json(analysis: Analysis) -> dict[str, Any]:
                 "tensor": p.value,
                 "tokens": p.count if p.fixed_length else None,
                 "leading": p.leading,
+                "protected": [list(positions) for positions in p.protected],
                 "scores": p.scores is not None,
                 "exits": [e.block for e in p.exits],
             }

@@ -148,14 +148,16 @@ def count_tokens(model: ir.Model, point: TokenPoint, feeds: Feeds) -> int:
 def compare_with_oracle(
     analysis: Analysis, batches: Sequence[Feeds], decisions: Sequence[Feeds], execution: Execution = DEFAULT_EXECUTION
 ) -> tuple[Difference, ...]:
-    """Differences between the reduced graph at full width and the oracle, which takes the same tokens out in place."""
+    """Differences between the reduced graph at full width, with all its layers, and the oracle, which takes the same
+    tokens out in place."""
     reduction = analysis.reduction
     assert isinstance(reduction, TokenReductionPlan)
     graph = analysis.model.graph
     _, facts = choose_dim_sizes(graph)
     with temporary_folder() as folder:
         short, full = folder / "fewer.onnx", folder / "in-place.onnx"
-        save(finalize(analysis.traced_graph.model.clone()), short)
+        reduced = analysis.removal.source if analysis.removal is not None else analysis.traced_graph  # with all layers
+        save(finalize(reduced.model.clone()), short)
         save(finalize(full_length_oracle(graph, facts, reduction.steps)), full)
         dtype = reduction.dtypes[reduction.steps[0].point.value].numpy()
         oracle_batches = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,16 +45,18 @@ def effective_token_request(
     """What ``tokens`` asks for: a specification, "auto", or None where all tokens stay.
 
     ``tokens`` None is the default: "auto" for a target in MACs or of latency, where there is calibration data and the
-    model's tokens can get fewer, unless ``roles`` has whole layers. "none": all tokens stay. Raises UserError where
-    tokens and whole layers are to go.
+    model's tokens can get fewer, unless whole layers are all of ``roles``. "none": all tokens stay. Raises UserError
+    where "auto" is to share a target with whole layers alone.
     """
-    if LAYER_ROLE in roles:
-        if tokens is not None and tokens.strip() != ALL_TOKENS:
-            raise UserError(f"--tokens {tokens} and the role layer do not go together: leave out one of them")
-        return None
+    layers_alone = set(roles) == {LAYER_ROLE}
     if tokens is not None:
+        if layers_alone and tokens.strip() == AUTO_TOKENS:
+            raise UserError(
+                "--tokens auto shares a target with widths: give --roles all,layer, or say which tokens go (--tokens "
+                "merge:8)"
+            )
         return None if tokens.strip() == ALL_TOKENS else tokens.strip()
-    serves = target is not None and target.kind in ("macs", "latency")
+    serves = not layers_alone and target is not None and target.kind in ("macs", "latency")
     return AUTO_TOKENS if serves and calibration is not None and analysis.tokens.points else None
 
 
@@ -73,6 +76,7 @@ def apply_token_request(
     ``target``, ``widths`` and ``evaluator`` serve "auto": see ``choose_token_schedule``.
     """
     roles = widths.budget.roles if widths is not None else ()
+    widths = without_layers(widths) if widths is not None else None
     tokens = effective_token_request(tokens, analysis, calibration, target, roles)
     if tokens is None:
         return analysis
@@ -84,6 +88,12 @@ def apply_token_request(
     macs = macs_for_latency(analysis, target, workload, execution)
     reduced = choose_token_schedule(analysis, calibration, macs, widths, execution, evaluator)
     return reduced if saves_time(analysis, reduced, workload, execution) else analysis
+
+
+def without_layers(request: PlanRequest) -> PlanRequest:
+    """The request for widths alone, beside which tokens are chosen."""
+    roles = tuple(role for role in request.budget.roles if role != LAYER_ROLE)
+    return replace(request, budget=replace(request.budget, roles=roles)) if roles else request
 
 
 def macs_for_latency(

@@ -142,7 +142,7 @@ class ScheduleEvaluator:
         for point, removed in zip(self.analysis.tokens.points, schedule, strict=True):
             if 0 < back < point.block:
                 count = self.cost.count
-            others, unmerge = count - point.leading, way.unmerge_at(point)
+            others, unmerge = count - point.staying, way.unmerge_at(point)
             removed = max(0, min(removed, way.method.max_removed(others)))
             if point.fixed_length:
                 request[point.block] = (way.method, TokenAmount(removed, unmerge=unmerge))
@@ -246,7 +246,7 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: E
     metrics = OutputMetrics.of(analysis).for_values(dense[0])
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # other methods work without it
-        if has_fixed_token_count(analysis):
+        if has_fixed_token_count(analysis) and not any(point.exits for point in analysis.tokens.points):
             offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, execution)
     stage = NOT_STORED
     if execution.work is not None:

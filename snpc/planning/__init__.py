@@ -57,6 +57,7 @@ from snpc.planning.plan_file import (
 from snpc.planning.provenance import (
     PREVIOUS,
     VOCABULARY_ENTRY,
+    provenance_in,
     pruning_provenance,
     read_provenance,
     target_text,
@@ -98,6 +99,7 @@ __all__ = [
     "plan_to_json",
     "predicted_drift",
     "predicted_surprise",
+    "provenance_in",
     "prunes_kv_cache",
     "pruning_provenance",
     "read_provenance",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes import Analysis, enter_streams, remove_sublayers
+from snpc.passes.sublayers import Substitute, TokenMap
 from snpc.planning.plan import PruningMethod, SlicePlan
 from snpc.planning.tied_widths import check_kept_widths
-from snpc.types import Group
+from snpc.types import FloatArray, Group
 
 PLAN_FORMAT = 1
 
@@ -44,9 +46,7 @@ def plan_to_json(plan: SlicePlan) -> str:
         head["metric"] = metric_texts(plan.analysis)
     if plan.analysis.removal is not None:
         removal = plan.analysis.removal
-        head["layers"] = {
-            name: join_numbers(removal.means[name].tolist()) if name in removal.means else "" for name in removal.names
-        }
+        head["layers"] = {name: substitute_entry(removal.substitutes.get(name)) for name in removal.names}
     rotated = [stream.group for stream in plan.analysis.stream_bases if stream.rotated and stream.group in plan.keep]
     if rotated or plan.rotated:
         head["rotated"] = rotated or list(plan.rotated)
@@ -98,18 +98,54 @@ def token_reduction_in(text: str) -> tuple[str, dict[int, list[float]]] | None:
 
 
 def without_removed_layers(analysis: Analysis, text: str) -> Analysis:
-    """The analysis without the layers that the plan in ``text`` removes: name -> the numbers that stand for one.
+    """The analysis without the layers that the plan in ``text`` removes: name -> what stands for one.
 
     Raises UserError for layers that the model does not have.
     """
     entry = json_entry(text, "layers")
     if not isinstance(entry, dict):
         return analysis
+    read = {sublayer.name: sublayer.read for sublayer in analysis.sublayers}
     try:
-        means = {name: np.array([float(x) for x in row.split()]) for name, row in entry.items() if row}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError('"layers" of a plan holds numbers as text, or "", by the name of a layer') from None
-    return remove_sublayers(analysis, entry, means)
+        substitutes = {name: parse_substitute(row, read.get(name, "")) for name, row in entry.items() if row}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            '"layers" of a plan holds numbers as text, "", or a map as `snpc plan` writes it, by the name of a layer'
+        ) from None
+    return remove_sublayers(analysis, entry, substitutes)
+
+
+def substitute_entry(substitute: Substitute | None) -> str | dict[str, Any]:
+    """What stands for a layer, as a plan says it: nothing, numbers, or a map, whose matrices are float32 in base64."""
+    if substitute is None:
+        return ""
+    constant, found = join_numbers(substitute.constant.tolist()), substitute.map
+    if found is None:
+        return constant
+    matrices = {"reduce": found.reduce, "expand": found.expand}
+    if found.pooled is not None:
+        matrices["pooled"] = found.pooled
+    entries = {
+        name: {"shape": list(matrix.shape), "float32": b64encode(matrix.astype("<f4").tobytes()).decode()}
+        for name, matrix in matrices.items()
+    }
+    return {"bias": constant, **entries}
+
+
+def parse_substitute(entry: Any, read: str) -> Substitute:
+    """What stands for a layer that reads the value ``read``, of an entry of a plan."""
+    if isinstance(entry, str):
+        return Substitute(split_numbers(entry))
+    matrices = {
+        name: np.frombuffer(b64decode(part["float32"], validate=True), "<f4").reshape(part["shape"])
+        for name, part in entry.items()
+        if name != "bias"
+    }
+    return Substitute(split_numbers(entry["bias"]), TokenMap(read, **matrices))
+
+
+def split_numbers(text: str) -> FloatArray:
+    return np.array([float(x) for x in text.split()])
 
 
 def with_planned_entries(analysis: Analysis, text: str) -> Analysis:

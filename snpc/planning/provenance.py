@@ -83,9 +83,14 @@ def write_provenance(graph: ir.Model, source: Model, entries: Mapping[str, str])
 
 def read_provenance(graph: ir.Model) -> dict[str, str]:
     """What a file says of how snpc made it, without the prefix of its keys; empty where snpc did not."""
+    return provenance_in(graph.metadata_props)
+
+
+def provenance_in(entries: Mapping[str, str]) -> dict[str, str]:
+    """The same of the metadata of a file."""
     return {
         key[len(KEY_PREFIX) :]: value
-        for key, value in graph.metadata_props.items()
+        for key, value in entries.items()
         if key.startswith(KEY_PREFIX) and key != VOCABULARY_ENTRY
     }
 

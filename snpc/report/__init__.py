@@ -4,6 +4,7 @@ data            everything that the page shows, as one value
 comparison      files beside their original, at any later time
 reproduction    how to make a file again
 page            the data as HTML
+figures         its charts with captions
 charts/         bars, curves and plots, as shapes with coordinates
 card            the report as a model card of the Hugging Face hub
 attention_maps  where the heads of a vision model look, before and after
@@ -21,6 +22,7 @@ Files
   charts/         Charts: shapes with coordinates, drawn as SVG.
   comparison      Files beside their original: what each costs, which widths are left, and how close its outputs are.
   data            Everything that the report shows, as one value.
+  figures         Figures: charts with captions, for the page and as a picture of their own.
   format          Numbers and methods as text, the same on the terminal and in the report.
   page            The report page: one HTML file that loads nothing else.
   png             Small pictures as PNG in a ``data:`` URL.
@@ -34,7 +36,7 @@ Files
 from __future__ import annotations
 
 from snpc.report.card import BaseModelRelation, CardOptions, model_card
-from snpc.report.charts import write_sweep_plot
+from snpc.report.charts import PICTURE_SUFFIXES, PeerPoint, check_picture, read_points, write_sweep_plot
 from snpc.report.comparison import FileComparison, compare_files
 from snpc.report.data import ReportData
 from snpc.report.format import describe_method, format_count, format_share
@@ -53,10 +55,13 @@ from snpc.report.quality_text import (
 )
 
 __all__ = [
+    "PICTURE_SUFFIXES",
     "BaseModelRelation",
     "CardOptions",
     "FileComparison",
+    "PeerPoint",
     "ReportData",
+    "check_picture",
     "compare_files",
     "dequantization_text",
     "describe_method",
@@ -69,6 +74,7 @@ __all__ = [
     "provenance_text",
     "quality_text",
     "quality_warning",
+    "read_points",
     "requantization_text",
     "restriction_text",
     "rewrite_text",

@@ -123,9 +123,12 @@ def width_table(groups: list[Mapping[str, Any]]) -> str:
     return "## Widths\n\n" + table(("group", "role", "original", "this model", "refitted as"), rows)
 
 
+STANDS = {"nothing": "", "mean": ": its mean stays", "map": ": a small map of its tokens stands in its place"}
+
+
 def removed_section(report: Mapping[str, Any]) -> str:
     """Layers and tokens that are gone."""
-    lines = [f"- layer {inline(layer['name'])} is gone" for layer in report["layers"]]
+    lines = [f"- layer {inline(layer['name'])} is gone{STANDS[layer['replaced_by']]}" for layer in report["layers"]]
     if report["tokens"] is not None:
         lines.append(f"- tokens get fewer between layers: {inline(report['tokens']['spec'])}")
     return "\n".join(["## Layers and tokens", "", *lines]) if lines else ""

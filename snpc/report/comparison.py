@@ -18,10 +18,10 @@ from snpc.errors import UserError
 from snpc.passes import Analysis, analyze, macs_by_role
 from snpc.passes.canonicalization import original_name
 from snpc.pipeline import measure_quality, verification_data
-from snpc.planning import PREVIOUS, read_provenance
+from snpc.planning import PREVIOUS, provenance_in, read_provenance
 from snpc.runtime.calibration import Calibration, TextOptions, find_tokenizer, load_calibration
 from snpc.runtime.evaluation import EvaluationData, MetricRequest, task_change, task_score, with_metrics
-from snpc.runtime.execution import ARTIFACT_SUFFIXES, DEFAULT_EXECUTION, ENGINE_SUFFIXES, Execution
+from snpc.runtime.execution import ARTIFACT_SUFFIXES, DEFAULT_EXECUTION, ENGINE_SUFFIXES, Execution, stored_metadata
 from snpc.runtime.io import file_bytes, load
 from snpc.types import Cost, Group, IntArray, Model, Quality, Site, TaskChange
 
@@ -122,7 +122,9 @@ def measure_tasks(
 def compared_file(analysis: Analysis, path: Path, quality: Quality, task: TaskChange | None) -> ComparedFile:
     """What can be read from the file, with what was measured."""
     if path.suffix in ARTIFACT_SUFFIXES:
-        return ComparedFile(path, artifact_bytes(path), quality, task=task)
+        steps = provenance_steps(provenance_in(stored_metadata(path)))
+        kept = widths_of_provenance(steps, analysis)
+        return ComparedFile(path, artifact_bytes(path), quality, provenance=steps, kept=kept, task=task)
     model = load(path)
     cost, roles = cost_and_roles(analysis, model)
     steps = provenance_steps(read_provenance(model.graph))

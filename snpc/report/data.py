@@ -146,7 +146,7 @@ def collect_report_data(
         made=describe_request(result),
         **statements(result.quality),
         task=result.task,
-        removed=removal.names if removal is not None else (),
+        removed=removal.descriptions if removal is not None else (),
         rewrite=rewrite_text(verdict),
         equals_mask=verdict.equals_mask,
         structure=(*((f"not run: {verdict.not_run}",) if verdict.not_run else ()), *verdict.structure),
@@ -361,11 +361,13 @@ def comparison_warnings(comparison: FileComparison) -> tuple[str, ...]:
         if sources and digest not in sources:
             warnings.append(f"{name} says that it was made of another file than this original.")
         if file.cost is None:
-            warnings.append(f"{name} is no ONNX file: its MACs, parameters and widths are not read.")
+            warnings.append(f"{name} is no ONNX file: its MACs and parameters are not read.")
         elif file.macs is None:
             warnings.append(f"{name} has nodes whose MACs are not counted: {', '.join(file.cost.not_counted)}.")
-        if file.cost is not None and not file.kept:
-            warnings.append(f"The widths of {name} cannot be told: its constants have other names than the original's.")
+        if not file.kept:
+            warnings.append(
+                f"The widths of {name} cannot be told: it does not say them, and its constants have other names."
+            )
     return tuple(warnings)
 
 

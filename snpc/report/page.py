@@ -11,15 +11,7 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.pipeline import PrunedModel, PruningPlan, describe_approximation
 from snpc.report.attention_maps import AttentionPicture, HeadMap
-from snpc.report.charts import (
-    Chart,
-    amounts_chart,
-    curve_chart,
-    curve_decades,
-    latency_chart,
-    remaining_chart,
-    tokens_chart,
-)
+from snpc.report.charts import PICTURE_SUFFIXES, curve_chart, curve_decades, write_picture
 from snpc.report.comparison import FileComparison
 from snpc.report.data import (
     FileReport,
@@ -31,28 +23,35 @@ from snpc.report.data import (
     plural,
     widths_by_role,
 )
+from snpc.report.figures import (
+    Figure,
+    latency_figure,
+    macs_figure,
+    overview_chart,
+    role_name,
+    speedup_of,
+    width_figures,
+)
 from snpc.report.format import format_count, format_percent, format_share
 from snpc.report.png import apply_colormap
-from snpc.report.quality_text import MEANINGS, drift_text, perplexity_text, quality_words, score_words, task_text
+from snpc.report.quality_text import (
+    MEANINGS,
+    TASK_METRIC_TEXTS,
+    drift_text,
+    perplexity_text,
+    quality_words,
+    score_words,
+    task_text,
+)
 from snpc.report.render import image_url, render_template
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.evaluation import BenchResult, Speedup
+from snpc.runtime.evaluation import BenchResult
 from snpc.runtime.io import atomic_write
 from snpc.types import Difference
 
 # A page that came from somebody else's model may load and run nothing.
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-ROLE_NAMES = {
-    "qk": "query and key",
-    "vo": "value and output",
-    "ffn": "feed-forward, hidden",
-    "head": "heads",
-    "experts": "whole experts",
-    "conv": "convolution channels",
-    "residual": "residual stream",
-    "other": "other weights",
-}
 WEIGHT_ORIGINS = {
     "low_rank_qk": "rotated",
     "low_rank_vo": "rotated",
@@ -71,7 +70,7 @@ def write_report(
     bench: BenchResult | None = None,
     command: str = "",
 ) -> ReportData:
-    """Write an HTML page about ``result`` to ``path``, and return what it shows.
+    """Write a page about ``result`` to ``path``, HTML or its charts alone as .svg or .png, and return what it shows.
 
     ``result``: a model that was just pruned, or files that ``compare_files`` compared with their original. ``plan``
     gives the loss curves, ``calibration`` (default: the plan's) the pictures for the attention maps of vision models,
@@ -86,6 +85,9 @@ def write_report(
         if calibration is None and plan is not None:
             calibration = plan.calibration
         report = collect_report_data(result, plan=plan, calibration=calibration, bench=bench, command=command)
+    if Path(path).suffix in PICTURE_SUFFIXES:
+        write_picture(overview_chart(report, lead(report)), Path(path))
+        return report
     text = render_page(report)
     with atomic_write(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -112,7 +114,7 @@ def render_page(report: ReportData) -> str:
         ],
         width_figures=width_figures(report),
         macs_at=", ".join(f"{name} = {size}" for name, size in report.macs_at.items()),
-        macs_chart=amounts_chart(report.macs, [role_name(row.name) for row in report.macs], names),
+        macs_figure=macs_figure(report),
         latency=latency_figure(report),
         curve_sections=curve_sections(report.widths),
         attention_rows=[attention_row(picture) for picture in report.attention.pictures],
@@ -194,7 +196,11 @@ def quality_card(file: FileReport) -> Card:
     if file.task is not None:
         found = file.task
         lost = f"{abs(found.drop):.2g} points {'lost' if found.drop > 0 else 'gained'}"
-        return Card(found.metric, f"{100 * found.after:.4g} %", f"from {100 * found.before:.4g} %, {lost}")
+        return Card(
+            TASK_METRIC_TEXTS.get(found.metric, found.metric),
+            f"{100 * found.after:.4g} %",
+            f"from {100 * found.before:.4g} %, {lost}",
+        )
     for perplexity in (d.perplexity for d in file.differences if d.perplexity is not None):
         note = f"from {perplexity.before:.4g}, now x {perplexity.factor:.3g}"
         return Card("perplexity", f"{perplexity.after:.4g}", note, perplexity_text(perplexity))
@@ -252,48 +258,11 @@ def file_section(file: FileReport) -> FileSection:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A chart with its caption."""
-
-    title: str
-    caption: str
-    chart: Chart
-
-
-@dataclass(frozen=True)
 class CurveSection:
     """The loss curves of one role."""
 
     title: str
     figures: tuple[Figure, ...]
-
-
-def role_name(role: str) -> str:
-    return ROLE_NAMES.get(role, role)
-
-
-def width_figures(report: ReportData) -> list[Figure]:
-    """What is left of each layer: a chart for each role, and one for tokens."""
-    figures = [
-        Figure(role_name(role), f" ({role}): {kept_text(widths)}", remaining_chart(widths))
-        for role, widths in widths_by_role(report.widths).items()
-    ]
-    if report.tokens:
-        last = report.tokens[-1]
-        caption = f": {last.left:g} of {last.tokens:g} are left behind block {last.block}"
-        figures.append(Figure("tokens", caption, tokens_chart(report.tokens)))
-    return figures
-
-
-def kept_text(widths: Sequence[GroupWidth]) -> str:
-    """How many units of a role are left in each file."""
-    before = sum(w.blocks * w.size for w in widths)
-    texts = []
-    for index in range(len(widths[0].kept)):
-        kept = [w.kept[index] for w in widths]
-        after = sum(w.blocks * (k or 0) for w, k in zip(widths, kept, strict=True))
-        texts += [format_share(after, before)] if None not in kept else []
-    return f"{', '.join(dict.fromkeys(texts)) or 'an unknown share'} of {format_count(before)} units"
 
 
 def curve_sections(items: Sequence[GroupWidth]) -> list[CurveSection]:
@@ -308,33 +277,6 @@ def curve_sections(items: Sequence[GroupWidth]) -> list[CurveSection]:
         title = f"{role_name(role)} ({role}), {len(widths)} {plural('group', len(widths))}"
         sections.append(CurveSection(title, figures))
     return sections
-
-
-# -- speed -----------------------------------------------------------------------------------------------------------
-
-
-def speedup_of(report: ReportData, index: int) -> Speedup | None:
-    return report.bench.speedups[index] if report.bench is not None else None
-
-
-def latency_figure(report: ReportData) -> Figure | None:
-    """The latency of every model, and where it was measured; None where it was not."""
-    bench = report.bench
-    if bench is None:
-        return None
-    (latency,) = (row for row in report.costs if row.name == "latency")
-    times = [f"{number:.3g} ms" for number in (latency.before, *latency.after) if number is not None]
-    gains = ["", *(f", {s.ratio:.2f} x ({s.low:.2f} to {s.high:.2f})" for s in bench.speedups)]
-    texts = [time + gain for time, gain in zip(times, gains, strict=True)]
-    machine = bench.machine
-    shapes = ", ".join(f"{name} {list(shape)}" for name, shape in bench.shapes.items())
-    caption = (
-        f"{machine.runtime}, {machine.provider}, {machine.threads or 'as many as the runtime chooses'} threads, "
-        f"{machine.cpu} x {machine.cores}; inputs {shapes}; median of {bench.rounds} rounds in which every model ran "
-        "once; in brackets the 95 % interval"
-    )
-    names = [Path(report.model).name, *(file.name for file in report.files)]
-    return Figure("latency", caption, latency_chart(latency, names, texts))
 
 
 # -- attention maps --------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ Files
   onnxruntime       Build target onnxruntime: the graph after its own optimizations, with further fusions where they are
                     faster.
   openvino          Build target OpenVINO: an IR (.xml and .bin).
+  precisions        A model in other precisions, in the forms that transformers.js and optimum know by the ending of
+                    their names.
   preferred_widths  Widths at which a runtime is fast, for ``--round-to auto``.
   quantize          Quantization to int8: weights and the activations they multiply, as QuantizeLinear and
                     DequantizeLinear nodes.
@@ -26,16 +28,27 @@ from snpc.targets.base import BuildOptions, BuildResult
 from snpc.targets.build import TARGETS, build, check_build, find_target, timed_artifact
 from snpc.targets.dequantize import dequantize
 from snpc.targets.genai import generate_tokens, has_genai
+from snpc.targets.precisions import (
+    FULL_PRECISION,
+    PRECISION_FORMS,
+    WrittenPrecision,
+    check_precisions,
+    write_precisions,
+)
 from snpc.targets.preferred_widths import PreferredWidths, slower_decoding_text, widths_for_target
 from snpc.targets.restrict import kept_vocabulary, restrict, vocabulary_path, write_vocabulary
 
 __all__ = [
+    "FULL_PRECISION",
+    "PRECISION_FORMS",
     "TARGETS",
     "BuildOptions",
     "BuildResult",
     "PreferredWidths",
+    "WrittenPrecision",
     "build",
     "check_build",
+    "check_precisions",
     "dequantize",
     "find_target",
     "generate_tokens",
@@ -46,5 +59,6 @@ __all__ = [
     "timed_artifact",
     "vocabulary_path",
     "widths_for_target",
+    "write_precisions",
     "write_vocabulary",
 ]

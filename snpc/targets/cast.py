@@ -43,17 +43,22 @@ def cast_model(
 
 def convert_to_float16(model: Model, folder: Path) -> onnx.ModelProto:
     """The model in fp16 by onnxruntime's converter; operators without fp16 stay in fp32."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
     whole = folder / "float.onnx"
     save(finalize(model.graph.clone()), whole)
     if whole.stat().st_size > PROTOBUF_LIMIT or whole.with_name(f"{whole.name}.data").exists():
         raise UserError(f"{model.path}: over 2 GB: converting it to half precision is not supported")
+    return half_precision(onnx.load(str(whole)), model.path)
+
+
+def half_precision(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """``proto`` in fp16, with inputs and outputs as they are. UserError, which names ``path``."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
     try:
         with silence_logging():
-            converted: onnx.ModelProto = convert_float_to_float16(onnx.load(str(whole)), keep_io_types=True)
+            converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True)
     except Exception as error:  # the converter has no exceptions of its own
-        raise UserError(f"{model.path}: cannot be converted to fp16: {first_lines(error)}") from None
+        raise UserError(f"{path}: cannot be converted to fp16: {first_lines(error)}") from None
     return converted
 
 

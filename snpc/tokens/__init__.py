@@ -5,6 +5,7 @@
 ``TokenPoint``s (``passes.tokens``) say where it is possible, methods (``tokens.methods``) how.
 
 Files
+  any_length       Merging where the graph computes the number of tokens, for inputs of any length.
   close            Embedded decisions: nodes that score the tokens by attention and decide which are removed.
   cost             MACs as a function of the token counts, without building the graph: the cost model of the schedule
                    search.
@@ -14,6 +15,8 @@ Files
   methods          Methods of token reduction.
   offer            Token schedules that need no data: offered where the tokens of a model can be merged.
   open             Token reduction as a graph rewrite, with the decisions as graph inputs.
+  protected        Tokens that always stay but are not the first ones: moved to the front of a stream before it is
+                   reduced, and back.
   reduction        Token reduction by a specification such as ``merge:13@1-11``: parsed, checked, and applied to the
                    analyzed graph.
   step             One step of a token reduction.

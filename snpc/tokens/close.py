@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from snpc.ops import ATTENTION_FORMS, GATHER, MUL, RESHAPE, SOFTMAX, TRANSPOSE
-from snpc.tokens.methods import blend_scores
+from snpc.tokens.methods import StepSettings, blend_scores
 from snpc.tokens.open import apply_mask, has_head_axis
+from snpc.tokens.protected import move_to_front, new_order
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder
 
@@ -21,14 +22,18 @@ def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     nodes = {str(node.name): node for node in model.graph}
     origin: ir.Value | None = None
+    moved: StepSettings | None = None
     for number, step in enumerate(steps):
         dtype = dtypes[step.point.value]
         writer = TokenGraphBuilder(model.graph, f"{step.prefix}_decide", dtype)
         before = [earlier for earlier in steps[:number] if step.follows(earlier)]
         scores = attention_scores(writer, step, before, values, nodes) if step.method.needs_scores else None
+        moved = step.settings if step.settings.protected else moved
+        if scores is not None:
+            scores = move_to_front(writer, step.settings, scores)
         if scores is not None and step.positions:
-            scores = blend_scores(writer, scores, add_offline_scores(writer, step, origin))
-        stream = values[step.point.value]
+            scores = blend_scores(writer, scores, add_offline_scores(writer, step, origin, moved))
+        stream = move_to_front(writer, step.settings, values[step.point.value])
         if dtype != ir.DataType.FLOAT:
             stream = writer.cast(stream, ir.DataType.FLOAT)
         decided = step.method.decide(writer, step.settings, stream, scores)
@@ -44,9 +49,13 @@ def embed_decisions(model: ir.Model, steps: Sequence[TokenStep], dtypes: Mapping
     model.graph.sort()
 
 
-def add_offline_scores(writer: TokenGraphBuilder, step: TokenStep, origin: ir.Value | None) -> ir.Value:
-    """[B or 1, N]: the offline scores of the positions that the tokens had in the full stream."""
+def add_offline_scores(
+    writer: TokenGraphBuilder, step: TokenStep, origin: ir.Value | None, moved: StepSettings | None
+) -> ir.Value:
+    """[B or 1, N]: the offline scores of the positions that the tokens had in the full stream. ``moved``: the step that
+    moved protected tokens to the front; origins are counted from then on."""
     table = np.asarray(step.positions, np.float32)
+    table = table[new_order(moved)] if moved is not None else table
     table = np.maximum(table, MIN_SCORE_SHARE * table[step.settings.leading :].mean())
     if origin is None:
         return writer.constant(table[None])

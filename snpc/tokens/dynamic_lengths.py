@@ -17,7 +17,7 @@ from snpc.graph import ShapeFacts
 from snpc.ops import GATHER, SHAPE, SUB, WHERE
 from snpc.passes.slicing import ShapeParameterEditor
 from snpc.passes.token_analysis import TOKEN_AXIS, TokenAxes
-from snpc.tokens.methods import KEPT_SIZE, TokenMethod, ceil_share
+from snpc.tokens.methods import TokenMethod, ceil_share
 from snpc.tokens.step import TokenStep
 from snpc.types import AnyArray
 
@@ -25,9 +25,12 @@ FIXED_LENGTH_ADVICE = "reduce tokens with an export of a fixed length"
 
 
 def kept_dim_sizes(steps: Sequence[TokenStep]) -> dict[str, int]:
-    """Dimension name -> tokens that stay, without leading ones, at each step that computes their number."""
+    """Dimension name -> the dynamic sizes of decisions, at each step that computes how many tokens stay."""
     return {
-        f"{s.prefix}_{KEPT_SIZE}": s.settings.others - s.settings.removed for s in steps if s.settings.share is not None
+        f"{s.prefix}_{name}": size
+        for s in steps
+        if s.settings.share is not None
+        for name, size in s.method.dynamic_sizes(s.settings).items()
     }
 
 

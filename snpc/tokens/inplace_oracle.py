@@ -17,6 +17,7 @@ import onnx_ir as ir
 from snpc.graph import ShapeFacts
 from snpc.ops import ADD, SUB
 from snpc.tokens.open import MergedStream, apply_token_sizes, batch_dimension, replace_exits, stream_dtype
+from snpc.tokens.protected import new_order
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
@@ -81,7 +82,9 @@ def replay_decisions(
             holds, sizes = np.tile(np.eye(count), (batch, 1, 1)), np.ones((batch, count))
         arrays = [decided[name] for name in step.names]
         setting = replace(step.settings, count=holds.shape[1])
-        matrix, sizes = step.method.matrix(setting, arrays, sizes)
+        order = new_order(setting)
+        matrix, sizes = step.method.matrix(setting, arrays, sizes[:, order])
+        matrix = matrix[:, :, np.argsort(order)]
         averaged = holds / np.maximum(holds.sum(2, keepdims=True), 1)  # a token as the average of its equal copies
         holds = ((matrix > 0).astype(float) @ holds > 0).astype(float)
         yield holds.transpose(0, 2, 1) @ (matrix @ averaged), holds, sizes

@@ -29,12 +29,15 @@ from snpc.ops import (
     LESS,
     LOG,
     LP_NORMALIZATION,
+    MAX,
     MUL,
     REDUCE_MAX,
     SCATTER_ELEMENTS,
     SUB,
     TOPK,
 )
+from snpc.passes.token_analysis import TokenRange
+from snpc.tokens.any_length import any_length_assignment, every_second, merged_into, split_at, targets
 from snpc.tokens.writer import TokenGraphBuilder
 from snpc.types import AnyArray, FloatArray
 
@@ -47,6 +50,8 @@ class StepSettings:
 
     ``share``: the number is not fixed but computed in the graph, from this share of the tokens or of their scores that
     is kept; ``count`` and ``removed`` are then those of one input. ``depth``: share of the model's attentions in front.
+    ``protected``: ranges of tokens that stay too, and lie behind the leading ones in the stream; the step first moves
+    them to the end of the leading ones, and counts them as such.
     """
 
     count: int
@@ -54,6 +59,7 @@ class StepSettings:
     removed: int
     share: float | None = None
     depth: float = 0.0
+    protected: tuple[TokenRange, ...] = ()
 
     @property
     def others(self) -> int:
@@ -77,7 +83,8 @@ class DecisionTensor:
     integer: bool = True
 
 
-KEPT_SIZE = "kept"  # name of the dynamic size: the number of tokens that are kept
+KEPT_SIZE = "kept"  # names of dynamic sizes: the number of tokens that are kept,
+EVEN_SIZE, MERGED_SIZE = "even", "merged"  # that of tokens in even places, and of those that are merged into others
 
 
 class TokenMethod(Protocol):
@@ -102,6 +109,10 @@ class TokenMethod(Protocol):
         ...
 
     def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]: ...
+
+    def dynamic_sizes(self, settings: StepSettings) -> Mapping[str, int]:
+        """The dynamic sizes in ``decisions``, for ``settings.count`` tokens."""
+        ...
 
     def decide(
         self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
@@ -142,6 +153,12 @@ def add_ceil_share(writer: TokenGraphBuilder, others: ir.Value, settings: StepSe
     above, below = Fraction(str(settings.share)).as_integer_ratio()
     scaled = writer.op(ADD, writer.op(MUL, others, writer.ints(above)), writer.ints(below - 1))
     return writer.op(DIV, scaled, writer.ints(below))
+
+
+def add_merged_count(writer: TokenGraphBuilder, values: ir.Value, settings: StepSettings) -> ir.Value:
+    """The number of tokens of ``values`` [B, N, D] that are merged into others, [1]: at least one."""
+    others = writer.op(SUB, writer.sizes(values, 1), writer.ints(settings.leading))
+    return writer.op(MAX, writer.op(SUB, others, add_ceil_share(writer, others, settings)), writer.ints(1))
 
 
 def blend_scores(
@@ -193,6 +210,9 @@ class TopK:
 
     def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
         return (DecisionTensor("keep", (settings.others - settings.removed if settings.share is None else KEPT_SIZE,)),)
+
+    def dynamic_sizes(self, settings: StepSettings) -> Mapping[str, int]:
+        return {KEPT_SIZE: settings.others - settings.removed}
 
     def decide(
         self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
@@ -295,6 +315,9 @@ class Fuse:
         keep = settings.others - settings.removed - 1
         return (DecisionTensor("keep", (keep,)), DecisionTensor("share", (settings.count,), integer=False))
 
+    def dynamic_sizes(self, settings: StepSettings) -> Mapping[str, int]:
+        return {}
+
     def decide(
         self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
@@ -343,7 +366,7 @@ class Merge:
     weights_tokens: ClassVar[bool] = True
     only_selects: ClassVar[bool] = False
     needs_offline: ClassVar[bool] = False
-    computes_count: ClassVar[bool] = False
+    computes_count: ClassVar[bool] = True
     input_adaptive: ClassVar[bool] = False
 
     def max_removed(self, others: int) -> int:
@@ -351,21 +374,33 @@ class Merge:
 
     def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
         even = (settings.others + 1) // 2
+        dynamic = settings.share is not None
         return (
-            DecisionTensor("order", (even,)),  # even tokens, by priority
-            DecisionTensor("into", (settings.removed,)),  # which odd token each of them is merged into
+            DecisionTensor("order", (EVEN_SIZE if dynamic else even,)),  # even tokens, by priority
+            # which odd token each of the first ones is merged into
+            DecisionTensor("into", (MERGED_SIZE if dynamic else settings.removed,)),
         )
+
+    def dynamic_sizes(self, settings: StepSettings) -> Mapping[str, int]:
+        return {EVEN_SIZE: (settings.others + 1) // 2, MERGED_SIZE: settings.removed}
 
     def decide(
         self, writer: TokenGraphBuilder, settings: StepSettings, values: ir.Value, scores: ir.Value | None
     ) -> list[ir.Value]:
         unit = writer.op(LP_NORMALIZATION, values, axis=-1, p=2)
-        even, odd = (writer.gather_positions(unit, range(settings.leading + k, settings.count, 2)) for k in (0, 1))
+        dynamic = settings.share is not None
+        even, odd = (
+            every_second(writer, unit, settings.leading + k)
+            if dynamic
+            else writer.gather_positions(unit, range(settings.leading + k, settings.count, 2))
+            for k in (0, 1)
+        )
         alike = writer.matmul(even, writer.swap_last_axes(odd))
         first = self.merge_priority(writer, settings, writer.reduce_max(alike, 2), scores)
-        every = writer.ints((settings.others + 1) // 2)
+        every = writer.sizes(first, 1) if dynamic else writer.ints((settings.others + 1) // 2)
         order = writer.ops(TOPK, first, every, outputs=2, axis=1, sorted=1)[1]
-        rows = writer.gather_rows(alike, writer.slice(order, 1, 0, settings.removed))
+        merged = add_merged_count(writer, unit, settings) if dynamic else writer.ints(settings.removed)
+        rows = writer.gather_rows(alike, writer.slice_to(order, 1, merged))
         return [order, writer.op(ARG_MAX, rows, axis=2, keepdims=0)]
 
     def merge_priority(
@@ -378,11 +413,9 @@ class Merge:
         self, writer: TokenGraphBuilder, settings: StepSettings, tokens: TokenStream, decided: list[ir.Value]
     ) -> TokenStream:
         order, into = decided
-        source, *stay = self.split_order(writer, settings, order)
-        number = np.concatenate([np.full(settings.leading, -1), np.arange(self.target_count(settings))])
-        places = writer.constant(number.astype(np.int64)[None, :, None])
-        goes = writer.cast(writer.op(EQUAL, places, writer.unsqueeze(into, 1)))  # [B, fixed, gone]
+        source, *stay = self.split_order(writer, settings, order, into)
         rows = self.gather_targets(writer, settings, tokens.values, order)
+        goes = writer.cast(self.find_targets(writer, settings, rows, into))  # [B, fixed, gone]
         if tokens.sizes is None:
             size = writer.op(ADD, writer.reduce_sum(goes, 2, keep=True), writer.ones(rows))
             others = [writer.unsqueeze(writer.cast(writer.op(EQUAL, one, one)), -1) for one in stay]
@@ -401,22 +434,42 @@ class Merge:
         """The number of tokens that others are merged into."""
         return settings.others // 2
 
-    def split_order(self, writer: TokenGraphBuilder, settings: StepSettings, order: ir.Value) -> list[ir.Value]:
+    def find_targets(
+        self, writer: TokenGraphBuilder, settings: StepSettings, rows: ir.Value, into: ir.Value
+    ) -> ir.Value:
+        """[B, fixed, merged tokens]: is each of these tokens merged into each of ``rows``, those that are fixed?"""
+        if settings.share is not None:
+            return merged_into(writer, rows, into, settings.leading)
+        number = np.concatenate([np.full(settings.leading, -1), np.arange(self.target_count(settings))])
+        places = writer.constant(number.astype(np.int64)[None, :, None])
+        return writer.op(EQUAL, places, writer.unsqueeze(into, 1))
+
+    def split_order(
+        self, writer: TokenGraphBuilder, settings: StepSettings, order: ir.Value, into: ir.Value
+    ) -> list[ir.Value]:
         """[positions [B, removed] of the tokens that are merged into others; of those that stay as they are, if any]"""
         staying = (settings.others + 1) // 2 - settings.removed
         where = writer.op(ADD, writer.op(MUL, order, writer.ints(2)), writer.ints(settings.leading))
+        if settings.share is not None:
+            return split_at(writer, where, writer.sizes(into, 1))
         return writer.split(where, 1, settings.removed, staying)
 
     def gather_targets(
         self, writer: TokenGraphBuilder, settings: StepSettings, value: ir.Value, order: ir.Value
     ) -> ir.Value:
         """The rows of leading tokens and of those that others are merged into."""
+        if settings.share is not None:
+            return targets(writer, value, settings.leading)
         fixed = [*range(settings.leading), *range(settings.leading + 1, settings.count, 2)]
         return writer.gather_positions(value, fixed)
 
-    def assignment(self, writer: TokenGraphBuilder, settings: StepSettings, decided: list[ir.Value]) -> ir.Value:
-        """[B, N]: the position, behind the step, of what each token became part of."""
+    def assignment(
+        self, writer: TokenGraphBuilder, settings: StepSettings, before: ir.Value, decided: list[ir.Value]
+    ) -> ir.Value:
+        """[B, N]: the position, behind the step, of what each token of ``before`` [B, N, D] became part of."""
         order, into = decided
+        if settings.share is not None:
+            return any_length_assignment(writer, before, order, into, settings.leading)
         fixed = settings.leading + self.target_count(settings)
         stay = np.arange(fixed, settings.count - settings.removed)
         places = [writer.op(ADD, into, writer.ints(settings.leading))]
@@ -436,7 +489,7 @@ class Merge:
         self, settings: StepSettings, decided: list[AnyArray], sizes: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         order, into = decided
-        source, stay = np.split(order, [settings.removed], axis=1)
+        source, stay = np.split(order, [into.shape[1]], axis=1)
         batch, lead = len(order), settings.leading
         odd = np.broadcast_to(np.arange(lead + 1, settings.count, 2), (batch, settings.others // 2))
         matrix = selection_matrix(settings, np.concatenate([odd, lead + 2 * stay], 1))
@@ -470,6 +523,7 @@ class Energy(Merge):
     2r tokens of highest energy, in that order, every first is merged into the most similar of every second."""
 
     name: ClassVar[str] = "energy"
+    computes_count: ClassVar[bool] = False
     margin: float = 0.75
 
     def decisions(self, settings: StepSettings) -> tuple[DecisionTensor, ...]:
@@ -495,7 +549,9 @@ class Energy(Merge):
     def target_count(self, settings: StepSettings) -> int:
         return settings.removed
 
-    def split_order(self, writer: TokenGraphBuilder, settings: StepSettings, order: ir.Value) -> list[ir.Value]:
+    def split_order(
+        self, writer: TokenGraphBuilder, settings: StepSettings, order: ir.Value, into: ir.Value
+    ) -> list[ir.Value]:
         where = writer.op(ADD, order, writer.ints(settings.leading))
         source = writer.slice(where, 1, 0, settings.removed)
         staying = settings.others - 2 * settings.removed
@@ -507,7 +563,9 @@ class Energy(Merge):
         target = writer.slice(order, 1, settings.removed, 2 * settings.removed)
         return gather_with_leading(writer, settings, value, writer.op(ADD, target, writer.ints(settings.leading)))
 
-    def assignment(self, writer: TokenGraphBuilder, settings: StepSettings, decided: list[ir.Value]) -> ir.Value:
+    def assignment(
+        self, writer: TokenGraphBuilder, settings: StepSettings, before: ir.Value, decided: list[ir.Value]
+    ) -> ir.Value:
         order, into = decided
         others = np.arange(settings.leading, settings.count - settings.removed)
         places = writer.concat(

@@ -34,6 +34,7 @@ from snpc.tokens.dynamic_lengths import (
     resize_steps,
 )
 from snpc.tokens.methods import Merge, TokenStream
+from snpc.tokens.protected import move_back, move_to_front
 from snpc.tokens.step import TokenStep
 from snpc.tokens.writer import TokenGraphBuilder
 
@@ -59,11 +60,12 @@ def externalize_decisions(
         stream = values[step.point.value]
         uses = list(stream.uses())
         decided = [decision_input(copy, step, k, batch, writer.dtype) for k in range(len(step.names))]
-        reduced = step.method.reduce(writer, step.settings, TokenStream(stream, current), decided)
+        whole = move_to_front(writer, step.settings, stream)
+        reduced = step.method.reduce(writer, step.settings, TokenStream(whole, current), decided)
         for node, index in uses:
             node.replace_input_with(index, reduced.values)
         if step.exit is not None:
-            merged.append(MergedStream(step, writer, stream, reduced.values, decided))
+            merged.append(MergedStream(step, writer, whole, reduced.values, decided))
         current = reduced.sizes
         if step.settings.share is not None:
             dynamic_streams[step.prefix] = reduced.values
@@ -120,7 +122,8 @@ def decision_shape(step: TokenStep, index: int, batch: int | ir.SymbolicDim) -> 
 
 @dataclass(frozen=True)
 class MergedStream:
-    """The stream before and after a step that has an exit, [B, N, D] and [B, N', D], and the decisions of the step."""
+    """The stream before and after a step that has an exit, [B, N, D], protected tokens moved to the front, and
+    [B, N', D], and the decisions of the step."""
 
     step: TokenStep
     writer: TokenGraphBuilder
@@ -133,11 +136,11 @@ def unmerge_tokens(merged: MergedStream, values: ir.Value) -> ir.Value:
     """[B, N', D] -> [B, N, D]: all tokens that the step of ``merged`` had, from what became of the merged ones."""
     step, writer = merged.step, merged.writer
     assert step.unmerge is not None and isinstance(step.method, Merge)
-    places = step.method.assignment(writer, step.settings, merged.decided)
+    places = step.method.assignment(writer, step.settings, merged.before, merged.decided)
     if step.unmerge.form == "copy":
-        return writer.gather_rows(values, places)
-    added = writer.op(SUB, values, merged.after)
-    return writer.op(ADD, merged.before, writer.gather_rows(added, places))
+        return move_back(writer, step.settings, writer.gather_rows(values, places))
+    added = writer.gather_rows(writer.op(SUB, values, merged.after), places)
+    return move_back(writer, step.settings, writer.op(ADD, merged.before, added))
 
 
 def replace_exits(
@@ -197,7 +200,7 @@ def gather_along(
     order = [0, axis, *(k for k in range(1, rank) if k != axis)]
     token_first = writer.op(TRANSPOSE, value, perm=order)
     shape = writer.concat(0, writer.sizes(keep, 0), writer.ints(*[1] * (rank - 1)))
-    token_first = writer.expand(token_first, shape)
+    token_first = move_to_front(writer, step.settings, writer.expand(token_first, shape))
     front = [writer.slice(token_first, 1, 0, step.settings.leading)] if step.settings.leading else []
     gathered = writer.concat(1, *front, writer.gather_rows(token_first, keep))
     return writer.op(TRANSPOSE, gathered, perm=[order.index(k) for k in range(rank)])

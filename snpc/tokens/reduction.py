@@ -65,6 +65,12 @@ class TokenReductionPlan:
         """Names of the decision tensors."""
         return tuple(name for step in self.steps for name in step.names)
 
+    @property
+    def decided_by(self) -> frozenset[str]:
+        """Names of the values and nodes by which the steps decide: the stream at each, and its attention."""
+        scores = (s.point.scores for s in self.steps if s.method.needs_scores and s.point.scores is not None)
+        return frozenset([*(s.point.value for s in self.steps), *(found.fused or found.tensor for found in scores)])
+
     def embed_decisions(self, model: ir.Model) -> None:
         """Replace the decision inputs of ``model``, in place, by nodes that decide."""
         embed_decisions(model, self.steps, self.dtypes)
@@ -148,6 +154,7 @@ def analyze_with_steps(analysis: Analysis, steps: Sequence[TokenStep]) -> Analys
     return replace(reduced, metrics=analysis.metrics)
 
 
+MIN_MERGED_SHARE = 0.5  # what stays behind one block where pairs are merged
 MAX_DIGITS = 9  # of a block or of a number of tokens
 
 # -- specifications --------------------------------------------------------------------------------------------------
@@ -280,9 +287,13 @@ def check_amount(analysis: Analysis, block: int, method: TokenMethod, amount: To
         raise UserError(
             f"--tokens: {method.name} takes a share of the scores that the kept tokens have: {method.name}:0.9"
         )
-    if point.fixed_length or (method.computes_count and amount.share is not None):
+    if point.fixed_length:
         return
-    raise UserError("--tokens: inputs have different numbers of tokens: give topk and a share (topk:0.7@3,6)")
+    if not method.computes_count or amount.share is None:
+        fitting = "merge and a share that stays (merge:0.9)" if point.exits else "topk and a share (topk:0.7@3,6)"
+        raise UserError(f"--tokens: inputs have different numbers of tokens: give {fitting}")
+    if isinstance(method, Merge) and amount.share < MIN_MERGED_SHARE:
+        raise UserError(f"--tokens: {method.name} merges at most half of the tokens: give a share of 0.5 or more")
 
 
 def check_method(analysis: Analysis, block: int, method: TokenMethod) -> None:
@@ -309,11 +320,11 @@ def settings_for(
     """Settings for every point, also where no token is removed. ``shares``: block -> average share that stays, where
     decided by content. ``count``: tokens before the first point, for inputs of any length; 0: that of the points."""
     whole = count = count or points[0].count
-    settings, back = [], 0
+    settings, back, moved = [], 0, False
     for point in points:
         if 0 < back < point.block:
-            count, back = whole, 0
-        others, removed = count - point.leading, 0
+            count, back, moved = whole, 0, False
+        others, removed = count - point.staying, 0
         if point.block in request:
             method, amount = request[point.block]
             going, share = (
@@ -325,10 +336,12 @@ def settings_for(
             if share is not None:
                 going = others - kept_count(method, others, shares[point.block] if method.input_adaptive else share)
             removed = max(0, min(going, method.max_removed(others)))
-            settings.append(StepSettings(count, point.leading, removed, share, point.depth))
+            protected = point.protected if not moved and (removed or share is not None) else ()
+            settings.append(StepSettings(count, point.staying, removed, share, point.depth, protected))
+            moved = moved or bool(protected)
             back = amount.unmerge.block if amount.unmerge is not None else 0
         else:
-            settings.append(StepSettings(count, point.leading, 0))
+            settings.append(StepSettings(count, point.staying, 0))
         count -= removed
     return settings
 

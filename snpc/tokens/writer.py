@@ -16,6 +16,7 @@ from snpc.ops import (
     GATHER,
     GATHER_ND,
     MATMUL,
+    RANGE,
     REDUCE_MAX,
     REDUCE_SUM,
     REDUCTION_AXES_INPUT_SINCE,
@@ -62,6 +63,13 @@ class TokenGraphBuilder:
 
     def ints(self, *numbers: int) -> ir.Value:
         return self.constant(np.asarray(numbers, np.int64))
+
+    def integer(self, number: int) -> ir.Value:
+        return self.constant(np.asarray(number, np.int64))
+
+    def integers(self, start: ir.Value, stop: ir.Value) -> ir.Value:
+        """start, start + 1, ... below ``stop``; all three are of no axis."""
+        return self.op(RANGE, start, stop, self.integer(1))
 
     def scalar(self, number: float) -> ir.Value:
         """A number of the stream's type, [1]."""
@@ -115,7 +123,7 @@ class TokenGraphBuilder:
         return self.op(TRANSPOSE, value, perm=[0, 2, 1])
 
     def gather_one(self, value: ir.Value, axis: int, position: int) -> ir.Value:
-        return self.op(GATHER, value, self.constant(np.asarray(position, np.int64)), axis=axis)
+        return self.op(GATHER, value, self.integer(position), axis=axis)
 
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         return self.op(RESHAPE, value, self.ints(*shape))

@@ -68,6 +68,18 @@ def test_all_dimensions_start_different() -> None:
     assert sizes["B"] == 2 and sizes["N"] > 3, "a vector's name that is an inner axis elsewhere is no batch"
 
 
+def test_a_name_that_is_a_multiple_has_this_step() -> None:
+    """torch.export calls the height and width of a model of patches ``14*rows`` and ``14*columns``."""
+    model = ir.from_proto(text_model("many (float[B, 3, K, K] x) => (float[B, 3, K, K] w) { w = Add(x, x) }", {}))
+    (value,) = model.graph.inputs
+    value.shape = ir.Shape(["B", 3, "14*rows", "columns*14"])
+    sizes = base_dim_sizes(model.graph)[0]
+    assert sizes == {"B": 2, "14*rows": 70, "columns*14": 70}
+    assert alternative_dim_sizes(sizes)["14*rows"] == 84
+    value.shape = ir.Shape(["B", 3, "14*rows", "rows"])
+    assert base_dim_sizes(model.graph)[0]["14*rows"] == 14 * 64
+
+
 def test_wanted_sizes_keep_the_relation() -> None:
     sizes = DimSizes({"past": 13, "new": 7, "total": 20}, {"total": DimRelation(("past", "new"))})
     assert sizes.resized({"past": 128, "new": 128})["total"] == 256

@@ -35,11 +35,13 @@ class Encoder:
     skip: bool = False  # what the first block gives is added to what the last but one gives
     apart: Literal["", "sliced", "gathered"] = ""  # a product per head, of slices or gathered heads
     linear: bool = False  # no softmax in the last block: keys and values are summed over tokens first
+    learned: tuple[int, int, int] = (0, 0, 0)  # learned tokens: in front, amid the patches (without positions), behind
+    longest: int = 0  # inputs of any number of patches: the first rows of a table of so many positions are added
     seed: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.patches + (self.exit in ("class", "both"))
+        return self.patches + (self.exit in ("class", "both")) + sum(self.learned)
 
     @property
     def kind(self) -> type[np.generic]:
@@ -52,7 +54,8 @@ class Encoder:
         def draw(*shape: int, scale: float = 1.0) -> Array:
             return np.asarray(rng.standard_normal(shape) * scale / np.sqrt(shape[0]), self.kind)
 
-        weights = {"class": draw(1, 1, d), "positions": draw(1, self.tokens, d), "head": draw(d, 5)}
+        stored = self.longest or self.tokens - self.learned[1]
+        weights = {"class": draw(1, 1, d), "positions": draw(1, stored, d), "head": draw(d, 5)}
         for k in range(self.depth):
             weights |= {f"{name}{k}": draw(d, d, scale=1.5) for name in ("q", "k", "v", "o")}
             weights |= {f"up{k}": draw(d, 2 * d), f"down{k}": draw(2 * d, d)}
@@ -60,6 +63,7 @@ class Encoder:
             weights |= {f"shift{k}{n}": draw(d, scale=0.3) for n in "ab"}
         weights["table"] = draw(1, self.heads, self.tokens, self.tokens)
         weights["mix"] = draw(self.tokens, self.tokens)
+        weights |= {f"learned{k}": draw(1, count, d) for k, count in enumerate(self.learned) if count}
         return weights
 
     def model(self) -> onnx.ModelProto:
@@ -159,12 +163,23 @@ class Writing:
     def body(self) -> str:
         e = self.encoder
         x = "x"
-        if e.tokens > e.patches:
-            batch = self.op(
-                "Concat", self.op("Gather", self.op("Shape", "x"), self.ints(0), axis=0), self.ints(1, 1), axis=0
+        if e.tokens > e.patches + sum(e.learned):
+            x = self.op("Concat", self.for_batch("class"), "x", axis=1)
+        if any(e.learned):
+            front, _, behind = (self.for_batch(f"learned{k}") if count else "" for k, count in enumerate(e.learned))
+            x = self.op("Concat", *filter(None, (front, x, behind)), axis=1)
+        positions = "positions"
+        if e.longest:
+            length = self.op("Gather", self.op("Shape", x), self.ints(1), axis=0)
+            positions = self.op("Slice", positions, self.ints(0), length, self.ints(1))
+        x = self.op("Add", x, positions)
+        if e.learned[1]:
+            at = e.learned[0] + e.patches // 2
+            parts = (
+                self.op("Slice", x, self.ints(start), self.ints(stop), self.ints(1))
+                for start, stop in ((0, at), (at, 1 << 40))
             )
-            x = self.op("Concat", self.op("Expand", "class", batch), "x", axis=1)
-        x = self.op("Add", x, "positions")
+            x = self.op("Concat", next(parts), self.for_batch("learned1"), next(parts), axis=1)
         first = x
         for k in range(e.depth):
             first = x if k == 1 else first
@@ -176,6 +191,11 @@ class Writing:
             hidden = self.op("Relu", self.op("MatMul", self.norm(x, f"{k}b"), f"up{k}"))
             x = self.op("Add", x, self.op("MatMul", hidden, f"down{k}"))
         return x
+
+    def for_batch(self, name: str) -> str:
+        """A constant [1, tokens, width], for every sample."""
+        batch = self.op("Gather", self.op("Shape", "x"), self.ints(0), axis=0)
+        return self.op("Expand", name, self.op("Concat", batch, self.ints(1, 1), axis=0))
 
     def mean(self, x: str) -> str:
         if self.encoder.opset >= 18:
@@ -212,7 +232,7 @@ class Writing:
             self.nodes,
             "encoder",
             [
-                helper.make_tensor_value_info("x", kind, ["n", e.patches, e.width]),
+                helper.make_tensor_value_info("x", kind, ["n", "length" if e.longest else e.patches, e.width]),
                 *([helper.make_tensor_value_info("mask", kind, ["n", e.tokens])] if e.masked else []),
             ],
             [helper.make_tensor_value_info("y", kind, ["n", *(("tokens",) if e.exit == "all" else ()), 5])],

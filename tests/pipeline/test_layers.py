@@ -13,7 +13,7 @@ import pytest
 import snpc
 from snpc.errors import CheckFailed, UserError
 from snpc.passes.grouping import TracedGraph
-from snpc.passes.sublayers import Means, without_sublayers
+from snpc.passes.sublayers import Substitutes, without_sublayers
 from snpc.types import Sublayer
 from tests.command_line import CALIB, VIT, invoke, reported
 from tests.patching import patch
@@ -64,11 +64,16 @@ def test_a_plan_file_says_which_layers_go(options: tuple[str, ...], tmp_path: Pa
     plan, direct, applied = (tmp_path / name for name in ("plan.json", "direct.onnx", "applied.onnx"))
     words = ("--roles", "layer", "--ratio", 0.25, "--calib", CALIB, *options)
     report = reported("prune", VIT, *words, "--plan", plan, "-o", direct)
-    assert {entry["name"] for entry in report["layers"]} == set(json.loads(plan.read_text())["layers"])
+    entries = json.loads(plan.read_text())["layers"]
+    assert {entry["name"] for entry in report["layers"]} == set(entries)
+    for entry in report["layers"]:
+        assert isinstance(entries[entry["name"]], dict) == (entry["replaced_by"] == "map")
     invoke("apply", VIT, plan, "--calib", CALIB, "-o", applied)
     assert applied.read_bytes() == direct.read_bytes()
     assert "replaced in place" in invoke("verify", VIT, direct, "--plan", plan, "--calib", CALIB).stdout
-    assert "layers gone: " in invoke("plan", VIT, *words, "-o", tmp_path / "again.json").stdout
+    printed = invoke("plan", VIT, *words, "-o", tmp_path / "again.json").stdout
+    assert "layers gone: " in printed
+    assert ("a map of its tokens" in printed) == ("map" in {entry["replaced_by"] for entry in report["layers"]})
 
 
 def test_an_edited_plan(tmp_path: Path) -> None:
@@ -88,9 +93,9 @@ def test_a_wrong_removal_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A removal that takes another layer with it is not that with the chosen layers replaced in place."""
     sublayers = snpc.analyze(snpc.load(VIT)).sublayers
 
-    def greedy(source: TracedGraph, gone: Sequence[Sublayer], means: Means) -> tuple[ir.Model, object]:
+    def greedy(source: TracedGraph, gone: Sequence[Sublayer], constants: Substitutes) -> tuple[ir.Model, object]:
         more = next(s for s in sublayers if s.name not in {g.name for g in gone})
-        return without_sublayers(source, [*gone, more], means)
+        return without_sublayers(source, [*gone, more], constants)
 
     patch(monkeypatch, "snpc.passes.analyze.without_sublayers", greedy)
     with pytest.raises(CheckFailed, match="differs from that in which they are replaced in place"):
@@ -102,7 +107,7 @@ def test_a_wrong_removal_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("words", "said"),
     [
         (("--ratio", 0.25), "give --calib"),
-        (("--ratio", 0.25, "--calib", CALIB, "--tokens", "merge:2"), "do not go together"),
+        (("--target", "macs=0.7", "--calib", CALIB, "--tokens", "auto"), "give --roles all,layer"),
         (("--max-drift", 0.1, "--calib", CALIB), "needs --ratio R, or --target"),
     ],
 )

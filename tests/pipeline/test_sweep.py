@@ -54,21 +54,24 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
     snpc.write_example("digits", tmp_path)
     out = tmp_path / "sizes"
     labels = ["--eval", str(tmp_path / "eval.npz"), "--labels", "labels"]
-    result = swept(tmp_path, "--targets", "macs=0.6,0.25", "-o", str(out), *labels, "--batch", "8")
+    (tmp_path / "peers.csv").write_text("name,macs,score\ntheirs,5e6,92.5\n")
+    plot = ["--plot", str(tmp_path / "front.svg"), "--points", str(tmp_path / "peers.csv")]
+    result = swept(tmp_path, "--targets", "macs=0.6,0.25", "-o", str(out), *labels, "--batch", "8", *plot)
     assert result.exit_code == 0, result.output
     rows = json.loads((out / "sweep.json").read_text())["points"]
     assert [row["name"] for row in rows] == ["original", "macs=0.6", "macs=0.25"]
     assert rows[0]["macs"] > rows[1]["macs"] > rows[2]["macs"]
     assert rows[1]["macs"] <= 0.6 * rows[0]["macs"]
     kept = {name for row in rows[1:] for name in row["files"]}
-    assert {file.name for file in out.iterdir()} == kept | {"sweep.json", "sweep.svg"}
+    assert {file.name for file in out.iterdir()} == kept | {"sweep.json"}
     assert all(row["front"] == bool(row["files"]) for row in rows[1:])
     with np.load(tmp_path / "eval.npz") as data:
         for row in rows[1:]:
             for name in row["files"]:
                 outputs = snpc.runtime.execution.runners.open_runner(out / name).run({"image": data["image"]})
                 assert (outputs["logits"].argmax(-1) == data["labels"]).mean() == pytest.approx(row["accuracy"])
-    assert ElementTree.parse(out / "sweep.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    shown = [element.text for element in ElementTree.parse(tmp_path / "front.svg").iter() if element.text]
+    assert shown.count("theirs") == 1 and all(shown.count(row["name"]) == 2 for row in rows)
     assert "macs=0.25" in result.stdout
 
 

@@ -192,6 +192,14 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
                 assert anchor in anchors(linked), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_to_other_sites_are_whole(page: Path) -> None:
+    """Nothing is fetched: encrypted, a host with a domain, no punctuation of the sentence at the end."""
+    prose = re.sub("`[^`]*`", "", BLOCK.sub("", page.read_text()))
+    for target in re.findall(r"\bhttps?:[^\s)>\"|]*", prose):
+        assert re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./#~-]*)?", target.rstrip(".,;:")), target
+
+
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

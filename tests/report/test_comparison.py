@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from onnx import numpy_helper
 import snpc
 from snpc.report.comparison import FileComparison
 from tests.command_line import invoke
+from tests.models.builder_decoders import BuilderDecoder
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 MODEL = DATA / "digits_vit.onnx"
@@ -70,10 +72,10 @@ def test_widths_are_those_of_the_plan_with_and_without_provenance(comparison: Fi
     plan = files.result.plan
     expected = {group.id: plan.kept_width(group) for group in plan.analysis.groups}
     half, unnamed, tuned, built = comparison.files
-    assert half.kept == tuned.kept == expected
+    assert half.kept == tuned.kept == built.kept == expected
     assert unnamed.kept.items() <= expected.items()
     assert {g.role for g in plan.analysis.groups if g.id in unnamed.kept} >= {"ffn"}
-    assert built.kept == {} and built.cost is None
+    assert built.cost is None and built.macs is None
     assert half.macs == files.result.after.macs and half.cost is not None
     assert half.cost.params == files.result.after.params
     assert built.bytes == files.built.stat().st_size
@@ -117,6 +119,15 @@ def test_the_page_shows_all_files(comparison: FileComparison, files: Files, tmp_
     assert half is not None and ("sha256 of digits_vit.onnx", comparison.analysis.model.digest) in half.facts
     assert "--ratio 0.5" in half.command and "--tokens merge:2@1" in half.command and "ratio=0.5" in half.call
     assert report.files[1].reproduction is None and "does not say how it was made" in report.files[1].made
+    assert snpc.write_report(comparison, tmp_path / "charts.svg", bench=timed) == report
+    shown = {text.text for text in ElementTree.parse(tmp_path / "charts.svg").iter() if text.tag.endswith("}text")}
+    assert {
+        "query and key",
+        "feed-forward, hidden",
+        "latency",
+        "MACs by role",
+        *(f.name for f in report.files),
+    } <= shown
     with pytest.raises(snpc.UserError, match="has its own data"):
         snpc.write_report(comparison, tmp_path / "other.html", command="snpc prune")
     json.dumps(report.to_json(), default=str)
@@ -134,6 +145,26 @@ def test_the_page_says_how_to_make_the_same_file(tmp_path: Path) -> None:
     again.unlink()
     invoke(*shlex.split(made.command.replace(str(first), str(again)))[1:])
     assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_decoder_with_narrower_caches_is_compared_on_empty_ones(tmp_path: Path) -> None:
+    path, half = BuilderDecoder().write(tmp_path / "decoder.onnx"), tmp_path / "half.onnx"
+    snpc.prune(path, half, ratio=0.5, method="select", criterion="magnitude", prune_kv_cache=True)
+    ids = np.random.default_rng(0).integers(0, 20, (8, 12))
+    data = snpc.load_calibration({"input_ids": ids}, snpc.load(path).inputs, samples=8, held_out=0)
+    (file,) = snpc.compare_files(path, [half], calibration=data).files
+    change = norm = 0.0
+    for feeds in data.batches():
+        narrow = {name: array[..., :16] if "past" in name else array for name, array in feeds.items()}
+        (dense,), (own,) = (
+            ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(["logits"], f)
+            for p, f in ((path, feeds), (half, narrow))
+        )
+        change, norm = change + np.square(own - dense).sum(), norm + np.square(dense).sum()
+    (difference,) = file.quality.differences
+    assert difference.output == "logits" and difference.relative == pytest.approx((change / norm) ** 0.5, rel=0.01)
+    with pytest.raises(snpc.UserError, match="its caches are narrower"):
+        snpc.compare_files(path, [half])
 
 
 @pytest.mark.parametrize(

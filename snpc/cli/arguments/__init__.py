@@ -12,6 +12,7 @@ Files
   running      How models are run, and the workload of a latency.
   text         How text becomes token ids.
   torch_package  snpc.torch, which is imported only when it is needed.
+  tracking     Where runs are logged.
   training     What a model is finetuned with: the fields of ``snpc.torch.TrainingOptions``, the data, and checkpoints.
   typed        The command as it was typed, and other commands made of it: for advice that can be pasted into a shell.
 """
@@ -39,7 +40,7 @@ from snpc.cli.arguments.model import (
     load_and_analyze,
 )
 from snpc.cli.arguments.output import DumpArguments, JsonArguments, check_output_paths
-from snpc.cli.arguments.parsers import parse_target_name
+from snpc.cli.arguments.parsers import parse_precisions, parse_target_name
 from snpc.cli.arguments.planning import PlanningArguments
 from snpc.cli.arguments.running import (
     ExecutionArguments,
@@ -50,6 +51,7 @@ from snpc.cli.arguments.running import (
 )
 from snpc.cli.arguments.text import TextArguments
 from snpc.cli.arguments.torch_package import import_gradient_provider, import_torch_package
+from snpc.cli.arguments.tracking import TrackingArguments
 from snpc.cli.arguments.training import CheckpointArguments, ScheduleArguments, TrainingArguments, TrainingDataArguments
 from snpc.cli.arguments.typed import TypedCommand
 
@@ -81,6 +83,7 @@ __all__ = [
     "SpreadExecutionArguments",
     "StatisticsArguments",
     "TextArguments",
+    "TrackingArguments",
     "TrainingArguments",
     "TrainingDataArguments",
     "TypedCommand",
@@ -93,6 +96,7 @@ __all__ = [
     "import_torch_package",
     "load_and_analyze",
     "option",
+    "parse_precisions",
     "parse_target_name",
     "subgroup",
 ]

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 
+def parse_given_roles(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[Role, ...] | None:
+    """As ``parse_roles``; None where none are given."""
+    return None if text is None else parse_roles(ctx, param, text)
+
+
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
     """``qk,ffn`` -> ("qk", "ffn"); ``all,layer`` -> ``RANKED_ROLES`` and "layer"; ``none`` -> ()."""
     if text.strip() == "none":
@@ -65,6 +70,19 @@ def parse_target_name(ctx: click.Context, param: click.Parameter, name: str | No
 
         find_target(name)
     return name
+
+
+def parse_precisions(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """``fp16,q8`` -> ("fp16", "q8"). Refuses at once what is no precision."""
+    if text is None:
+        return ()
+    from snpc.targets import check_precisions
+
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise click.BadParameter("nothing: give precisions, separated by commas")
+    check_precisions(names)
+    return names
 
 
 def parse_memory_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import snpc
 from snpc.cli import tables
@@ -19,6 +21,7 @@ from snpc.cli.arguments import (
     QuietArguments,
     ScheduleArguments,
     SizeArguments,
+    TrackingArguments,
     TrainingArguments,
     TrainingDataArguments,
     TypedCommand,
@@ -37,8 +40,9 @@ from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import EvaluationData
 from snpc.runtime.io import model_files
 
-if TYPE_CHECKING:  # these need torch
-    from snpc.torch import CheckpointOptions, TrainingOptions
+if TYPE_CHECKING:  # these need torch, or MLflow
+    from snpc.integrations import TrackedRun
+    from snpc.torch import CheckpointOptions, TrainingOptions, TrainingProgress
 
 
 MAX_TRAINING_HELD_OUT = 1024  # samples: weights are judged on them many times
@@ -72,6 +76,7 @@ class FinetuneOutput(ArgumentGroup):
     )
     plan_path: Path | None = option("--plan", type=FILE_PATH, help="With --learn-masks: also write the plan.")
     json: JsonArguments = subgroup()
+    tracking: TrackingArguments = subgroup()
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,28 @@ class FinetuneRun:
     training: TrainingOptions
     checkpoint: CheckpointOptions | None
     target: Path
+    output: FinetuneOutput
+    tracked: TrackedRun | None = None
+
+    def write(self, report: Mapping[str, Any]) -> None:
+        """The report as JSON, and to MLflow with the plan, and with the model where that is asked for."""
+        self.output.json.write(report)
+        if self.tracked is not None:
+            models = sorted(model_files(self.target)) if self.output.tracking.models else []
+            self.tracked.log_report(report)
+            self.tracked.log_files(*([self.output.plan_path] if self.output.plan_path is not None else []), *models)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[TrainingProgress], None]]:
+        """Shows training steps, and logs them where that is asked for."""
+        with training_progress() as show:
+            callbacks = [show] if self.tracked is None else [show, self.tracked.log_step]
+
+            def report(now: TrainingProgress) -> None:
+                for callback in callbacks:
+                    callback(now)
+
+            yield report
 
 
 @command("finetune")
@@ -112,35 +139,35 @@ def finetune_command(
     analysis = load_and_analyze(models.teacher, models.at)
     inputs.text.check(inputs.calib, pruning.held_out)
     calibration = inputs.as_calibration(training.batch)
-    run = FinetuneRun(
-        models, calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT), training, saved, target
-    )
-    pruning.check_unused()
-    if pruning.schedule is not None:
-        evaluation = None
-        if pruning.held_out is not None:
-            evaluation = calibration.load_evaluation(pruning.held_out, inputs.labels, analysis)
-        check_schedule(pruning, models, inputs.labels, evaluation, output.plan_path)
-        prune_on_schedule(run, pruning, evaluation, output.json)
-    elif pruning.masks is not None:
-        if not models.are_one or inputs.labels is not None:
-            raise UserError("--learn-masks cuts the dense model: give it as --teacher too, and no labels")
-        if arguments.lr is None:
-            run = replace(run, training=with_mask_learning_rate(training))
-        learn_masks_and_prune(analysis, run, pruning, output)
-    elif pruning.target is not None or output.plan_path is not None:
-        raise UserError(
-            "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
-        )
-    else:
-        finetune_only(run, inputs.labels, output.json)
+    data = calibration.load_data(inputs.calib, analysis, MAX_TRAINING_HELD_OUT)
+    with output.tracking.run() as tracked:
+        run = FinetuneRun(models, data, training, saved, target, output, tracked)
+        pruning.check_unused()
+        if pruning.schedule is not None:
+            evaluation = None
+            if pruning.held_out is not None:
+                evaluation = calibration.load_evaluation(pruning.held_out, inputs.labels, analysis)
+            check_schedule(pruning, models, inputs.labels, evaluation, output.plan_path)
+            prune_on_schedule(run, pruning, evaluation)
+        elif pruning.masks is not None:
+            if not models.are_one or inputs.labels is not None:
+                raise UserError("--learn-masks cuts the dense model: give it as --teacher too, and no labels")
+            if arguments.lr is None:
+                run = replace(run, training=with_mask_learning_rate(training))
+            learn_masks_and_prune(analysis, run, pruning)
+        elif pruning.target is not None or output.plan_path is not None:
+            raise UserError(
+                "--target and --plan are for --learn-masks and --schedule: cut with `snpc prune`, then finetune"
+            )
+        else:
+            finetune_only(run, inputs.labels)
 
 
-def finetune_only(run: FinetuneRun, labels: str | None, json: JsonArguments) -> None:
+def finetune_only(run: FinetuneRun, labels: str | None) -> None:
     """Train the weights as they are cut."""
     from snpc.torch import finetune, finetune_json
 
-    with training_progress() as report:
+    with run.progress() as report:
         result = finetune(
             run.models.pruned,
             run.models.teacher,
@@ -153,8 +180,8 @@ def finetune_only(run: FinetuneRun, labels: str | None, json: JsonArguments) -> 
         )
     if result is None:
         return  # one of several processes, and not the one that writes
-    json.write(finetune_json(result))
-    if not json.replaces_tables:
+    run.write(finetune_json(result))
+    if not run.output.json.replaces_tables:
         tables.print_finetuned(result)
     print_next(TypedCommand("bench", (str(run.models.teacher), str(run.target)), ()))
 
@@ -181,9 +208,7 @@ def check_schedule(
         raise UserError("--max-drop is judged on --eval DATA --labels NAME: give all three, or --max-drift")
 
 
-def prune_on_schedule(
-    run: FinetuneRun, pruning: ScheduleArguments, evaluation: EvaluationData | None, json: JsonArguments
-) -> None:
+def prune_on_schedule(run: FinetuneRun, pruning: ScheduleArguments, evaluation: EvaluationData | None) -> None:
     """Prune and train in rounds."""
     from snpc.torch import AccuracyDrop, DriftLimit, Rounds, prune_adaptively, prune_in_rounds
 
@@ -206,7 +231,11 @@ def prune_on_schedule(
             assert pruning.max_drift is not None  # check_schedule
             objective = DriftLimit(pruning.max_drift)
         rounds = prune_adaptively(source, run.data, run.target, schedule, objective, on_round=print_round)
-    json.write({"snpc_rounds": 1, "output": str(run.target), "rounds": [asdict(r) for r in rounds]})
+    reports = [asdict(r) for r in rounds]
+    if run.tracked is not None:
+        for index, report in enumerate(reports):
+            run.tracked.log_numbers({name: n for name, n in report.items() if isinstance(n, int | float)}, index)
+    run.write({"snpc_rounds": 1, "output": str(run.target), "rounds": reports})
 
 
 # -- learned masks ---------------------------------------------------------------------------------------------------
@@ -219,14 +248,14 @@ def with_mask_learning_rate(training: TrainingOptions) -> TrainingOptions:
     return replace(training, lr=MASK_LEARNING_RATE)
 
 
-def learn_masks_and_prune(
-    analysis: snpc.Analysis, run: FinetuneRun, pruning: ScheduleArguments, output: FinetuneOutput
-) -> None:
+def learn_masks_and_prune(analysis: snpc.Analysis, run: FinetuneRun, pruning: ScheduleArguments) -> None:
     """Train masks, plan by them, and write the pruned model, as `snpc prune` writes and shows it."""
     from snpc.torch import learn_masks
 
     budget = snpc.Budget(target=parse_target(pruning.target or "macs"))
-    with training_progress() as report:
+    if pruning.roles is not None:
+        budget = replace(budget, roles=pruning.roles)
+    with run.progress() as report:
         learned = learn_masks(
             analysis,
             run.data,
@@ -236,10 +265,11 @@ def learn_masks_and_prune(
             checkpoints=run.checkpoint,
             on_progress=report,
         )
+    output = run.output
     if output.plan_path is not None:
         snpc.save_plan(learned.plan, output.plan_path)
     result = snpc.apply(snpc.PruningPlan(learned.plan, calibration=run.data), run.target)
-    output.json.write(snpc.json_report(result))
+    run.write(snpc.json_report(result))
     if not output.json.replaces_tables:
         tables.print_result(result)
 

@@ -26,6 +26,7 @@ from snpc.cli.arguments import (
     check_output_paths,
     command,
     option,
+    parse_precisions,
     subgroup,
 )
 from snpc.cli.commands.build import build_json
@@ -39,8 +40,10 @@ from snpc.folders import (
     WholeVerdict,
     check_part_options,
     open_output_folder,
+    single_model_folder,
 )
 from snpc.pipeline import ALL_TOKENS, PruningPlan, Stopwatch, check_labels, groups_json, run_stages
+from snpc.report import PICTURE_SUFFIXES, check_picture, format_count
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import announce
 from snpc.runtime.io import model_files
@@ -53,20 +56,37 @@ class PruneOutput(ArgumentGroup):
 
     section: ClassVar[str] = "Output"
 
-    output: Path | None = option(
+    output: str | None = option(
         "-o",
         "--output",
-        type=FILE_PATH,
+        metavar="FILE|FOLDER/",
         help="The pruned model, or folder, to write.  [default: MODEL-pruned.onnx, FOLDER-pruned]",
+    )
+    precisions: tuple[str, ...] = option(
+        "--precisions",
+        metavar="fp16,q8",
+        callback=parse_precisions,
+        help="Write a folder with the model at these precisions too: fp16, q8, int8, uint8, q4, q4f16, bnb4.",
     )
     plan_path: Path | None = option("--plan", type=FILE_PATH, help="Also write the plan.")
     json: JsonArguments = subgroup()
     page: Path | None = option(
-        "--report", type=FILE_PATH, metavar="HTML", help="Also write a page with charts: one file that loads nothing."
+        "--report",
+        type=FILE_PATH,
+        metavar="HTML|SVG|PNG",
+        help="Also write a page with charts: one file that loads nothing. Or the charts alone; .png needs snpc[plots].",
     )
     dry_run: bool = option(
         "--dry-run", is_flag=True, help="Score and plan only: show what would be kept, write no model."
     )
+
+    def place(self) -> Path | None:
+        return Path(self.output) if self.output is not None else None
+
+    def is_folder(self) -> bool:
+        """Is a folder written even of one model?"""
+        named = self.output is not None and (self.output.endswith("/") or Path(self.output).is_dir())
+        return named or bool(self.precisions)
 
     def paths(self, model: Path, artifacts: list[Path]) -> list[Path | None]:
         """What will be written, apart from statistics. ``model``: where the pruned model goes."""
@@ -93,15 +113,18 @@ class OutputPlace:
 
 @contextmanager
 def output_place(
-    model: PrunedModelArguments, output: Path | None
+    model: PrunedModelArguments, output: PruneOutput
 ) -> Iterator[tuple[PrunedModelArguments, OutputPlace]]:
     """The model, of a folder its file, and where the pruned one goes."""
     source = model.folder()
-    if source is None:
-        yield model, OutputPlace(output or model.sibling("-pruned.onnx"))
+    if source is None and not output.is_folder():
+        yield model, OutputPlace(output.place() or model.sibling("-pruned.onnx"))
         return
-    target = output or source.path.resolve().with_name(f"{source.path.resolve().name}-pruned")
-    with open_output_folder(source, target) as folder:
+    if source is None:
+        source, default = single_model_folder(model.path, model.companions), model.sibling("-pruned")
+    else:
+        default = source.path.resolve().with_name(f"{source.path.resolve().name}-pruned")
+    with open_output_folder(source, output.place() or default, output.precisions) as folder:
         yield model.of_folder(source), OutputPlace(folder.model_path, folder)
 
 
@@ -134,7 +157,9 @@ def prune_command(
     calibration.evaluating.check()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
-    with output_place(model, output.output) as (model, place):
+    if output.page is not None and output.page.suffix in PICTURE_SUFFIXES:
+        check_picture(output.page)
+    with output_place(model, output) as (model, place):
         if place.folder is not None and place.folder.source.encoder is not None:
             both = PartsCommand(model, planning, calibration, statistics, output, execution, typed)
             both.check(place.folder.source, build)
@@ -310,8 +335,11 @@ def print_folder(folder: PrunedFolder) -> None:
             "and transformers.js take it from the number of heads. For a runtime that reads it from the graph, "
             f"--prune-kv-cache makes them about {narrower:,}: heads then lose the share that the rest lost"
         )
-    if folder.left_out:
-        names = ", ".join(map(str, folder.left_out))
+    for written in folder.precisions:
+        size, place = format_count(written.path.stat().st_size), written.path.relative_to(folder.path)
+        tables.print_line(f"  {place}: {size}B, outputs differ by {written.difference:.2g} ({written.compared})")
+    if folder.conversions:
+        names = ", ".join(map(str, folder.conversions))
         tables.print_note(f"left out, since they hold the dense model: {names}; the pruned one makes them again:")
         for command in folder.conversions.values():
             tables.print_step(command)

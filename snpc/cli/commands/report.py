@@ -25,6 +25,7 @@ from snpc.cli.arguments import (
     option,
     subgroup,
 )
+from snpc.report import PICTURE_SUFFIXES, check_picture
 from snpc.runtime.execution import ARTIFACT_SUFFIXES, RandomInputs
 from snpc.runtime.io import model_files
 
@@ -50,7 +51,11 @@ class ReportOutput(ArgumentGroup):
     section: ClassVar[str] = "Output"
 
     page: Path | None = option(
-        "-o", "--output", type=FILE_PATH, metavar="HTML", help="The page to write.  [default: FILE-report.html]"
+        "-o",
+        "--output",
+        type=FILE_PATH,
+        metavar="HTML|SVG|PNG",
+        help="The page to write, or its charts alone; .png needs snpc[plots].  [default: FILE-report.html]",
     )
     json: JsonArguments = subgroup()
     timing: bool = option("--timing/--no-timing", default=True, section="Running", help="Measure latencies too.")
@@ -83,6 +88,8 @@ def report_command(
     snpc report model.onnx half.onnx tuned.onnx --data calib.npz --eval eval.npz --labels labels
     """
     page = output.page or models.files[0].with_name(f"{models.files[0].stem}-report.html")
+    if page.suffix in PICTURE_SUFFIXES:
+        check_picture(page)
     check_output_paths([page, output.json.json_path], *models.inputs(), *calibration.sources())
     calibration.evaluating.check()
     execution = running.load()
@@ -106,4 +113,4 @@ def report_command(
     output.json.write({"snpc_comparison": 1, **report.to_json()})
     if not output.json.replaces_tables:
         tables.print_comparison(report)
-        tables.print_line(f"page written to {page}")
+        tables.print_line(f"written: {page}")

@@ -17,6 +17,7 @@ from snpc.cli.arguments import (
     ModelArguments,
     PlanningArguments,
     ScoredCalibrationArguments,
+    TrackingArguments,
     TypedCommand,
     check_output_paths,
     command,
@@ -26,7 +27,7 @@ from snpc.cli.arguments import (
 from snpc.errors import UserError
 from snpc.pipeline import SweepBuilder, SweepRequest, sweep, write_json
 from snpc.planning import parse_target
-from snpc.report import write_sweep_plot
+from snpc.report import check_picture, read_points, write_sweep_plot
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution
 from snpc.types import PRECISIONS, Precision
@@ -49,6 +50,21 @@ class SweepArguments(ArgumentGroup):
         type=FILE_PATH,
         section="Output",
         help="Folder for table, plot and models.  [default: MODEL-sweep]",
+    )
+    plot: Path | None = option(
+        "--plot",
+        type=FILE_PATH,
+        metavar="SVG|PNG",
+        section="Output",
+        help="Where the plot goes; .png needs snpc[plots].  [default: sweep.svg in the folder]",
+    )
+    points: Path | None = option(
+        "--points",
+        type=FILE_PATH,
+        metavar="CSV|JSON",
+        section="Output",
+        help="Also plot models of others: name, macs and score of each, the score as on the axis (per cent, or a "
+        "perplexity).",
     )
     build: str | None = option(
         "--build",
@@ -84,6 +100,7 @@ def sweep_command(
     arguments: SweepArguments,
     planning: PlanningArguments,
     calibration: ScoredCalibrationArguments,
+    tracking: TrackingArguments,
     running: LimitedExecutionArguments,
 ) -> None:
     """Prune MODEL to several sizes; write a table, a plot, and the models on the Pareto front.
@@ -91,7 +108,7 @@ def sweep_command(
     --tokens auto chooses the tokens for every target of MACs. Any other --tokens is the same for all targets, and
     widths are cut for the rest of the way.
 
-    The folder gets sweep.json, sweep.svg (quality against latency) and the models that no other one beats.
+    The folder gets sweep.json, sweep.svg (quality against MACs and latency) and the models that no other one beats.
     """
     check_sweep(arguments, planning, calibration)
     calibration.evaluating.check()
@@ -99,12 +116,15 @@ def sweep_command(
     planning = planning.with_width_multiple(arguments.build, execution)
     targets = [parse_target(text) for text in parse_target_list(arguments.targets)]
     folder = arguments.output or model.sibling("-sweep")
+    peers = read_points(arguments.points) if arguments.points is not None else ()
+    if arguments.plot is not None:
+        check_picture(arguments.plot)
     analysis = planning.judging.apply(model.load())
     data = calibration.load(analysis, others=[calibration.evaluating.held_out])
     assert data is not None  # --calib is required
     folder.mkdir(exist_ok=True)
-    table, plot = folder / "sweep.json", folder / "sweep.svg"
-    check_output_paths([table, plot], model.path, *calibration.sources())
+    table, plot = folder / "sweep.json", arguments.plot or folder / "sweep.svg"
+    check_output_paths([table, plot], model.path, *calibration.sources(), arguments.points)
     evaluation = calibration.load_scored(analysis, planning.judging.task())
     request = SweepRequest(
         planning.budget(targets[0]) if planning.selection.roles else None,
@@ -116,12 +136,20 @@ def sweep_command(
         planning.selection.effort,
     )
     builder = sweep_builder(arguments, data, execution)
-    with execution.progress.stage("sweep", 1):
-        result = sweep(analysis, targets, folder, data, request, builder=builder, execution=execution)
-    write_json(result.to_json(), table)
-    write_sweep_plot(result, plot)
+    with tracking.run() as run:
+        with execution.progress.stage("sweep", 1):
+            result = sweep(analysis, targets, folder, data, request, builder=builder, execution=execution)
+        write_json(result.to_json(), table)
+        dense = result.points[0]
+        if peers and dense.accuracy is None and dense.perplexity is None:
+            tables.print_warning(f"{arguments.points}: not plotted: scores of others need --eval DATA --labels NAME")
+            peers = ()
+        write_sweep_plot(result, plot, peers)
+        if run is not None:
+            run.log_files(table, plot)
+            run.log_sweep(result, models=tracking.models)
     tables.print_sweep(result)
-    tables.print_line(f"written to {folder}: sweep.json, sweep.svg and the models on the front")
+    tables.print_line(f"written to {folder}: sweep.json and the models on the front; the plot is {plot}")
     written = [folder / p.files[0].name for p in result.points if p.front and p.files[0] != model.path]
     if written and arguments.build is None:
         print_next(TypedCommand("build", (str(written[0]),), (("--target", "ort"),)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -332,13 +333,20 @@ class CostCounts:
                 self.products[key].axes[letter][group_id] = share
             counted = self.products[key].counted[group_id] = max(by_letter.values())
             macs += self.builder.contraction_macs(*key) * counted
+        axes: dict[str, dict[str, float]] = defaultdict(dict)
         for site in sites:
-            share = float((site.units >= 0).mean())
-            weight = self.constants[site.tensor]
-            weight.axes[str(site.axis)][group_id] = share
-            weight.counted[group_id] = weight.counted.get(group_id, 0.0) + share
-            params += share * weight_size(self.builder.model.graph.initializers[site.tensor])
-        return int(macs), int(params)
+            axes[site.tensor][str(site.axis)] = float((site.units >= 0).mean())
+        stored = set[int]()
+        for name, by_axis in axes.items():
+            value = self.builder.model.graph.initializers[name]
+            if id(value.const_value) in stored:  # one constant of the file, see ``cost_of``
+                continue
+            stored.add(id(value.const_value))
+            for axis, share in by_axis.items():
+                self.constants[name].axes[axis][group_id] = share
+            counted = self.constants[name].counted[group_id] = 1 - math.prod(1 - share for share in by_axis.values())
+            params += counted * weight_size(value)
+        return int(macs), round(params)
 
     def shared(self) -> tuple[SharedProduct, ...]:
         """The products and constants of which several axes are cut."""

@@ -101,6 +101,15 @@ class SublayerGraph:
         unused = self.unused_without([self.branches[name] for name in names])
         return {str(value.name) for value in self.constants_of(unused)}
 
+    def names_in(self, name: str) -> tuple[frozenset[str], frozenset[str]]:
+        """(names of the nodes and values that are in this sublayer, with its sum; names of the values that they read
+        beside the stream)."""
+        branch = self.branches[name]
+        nodes = self.inside(branch)
+        made = {str(value.name) for node in (*nodes, branch.sum) for value in node.outputs}
+        read = {str(value.name) for node in nodes for value in node.inputs if value is not None}
+        return frozenset(made | {str(node.name) for node in nodes}), frozenset(read - made - {str(branch.stream.name)})
+
     # -- sums --------------------------------------------------------------------------------------------------------
 
     def branches_of(self, node: ir.Node) -> Iterator[Branch]:
@@ -165,6 +174,22 @@ class SublayerGraph:
             and node is not branch.stream.producer()
         ]
 
+    def read_value(self, branch: Branch) -> ir.Value:
+        """The one value that all its first products read, such as what its normalization gives, before its entries are
+        laid out otherwise; the stream where they read several."""
+        inside, first = self.inside(branch), set[ir.Value]()
+        costly = sum(1 << self.index[node] for node in inside if self.macs_of(node))
+        for node in inside:
+            own = 1 << self.index[node]
+            if self.macs_of(node) and not self.ancestry[node.outputs[0]] & costly & ~own:
+                first |= {movement_root(value) for value in used_values(node) if self.follows(value, branch.stream)}
+        (read,) = first if len(first) == 1 else [branch.stream]
+        return read if self.follows(read, branch.stream) else branch.stream
+
+    def follows(self, value: ir.Value, stream: ir.Value) -> bool:
+        """Is it the stream, or computed from it?"""
+        return value is stream or bool(self.ancestry.get(value, 0) & self.bits[stream])
+
     def nested(self, branch: Branch, found: Sequence[Branch]) -> list[Branch]:
         """The other branches of which the sum lies inside this one."""
         inside = set(self.inside(branch))
@@ -198,6 +223,7 @@ class SublayerGraph:
             kind=self.kind_of(branch),
             stream=str(branch.stream.name),
             branch=str(branch.value.name),
+            read=str(self.read_value(branch).name),
             summed=str(branch.sum.outputs[0].name),
             macs=macs,
             params=params,

@@ -2,6 +2,8 @@
 
 Files
   attention_scores  Attention scores: the weights of the attention in front of a reduction point.
+  constant_tokens   Constant tokens: class, register, distillation and detection tokens, learned and concatenated to the
+                    sequence.
   padding_sources   Token streams, and the attention masks that tell padded tokens of a stream from others.
   points            Token points: values of the residual stream where tokens can get fewer, and where all are back.
   propagate         Token propagation: follows a token axis from one value through all nodes that depend on it.
@@ -14,6 +16,7 @@ Files
 
 from __future__ import annotations
 
+from snpc.passes.token_analysis.constant_tokens import TokenRange
 from snpc.passes.token_analysis.padding_sources import PaddingSource, TokenStreams, find_token_streams, shortest_period
 from snpc.passes.token_analysis.points import NO_TOKENS, TokenExit, TokenFacts, TokenPoint
 from snpc.passes.token_analysis.reduction_points import TokenReduction, find_reduction_points
@@ -28,6 +31,7 @@ __all__ = [
     "TokenFacts",
     "TokenFlow",
     "TokenPoint",
+    "TokenRange",
     "TokenReduce",
     "TokenReduction",
     "TokenStreams",

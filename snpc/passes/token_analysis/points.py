@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from snpc.graph import ShapeFacts, is_float
 from snpc.ops import lookup
 from snpc.passes.token_analysis.attention_scores import AttentionScores
+from snpc.passes.token_analysis.constant_tokens import TokenRange, split_constant_tokens
 from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenFlow, TokenGraph, TokenPin
 from snpc.types import Pin
 
@@ -46,6 +47,7 @@ class TokenPoint:
     tokens. ``fixed_length``: all inputs have ``count`` tokens (otherwise ``count`` is for the sizes of the analysis).
     ``side_input``: name of a tensor with an entry per token that later nodes read (a mask), "" if there is none.
     ``exits``: where all tokens have to be back, one of them; empty where the outputs need no token back.
+    ``protected``: ranges of tokens behind the leading ones that always stay too (learned ones, of a detector).
     """
 
     block: int
@@ -62,6 +64,12 @@ class TokenPoint:
     exits: tuple[TokenExit, ...] = ()
     depth: float = 0.0
     """Share of the model's attentions that lie in front."""
+    protected: tuple[TokenRange, ...] = ()
+
+    @property
+    def staying(self) -> int:
+        """Number of tokens that always stay."""
+        return self.leading + sum(stop - start for start, stop in self.protected)
 
     def exit_at(self, block: int) -> TokenExit | None:
         """The exit behind ``block``; None if there is none."""
@@ -101,11 +109,12 @@ def join_flows(flows: Sequence[TokenFlow]) -> TokenFlow:
 @dataclass(frozen=True)
 class PointSearch:
     """What the search for points reads. ``fixed``: whether a value has the same number of tokens for all inputs.
-    ``blocks``: number of attentions."""
+    ``blocks``: number of attentions. ``constant``: number of tokens -> positions of those that are learned."""
 
     graph: TokenGraph
     fixed: Callable[[ir.Value], bool]
     blocks: int
+    constant: Mapping[int, frozenset[int]]
     doomed: dict[ir.Value, TokenPin] = field(default_factory=dict)
     """Values whose tokens an earlier search found to end in a graph output, with its pin."""
 
@@ -127,24 +136,14 @@ def input_batch_size(model: ir.Model, facts: ShapeFacts) -> int | None:
     return shapes[0][0] if shapes and shapes[0] else None
 
 
-def count_constant_tokens(facts: ShapeFacts, data_dependent: frozenset[ir.Value], model: ir.Model, count: int) -> int:
-    """Number of leading tokens that do not depend on the input: class and register tokens concatenated in front."""
-    most = 0
-    for node in model.graph:
-        shape = facts.shape.get(node.outputs[0]) or ()
-        if lookup(node.domain, node.op_type).kind != "concat" or len(shape) != 3 or shape[TOKEN_AXIS] != count:
-            continue
-        if node.outputs[0] not in data_dependent:  # a table of positions
-            continue
-        axis = int(node.attributes["axis"].value) % 3
-        if axis == TOKEN_AXIS and is_float(facts.dtype.get(node.outputs[0])):
-            most = max(most, sum(leading_constant_lengths(facts, data_dependent, node)))
-    return most
-
-
-def leading_constant_lengths(facts: ShapeFacts, data_dependent: frozenset[ir.Value], node: ir.Node) -> Iterator[int]:
-    """Lengths along the token axis of the leading inputs that do not depend on data."""
-    for value in node.inputs:
-        if value is None or value in data_dependent:
-            return
-        yield (facts.shape.get(value) or (0, 0))[TOKEN_AXIS]
+def find_staying_tokens(search: PointSearch, value: ir.Value, read: set[int]) -> tuple[int, tuple[TokenRange, ...]]:
+    """(number of tokens of ``value`` in front that always stay; ranges of further ones). Raises TokenPin where they
+    leave too few others, or where they are depends on the input."""
+    count = (search.graph.facts.shape[value] or (0, 0))[TOKEN_AXIS]
+    staying = split_constant_tokens(search.constant.get(count, frozenset()), read, count, search.fixed(value))
+    if staying is None:
+        reason = "learned tokens stand between tokens whose number differs from input to input"
+        raise TokenPin(value.producer(), str(value.name), reason)
+    if staying[0] > max(1, MAX_LEADING_SHARE * count):
+        raise TokenPin(value.producer(), str(value.name), f"token {staying[0] - 1} is read at a fixed position")
+    return staying

@@ -22,13 +22,13 @@ from snpc.graph import (
 )
 from snpc.ops import SUMMED_OVER, lookup
 from snpc.passes.token_analysis.attention_scores import attention_scores_of
+from snpc.passes.token_analysis.constant_tokens import find_constant_tokens
 from snpc.passes.token_analysis.points import (
-    MAX_LEADING_SHARE,
     NO_TOKENS,
     PointSearch,
     TokenFacts,
     TokenPoint,
-    count_constant_tokens,
+    find_staying_tokens,
     input_batch_size,
     is_residual_sum,
 )
@@ -58,6 +58,11 @@ class TokenReduction(Protocol):
         """Names of the tensors that say which tokens are removed: graph inputs until decisions are embedded."""
         ...
 
+    @property
+    def decided_by(self) -> frozenset[str]:
+        """Names of the values and nodes of the graph by which it is decided."""
+        ...
+
     def embed_decisions(self, model: ir.Model) -> None:
         """Add the nodes that compute the decisions, in place of graph inputs."""
         ...
@@ -85,7 +90,9 @@ def find_reduction_points(model: ir.Model, facts: ShapeFacts, dim_sizes: Mapping
             "convert the model"
         )
         return TokenFacts((), (Pin("", TOKEN_AXIS, 0, reason, "the model"),), len(sites))
-    search = PointSearch(TokenGraph(model, facts), fixed_length_test(model, facts, dim_sizes), len(sites))
+    graph = TokenGraph(model, facts)
+    fixed = fixed_length_test(model, facts, dim_sizes)
+    search = PointSearch(graph, fixed, len(sites), find_constant_tokens(graph))
     blocks = [
         AttentionBlock(number, nodes[start], nodes[start + 1 : end])
         for number, (start, end) in enumerate(zip(sites, [*sites[1:], len(nodes)], strict=True), 1)
@@ -163,7 +170,7 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
     """The reduction point at the residual sum ``node``. Raises TokenPin if its tokens cannot be reduced, NothingToSave
     if that would save nothing."""
     graph = search.graph
-    model, facts, data_dependent = graph.model, graph.facts, graph.data_dependent
+    model, facts = graph.model, graph.facts
     value = node.outputs[0]
     shape = facts.shape[value]
     assert shape is not None
@@ -178,11 +185,7 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
         raise NothingToSave
     if shape[0] != input_batch_size(model, facts):
         raise TokenPin(node, str(value.name), "its first axis is not the batch axis of the inputs")
-    leading = max(
-        [count_constant_tokens(facts, data_dependent, model, shape[TOKEN_AXIS]), *(k + 1 for k in flow.read_positions)]
-    )
-    if leading > max(1, MAX_LEADING_SHARE * shape[TOKEN_AXIS]):
-        raise TokenPin(node, str(value.name), f"token {leading - 1} is read at a fixed position")
+    leading, protected = find_staying_tokens(search, value, flow.read_positions)
     return TokenPoint(
         block,
         str(value.name),
@@ -196,4 +199,5 @@ def reduction_point_at(search: PointSearch, block: int, site: ir.Node, node: ir.
         value,
         flow,
         depth=block / search.blocks,
+        protected=protected,
     )

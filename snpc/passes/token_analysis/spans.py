@@ -18,11 +18,10 @@ import onnx_ir as ir
 from snpc.graph import ancestor_nodes
 from snpc.passes.token_analysis.attention_scores import attention_scores_of
 from snpc.passes.token_analysis.points import (
-    MAX_LEADING_SHARE,
     PointSearch,
     TokenExit,
     TokenPoint,
-    count_constant_tokens,
+    find_staying_tokens,
     input_batch_size,
     is_residual_sum,
 )
@@ -30,7 +29,6 @@ from snpc.passes.token_analysis.propagate import BYPASS, follow_tokens
 from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenFlow, TokenPin
 
 TEXT = "the tokens are those of a text, and the outputs need all"
-DIFFERENT_LENGTHS = "inputs have different numbers of tokens, and the outputs need all"
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,6 @@ def segment_of(search: PointSearch, block: AttentionBlock) -> BlockSegment | Tok
     start, first_pin = sums[0], None
     if reads_ids(search, start):
         return TokenPin(start.producer(), str(start.name), TEXT)
-    if not search.fixed(start):
-        return TokenPin(start.producer(), str(start.name), DIFFERENT_LENGTHS)
     for end in reversed(sums[1:]):
         if facts.shape[end] != facts.shape[start]:
             continue
@@ -166,10 +162,10 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
     graph = search.graph
     value, flow = segment.start, exits[-1].flow
     count = (graph.facts.shape[value] or (0, 0))[TOKEN_AXIS]
-    constant = count_constant_tokens(graph.facts, graph.data_dependent, graph.model, count)
-    leading = max([constant, *(k + 1 for k in flow.read_positions)])
-    if leading > max(1, MAX_LEADING_SHARE * count):
-        return TokenPin(value.producer(), str(value.name), f"token {leading - 1} is read at a fixed position")
+    try:
+        leading, protected = find_staying_tokens(search, value, flow.read_positions)
+    except TokenPin as pin:
+        return pin
     producer = value.producer()
     assert producer is not None
     scores = attention_scores_of(graph, segment.block.site, producer, value)
@@ -180,11 +176,12 @@ def span_point(search: PointSearch, segment: BlockSegment, exits: tuple[TokenExi
         leading,
         len(flow.read_positions),
         bool(flow.means),
-        True,
+        search.fixed(value),
         "",
         scores,
         value,
         flow,
         exits,
         segment.block.number / search.blocks,
+        protected,
     )

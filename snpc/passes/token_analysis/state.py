@@ -122,6 +122,9 @@ class TokenGraph:
             self._calls[node] = self.facts.call(node, opset_version(self.model, node.domain))
         return self._calls[node]
 
+    def spec(self, node: ir.Node) -> OpSpec:
+        return lookup(node.domain, node.op_type)
+
     @cached_property
     def positions(self) -> Mapping[ir.Node, int]:
         """Every node's position in the topological order."""
@@ -160,7 +163,7 @@ class TokenNodeContext:
 
     @property
     def spec(self) -> OpSpec:
-        return lookup(self.node.domain, self.node.op_type)
+        return self.graph.spec(self.node)
 
     @property
     def call(self) -> OpCall:

@@ -65,7 +65,7 @@ def stack_rows(rows: Sequence[Row], label: str) -> Chart:
     y = 0.0
     placed: list[ChartShape] = []
     for height, shapes in rows:
-        placed += [shape.lowered(y) for shape in shapes]
+        placed += [shape.moved(0, y) for shape in shapes]
         y += height
     return Chart(CHART_WIDTH, y, label, tuple(placed))
 

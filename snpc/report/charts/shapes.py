@@ -23,17 +23,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Label:
-    """A text at (x, y). ``anchor``: which end of it that is; ``vertical``: rotated to read upwards."""
+    """A text of class ``style`` at (x, y). ``anchor``: which end of it that is."""
 
     shape: ClassVar[str] = "label"
     x: float
     y: float
     text: str
     anchor: str = "start"
-    vertical: bool = False
+    style: str = ""
 
-    def lowered(self, y: float) -> Label:
-        return replace(self, y=self.y + y)
+    def moved(self, x: float, y: float) -> Label:
+        return replace(self, x=self.x + x, y=self.y + y)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Bar:
     style: str
     tooltip: str
 
-    def lowered(self, y: float) -> Bar:
-        return replace(self, y=self.y + y)
+    def moved(self, x: float, y: float) -> Bar:
+        return replace(self, x=self.x + x, y=self.y + y)
 
 
 @dataclass(frozen=True)

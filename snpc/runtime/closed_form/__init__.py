@@ -45,6 +45,7 @@ from snpc.runtime.closed_form.refit_normalizations import (
     normalization_edits,
     without_groups,
 )
+from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
     NotSegmentable,
     check_boundary_types,
@@ -58,9 +59,11 @@ __all__ = [
     "ClosedForms",
     "DenseAlgebra",
     "NotSegmentable",
+    "Regression",
     "approximate_groups",
     "changed_constants",
     "check_boundary_types",
+    "choose_ridge",
     "closed_form_edits",
     "constant_array",
     "current_algebra",

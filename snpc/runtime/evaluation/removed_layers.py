@@ -38,7 +38,7 @@ def compare_in_place(
     removal = analysis.removal
     assert removal is not None
     off = {switch_name(name): np.array(False) for name in removal.names}
-    switched = with_switches(removal.source, removal.sublayers, removal.means)
+    switched = with_switches(removal.source, removal.sublayers, removal.substitutes)
     with temporary_session(switched, execution=execution, optimization="basic") as run:
         expected = [run({**feeds, **off}) for feeds in batches]
     shorter = analysis.traced_graph.model.clone()

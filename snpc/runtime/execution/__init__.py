@@ -69,6 +69,7 @@ from snpc.runtime.execution.runners import (
     Runner,
     import_openvino,
     open_runner,
+    stored_metadata,
 )
 from snpc.runtime.execution.session import (
     MemoryMode,
@@ -154,6 +155,7 @@ __all__ = [
     "save_runnable",
     "session_bytes",
     "sizes_text",
+    "stored_metadata",
     "temporary_session",
     "too_large_reason",
     "track",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -63,6 +64,18 @@ def open_runner(path: Path, *, execution: Execution = DEFAULT_EXECUTION, memory:
     if path.suffix in ENGINE_SUFFIXES:
         raise UserError(f"{path}: engines are not run by this version; time it with trtexec --loadEngine")
     return OnnxRuntimeRunner(path.name, open_session(path, execution=execution, memory=memory))
+
+
+def stored_metadata(path: Path, execution: Execution = DEFAULT_EXECUTION) -> dict[str, str]:
+    """The metadata entries of the model that an .ort or an OpenVINO IR was made of. UserError: it does not load."""
+    if path.suffix == OPENVINO_SUFFIX:
+        try:
+            framework = ElementTree.parse(path).find("rt_info/framework")
+        except (OSError, ElementTree.ParseError) as error:
+            raise UserError(f"{path}: cannot be read as an OpenVINO IR ({error})") from None
+        return {entry.tag: entry.get("value", "") for entry in framework} if framework is not None else {}
+    session = open_session(path, execution=execution, memory="least")
+    return dict(session.get_modelmeta().custom_metadata_map)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from snpc.errors import UserError
 from snpc.passes import Analysis, cost_without, remove_sublayers
-from snpc.passes.sublayers import Means
+from snpc.passes.sublayers import Substitutes
 from snpc.planning import Budget, ResourceTarget, SlicePlan
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import ClosedForms, NotSegmentable, fit_layerwise
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, temporary_session
+from snpc.runtime.sensitivity.layer_maps import fit_layer_maps
 from snpc.runtime.sensitivity.layer_trials import (
     LayerTrialBatch,
     LayerTrials,
@@ -28,7 +29,7 @@ from snpc.runtime.sensitivity.layer_trials import (
     measure_means,
     open_layer_trials,
 )
-from snpc.types import LAYER_ROLE, Cost, FloatArray, Sublayer
+from snpc.types import LAYER_ROLE, Cost, Sublayer
 
 TRIED_AGAIN = 8  # of the sublayers that are left, those whose removal promised least change are tried at each step
 FINALISTS = 4  # of these are tried on all samples
@@ -38,20 +39,48 @@ REFITTED_SETS = 6  # of layers, among which the refitted models decide
 
 @dataclass(frozen=True)
 class LayerCandidates:
-    """Layers that may go. ``means``: name -> [D], of those for which their mean is to stand. ``changes``: name -> the
-    change of the outputs when it alone is gone, on the first samples of ``batches``."""
+    """Layers that may go. ``substitutes``: what is to stand for some of them. ``changes``: name -> the change of the
+    outputs when it alone is gone, on the first samples of ``batches``. ``simpler``: the same where no map stands for a
+    layer; None where that is so."""
 
     analysis: Analysis
     sublayers: Sequence[Sublayer]
-    means: Means
+    substitutes: Substitutes
     changes: Mapping[str, float]
     batches: Sequence[LayerTrialBatch]
+    simpler: LayerCandidates | None = None
 
     def without(self, gone: Collection[str]) -> Analysis:
-        return remove_sublayers(self.analysis, gone, {name: self.means[name] for name in gone if name in self.means})
+        return remove_sublayers(self.analysis, gone, self.standing_for(gone))
+
+    def standing_for(self, gone: Collection[str]) -> Substitutes:
+        return {name: self.substitutes[name] for name in gone if name in self.substitutes}
+
+    def savings(self, gone: Collection[str]) -> tuple[int, int]:
+        """(MACs, parameters) that go with these layers, less those of the maps that stand for them."""
+        graph = self.analysis.sublayer_graph
+        macs, params = graph.savings(gone)
+        reads = {sublayer.name: sublayer.read for sublayer in self.sublayers}
+        shapes = {str(value.name): shape for value, shape in graph.facts.shape.items()}
+        for name, substitute in self.standing_for(gone).items():
+            if substitute.map is not None:
+                batch, tokens, _ = shapes[reads[name]] or (0, 0, 0)
+                macs, params = macs - substitute.map.macs(batch, tokens), params - substitute.map.params
+        return macs, params
+
+    def saving(self, name: str, kind: str) -> float:
+        """MACs, or parameters for any other kind of target."""
+        macs, params = self.savings([name])
+        return float(max(macs if kind == "macs" else params, 1))
+
+    def price(self, name: str, kind: str) -> float:
+        """The change of the outputs per MAC or parameter that is saved."""
+        return max(self.changes[name], 0.0) / self.saving(name, kind)
 
     def change_refitted(self, gone: Collection[str], calibration: Calibration, execution: Execution) -> float:
         """Change of the outputs with these layers gone and the others refitted. Raises NotSegmentable."""
+        if not gone:
+            return 0.0
         shorter = self.without(gone)
         plan = SlicePlan(shorter, "none", {}, {}, "auto")
         fitted = fit_layerwise(ClosedForms.empty(shorter), plan, calibration, execution)
@@ -76,55 +105,93 @@ def remove_layers(
     check_layer_budget(analysis, budget, calibration)
     assert calibration is not None
     found = measure_candidates(analysis, budget, calibration, execution)
-    with open_layer_trials(analysis, found.sublayers, found.means, found.batches, execution) as trials:
-        search = LayerSearch(analysis, budget, trials, dict(found.changes))
+    sets = search_layers(found, budget, execution)
+    if any(layers.maps for layers in sets) and found.simpler is not None:
+        sets |= search_layers(found.simpler, budget, execution)
+    nearest = sorted(sets, key=lambda layers: sets[layers])
+    chosen = nearest[0]
+    if refits:
+        chosen = best_refitted(dict.fromkeys(nearest[:REFITTED_SETS], 0.0), calibration, execution)
+    return chosen.removed()
+
+
+def search_layers(found: LayerCandidates, budget: Budget, execution: Execution) -> dict[LayerSet, float]:
+    """The set that serves the budget and those with one layer exchanged -> the change of the outputs."""
+    with open_layer_trials(found.analysis, found.sublayers, found.substitutes, found.batches, execution) as trials:
+        search = LayerSearch(found, budget, trials, dict(found.changes))
         with execution.progress.stage("layer search", len(found.sublayers)) as advance:
             while not search.is_enough(search.gone):
                 search.take_next()
                 advance(1)
             search.swap()
             search.bring_back()
-        sets = [search.gone, *filter(search.is_enough, search.exchanges())] if refits else [search.gone]
-        sets = sorted(dict.fromkeys(sets), key=trials.change)[:REFITTED_SETS]
-    return found.without(best_refitted(found, dict.fromkeys(sets, 0.0), calibration, execution))
+        sets = [search.gone, *filter(search.is_enough, search.exchanges())]
+        return {LayerSet.of(found, names): trials.change(names) for names in sets}
 
 
-def best_refitted(
-    found: LayerCandidates, sets: Mapping[frozenset[str], float], calibration: Calibration, execution: Execution
-) -> frozenset[str]:
+@dataclass(frozen=True)
+class LayerSet:
+    """Layers that go together, of the ``candidates`` that say what stands for each."""
+
+    candidates: LayerCandidates = field(compare=False)
+    names: frozenset[str]
+    maps: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, candidates: LayerCandidates, names: frozenset[str]) -> LayerSet:
+        standing = candidates.standing_for(names)
+        return cls(candidates, names, frozenset(name for name, s in standing.items() if s.map is not None))
+
+    def removed(self) -> Analysis:
+        return self.candidates.without(self.names)
+
+
+def best_refitted(sets: Mapping[LayerSet, float], calibration: Calibration, execution: Execution) -> LayerSet:
     """Of these sets of layers that with which the outputs change least once the other layers are refitted, and beside
     that by the given amount; the first where that cannot be told. What early layers add can often be made up for."""
     first = next(iter(sets))
     if len(sets) == 1:
         return first
-    changes: dict[frozenset[str], float] = {}
+    changes: dict[LayerSet, float] = {}
     with suppress(NotSegmentable):
-        for gone, beside in execution.track("refitted without layers", sets.items(), len(sets)):
-            changes[gone] = found.change_refitted(gone, calibration, execution) + beside
-    return min(changes, key=lambda gone: changes[gone], default=first)
+        for layers, beside in execution.track("refitted without layers", sets.items(), len(sets)):
+            changes[layers] = layers.candidates.change_refitted(layers.names, calibration, execution) + beside
+    return min(changes, key=lambda layers: changes[layers], default=first)
 
 
 def measure_candidates(
     analysis: Analysis, budget: Budget, calibration: Calibration, execution: Execution = DEFAULT_EXECUTION
 ) -> LayerCandidates:
-    """Try each layer that may go, with its mean in its place and with nothing."""
+    """Try each layer that may go with nothing in its place, with its mean, and with a map where there is one. A map
+    stands where it changes less per MAC or parameter that is saved."""
     sublayers = removable_sublayers(analysis, budget)
     means = measure_means(analysis, sublayers, calibration, execution)
+    maps = fit_layer_maps(analysis, sublayers, calibration, execution)
     batches = layer_trial_batches(analysis, calibration, execution)
-    changes: dict[str, float] = {}
-    better: dict[str, FloatArray] = {}
-    with execution.progress.stage("layer trials", 2 * len(sublayers)) as advance:
-        for kind in (means, {}):
-            with open_layer_trials(analysis, sublayers, kind, batches, execution) as trials:
+    changes: list[dict[str, float]] = []
+    count = 2 * len(sublayers) + len(maps)
+    with execution.progress.stage("layer trials", count) as advance:
+        for substitutes in ({}, means, maps):
+            tried = [s for s in sublayers if not substitutes or s.name in substitutes]
+            with open_layer_trials(analysis, tried, substitutes, batches, execution) as trials:
+                changes.append({})
                 for name in trials.names:
-                    change = trials.screen([name])
-                    if kind is means and name in means:
-                        better[name] = means[name]
-                    elif change <= changes.get(name, change):
-                        better.pop(name, None)
-                    changes[name] = min(change, changes.get(name, change))
+                    changes[-1][name] = trials.screen([name])
                     advance(1)
-    return LayerCandidates(analysis, sublayers, better, changes, batches)
+    nothing, mean, mapped = changes
+    better = {name: means[name] for name, change in mean.items() if change < nothing[name]}
+    simpler = LayerCandidates(analysis, sublayers, better, nothing | {name: mean[name] for name in better}, batches)
+    alternative = replace(simpler, substitutes=maps, changes=mapped)
+    kind = budget.target.kind if budget.target is not None else "macs"
+    cheaper = {name for name in maps if alternative.price(name, kind) < simpler.price(name, kind)}
+    if not cheaper:
+        return simpler
+    return replace(
+        simpler,
+        substitutes={**better, **{name: maps[name] for name in cheaper}},
+        changes={**simpler.changes, **{name: mapped[name] for name in cheaper}},
+        simpler=simpler,
+    )
 
 
 @dataclass
@@ -132,12 +199,16 @@ class LayerSearch:
     """The sublayers that are ``gone`` so far. ``promised``: name -> the change of the outputs that its removal brought
     when it was tried last, beside what had gone before."""
 
-    analysis: Analysis
+    candidates: LayerCandidates
     budget: Budget
     trials: LayerTrials
     promised: dict[str, float]
     gone: frozenset[str] = frozenset()
     costs: dict[frozenset[str], Cost] = field(default_factory=dict)
+
+    @property
+    def analysis(self) -> Analysis:
+        return self.candidates.analysis
 
     @property
     def target(self) -> ResourceTarget:
@@ -146,7 +217,7 @@ class LayerSearch:
 
     def cost(self, gone: frozenset[str]) -> Cost:
         if gone not in self.costs:
-            self.costs[gone] = cost_without(self.analysis, gone)
+            self.costs[gone] = cost_without(self.analysis, gone, self.candidates.standing_for(gone))
         return self.costs[gone]
 
     def is_enough(self, gone: frozenset[str]) -> bool:
@@ -162,11 +233,8 @@ class LayerSearch:
 
     def price(self, name: str, change: float) -> float:
         """The change of the outputs per MAC or parameter that is saved, or by itself for a ratio of layers."""
-        return max(change, 0.0) / (self.saving(name) if self.budget.ratio is None else 1.0)
-
-    def saving(self, name: str) -> float:
-        macs, params = self.analysis.sublayer_graph.savings([name])
-        return float(max(macs if self.target.kind == "macs" else params, 1))
+        saving = self.candidates.saving(name, self.target.kind) if self.budget.ratio is None else 1.0
+        return max(change, 0.0) / saving
 
     def left(self) -> list[str]:
         """Those that have not gone, the least promised price first."""
@@ -237,8 +305,6 @@ def check_layer_budget(analysis: Analysis, budget: Budget, calibration: Calibrat
     if analysis.companions or analysis.model.quantized is not None:
         what = "models that are cut alike" if analysis.companions else "a quantized file that stays quantized"
         raise UserError(f"the role layer is not supported for {what}: leave it out")
-    if analysis.reduction is not None:
-        raise UserError("the role layer and --tokens do not go together: leave out one of them")
     alone = set(budget.roles) == {LAYER_ROLE}
     if budget.limits_quality or (budget.is_latency and alone):
         raise UserError(

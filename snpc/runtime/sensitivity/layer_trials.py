@@ -13,7 +13,7 @@ from snpc.ops import names as op
 from snpc.passes import Analysis
 from snpc.passes.grouping import TracedGraph
 from snpc.passes.slicing import weigh_statistics, weights_name
-from snpc.passes.sublayers import Means, switch_name, with_switches
+from snpc.passes.sublayers import Substitute, Substitutes, switch_name, with_switches
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import OutputMetrics
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, RunFunction, temporary_session
@@ -83,14 +83,14 @@ class LayerTrialBatch:
 def open_layer_trials(
     analysis: Analysis,
     sublayers: Sequence[Sublayer],
-    means: Means,
+    substitutes: Substitutes,
     batches: Sequence[LayerTrialBatch],
     execution: Execution = DEFAULT_EXECUTION,
     weights: Mapping[str, AnyArray] | None = None,
 ) -> Iterator[LayerTrials]:
-    """Trials of these sublayers; the ``means`` stand for those that have one. ``weights``: contents of constants by
-    name, as ``trial_weights`` gives them."""
-    model = with_switches(analysis.traced_graph, sublayers, means)
+    """Trials of these sublayers; the ``substitutes`` stand for those that have one. ``weights``: contents of constants
+    by name, as ``trial_weights`` gives them."""
+    model = with_switches(analysis.traced_graph, sublayers, substitutes)
     set_weights(model, analysis.traced_graph, weights or {})
     with temporary_session(model, execution=execution) as run:
         yield LayerTrials(run, tuple(sublayer.name for sublayer in sublayers), batches)
@@ -138,8 +138,8 @@ def measure_means(
     sublayers: Sequence[Sublayer],
     calibration: Calibration,
     execution: Execution = DEFAULT_EXECUTION,
-) -> dict[str, FloatArray]:
-    """Name -> [D]: the mean over the tokens of the data of what a sublayer adds to a stream [batch, tokens, D].
+) -> dict[str, Substitute]:
+    """Name -> the mean over the tokens of the data of what a sublayer adds to a stream [batch, tokens, D].
     Padded tokens do not count; sublayers of other streams have none."""
     source = analysis.traced_graph
     shapes = {str(value.name): shape for value, shape in source.facts.shape.items()}
@@ -163,7 +163,7 @@ def measure_means(
             for name, array in run({**feeds, **masks(feeds)}).items():
                 totals[name] = totals.get(name, 0.0) + array.astype(np.float64)
     return {
-        sublayer.name: totals[f"snpc_sum_{number}"] / max(float(totals[f"snpc_count_{number}"].sum()), 1.0)
+        sublayer.name: Substitute(totals[f"snpc_sum_{number}"] / max(float(totals[f"snpc_count_{number}"].sum()), 1.0))
         for number, sublayer in enumerate(measured)
     }
 

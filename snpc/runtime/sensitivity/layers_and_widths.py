@@ -3,7 +3,7 @@
 Layers are taken one after the other, as for layers alone. After each, the widths of what is left are allocated to the
 rest of the budget, and the model is run with the layers switched off and the units gone at once. The layers go with
 which the outputs change least; none may be the best. Then layers are exchanged for others while that lowers the change.
-At last the sets that are near are compared with the layers that are kept refitted.
+At last the sets that are near, and none, are compared with the layers that are kept refitted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from snpc.runtime.sensitivity.layer_search import (
     REFITTED_SETS,
     LayerCandidates,
     LayerSearch,
+    LayerSet,
     best_refitted,
     measure_candidates,
 )
@@ -51,15 +52,26 @@ def remove_layers_beside_widths(
     """
     found = measure_candidates(closed_forms.analysis, budget, calibration, execution)
     weights = TrialWeights(closed_forms, scores, groups, SpillableStore(memory_budget(execution.memory_limit) // 4))
-    with open_layer_trials(found.analysis, found.sublayers, found.means, found.batches, execution) as trials:
-        search = LayerSearch(found.analysis, budget, trials, dict(found.changes))
-        together = LayersAndWidths(found, search, weights, scores, groups, execution)
-        with execution.progress.stage("layer search", len(found.sublayers)) as advance:
-            best = together.exchange(together.fewest_changes())
-            advance(len(found.sublayers))
-        if scores.method == "auto" and scores.effort != "quick":
-            best = best_refitted(found, together.near(best), calibration, execution)
-    return found.without(best) if best else found.analysis
+    refits = scores.method == "auto" and scores.effort != "quick"
+    sets: dict[LayerSet, tuple[float, float]] = {}
+    for candidates in (found, found.simpler):
+        if candidates is None or (sets and not any(layers.maps for layers in sets)):
+            continue
+        with open_layer_trials(
+            found.analysis, found.sublayers, candidates.substitutes, found.batches, execution
+        ) as trials:
+            search = LayerSearch(candidates, budget, trials, dict(candidates.changes))
+            together = LayersAndWidths(candidates, search, weights, scores, groups, execution)
+            with execution.progress.stage("layer search", len(found.sublayers)) as advance:
+                best = together.exchange(together.fewest_changes())
+                advance(len(found.sublayers))
+            sets |= together.near(best) if refits else {LayerSet.of(candidates, best): (together.change(best), 0.0)}
+    nearest = sorted(sets, key=lambda layers: sets[layers])
+    chosen = nearest[0]
+    if refits:
+        compared = dict.fromkeys([*nearest[:REFITTED_SETS], *(layers for layers in nearest if not layers.names)])
+        chosen = best_refitted({layers: sets[layers][1] for layers in compared}, calibration, execution)
+    return chosen.removed() if chosen.names else found.analysis
 
 
 @dataclass
@@ -99,13 +111,17 @@ class LayersAndWidths:
             gone = exchanged
         return gone
 
-    def near(self, gone: Layers) -> dict[Layers, float]:
-        """The set and those with another layer in place of one that promise most -> what the widths beside them change
-        more."""
+    def near(self, gone: Layers) -> dict[LayerSet, tuple[float, float]]:
+        """The set, none, and those with another layer in place of one that promise most -> the change, and how much of
+        it the widths beside them add."""
         self.search.gone = gone
-        sets = dict.fromkeys([gone, *sorted(self.search.exchanges(), key=self.promised_change)])
-        found = {s: self.change(s) - self.search.trials.change(s) for s in list(sets)[:REFITTED_SETS]}
-        return {s: beside for s, beside in found.items() if beside < math.inf}
+        sets = dict.fromkeys([gone, Layers(), *sorted(self.search.exchanges(), key=self.promised_change)])
+        changes = {names: self.change(names) for names in list(sets)[:REFITTED_SETS]}
+        return {
+            LayerSet.of(self.found, names): (change, change - self.search.trials.change(names))
+            for names, change in changes.items()
+            if change < math.inf
+        }
 
     def change(self, gone: Layers) -> float:
         """Of the outputs, with these layers gone and the widths cut that the budget then takes."""
@@ -116,7 +132,7 @@ class LayersAndWidths:
                 arrays = self.weights.arrays(widths)
                 layers = [layer for layer in found.sublayers if layer.name in gone]
                 with open_layer_trials(
-                    found.analysis, layers, found.means, found.batches, self.execution, arrays
+                    found.analysis, layers, found.substitutes, found.batches, self.execution, arrays
                 ) as trials:
                     self.changes[gone] = trials.change(gone)
                 self.weights.forget(but=widths)
@@ -161,8 +177,8 @@ class LayersAndWidths:
 
     def share_left(self, gone: Layers) -> float:
         """Of the dense model's MACs, parameters or bytes, without these layers: rows that nobody reads then count."""
-        cost, graph = self.found.analysis.cost, self.found.analysis.sublayer_graph
-        macs, params = graph.savings(gone)
+        cost = self.found.analysis.cost
+        macs, params = self.found.savings(gone)
         if self.search.target.kind == "macs":
             return 1 - (self.found.analysis.dead_macs + macs) / cost.macs
         return 1 - params / cost.params

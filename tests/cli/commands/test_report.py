@@ -34,7 +34,7 @@ def test_a_page_and_a_table(folder: Path) -> None:
     )
     assert code == 0, err
     page = folder / "half-report.html"
-    assert f"page written to {page}" in out and "speed-up" in out and "top-5 accuracy: " in out
+    assert f"written: {page}" in out and "speed-up" in out and "top-5 accuracy: " in out
     assert "What is left of each layer" in page.read_text()
 
 

@@ -155,6 +155,24 @@ def test_two_loads_agree(name: str) -> None:
             np.testing.assert_array_equal(one.units, other.units)
 
 
+@pytest.mark.parametrize("name", ["convnet__ts17", "bert_zero_bias__ts17"])
+def test_a_weight_counts_once(name: str) -> None:
+    """One has a weight [D, D] that reads and writes the stream, the other many biases that are one in the file."""
+    analysis = analysis_of(name)
+    (group,) = [g for g in analysis.groups if g.role == "residual"]
+    constants = analysis.traced_graph.model.graph.initializers
+    expected: dict[int, int] = {}
+    for tensor in {site.tensor for site in group.sites}:
+        array = constants[tensor].const_value
+        assert array is not None
+        inside = np.zeros(array.shape, bool)
+        for site in group.sites:
+            if site.tensor == tensor:
+                inside |= np.expand_dims(site.units >= 0, tuple(k for k in range(inside.ndim) if k != site.axis))
+        expected[id(array)] = int(inside.sum())
+    assert group.params == sum(expected.values()) <= analysis.cost.params
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not EXPORTS[name].dynamic])
 def test_static_and_dynamic_exports_agree(name: str) -> None:
     dynamic = name.rpartition("_static")[0]

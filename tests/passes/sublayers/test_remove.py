@@ -9,7 +9,7 @@ from onnx import helper
 import snpc
 from snpc.errors import UserError
 from snpc.passes import cost_without, remove_sublayers
-from snpc.passes.sublayers import switch_name, with_switches
+from snpc.passes.sublayers import Substitute, TokenMap, maps_tokens, switch_name, with_switches
 from snpc.runtime.execution import temporary_session
 from snpc.types import FloatArray
 from tests.models.residual import WIDTH, linear_layers, random_weights, residual_model
@@ -19,14 +19,13 @@ FAMILIES = ("bert__ts17", "gpt2__dyn20_sdpa", "llama__ts17", "vit_timm__ts17", "
 
 
 def largest_difference(analysis: snpc.Analysis, feeds: dict[str, FloatArray], names: list[str]) -> float:
-    """Between the graph without these sublayers and the oracle; for every second one a constant stands."""
-    shapes = {str(value.name): shape for value, shape in analysis.traced_graph.facts.shape.items()}
-    known = {s.name: s for s in analysis.sublayers}
-    means = {name: np.full((shapes[known[name].branch] or ())[-1], 0.25) for name in names[::2]}
-    without = remove_sublayers(analysis, names, means)
+    """Between the graph without these sublayers and the oracle; a constant stands for every second one, or a map of its
+    tokens where it can."""
+    substitutes = {name: substitute_of(analysis, name) for name in names[::2]}
+    without = remove_sublayers(analysis, names, substitutes)
     assert without.removal is not None and set(without.removal.names) == set(names)
     off = {switch_name(name): np.array(False) for name in names}
-    switched = with_switches(analysis.traced_graph, without.removal.sublayers, means)
+    switched = with_switches(analysis.traced_graph, without.removal.sublayers, substitutes)
     with temporary_session(switched, optimization="basic") as run:
         expected = run({**feeds, **off})
         whole = run({**feeds, **{name: np.array(True) for name in off}})
@@ -34,6 +33,17 @@ def largest_difference(analysis: snpc.Analysis, feeds: dict[str, FloatArray], na
         found = run(feeds)
     assert any(not np.allclose(expected[name], whole[name]) for name in found)  # it does change something
     return max(float(np.abs(expected[name] - found[name]).max()) for name in found)
+
+
+def substitute_of(analysis: snpc.Analysis, name: str) -> Substitute:
+    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    sublayer = next(s for s in analysis.sublayers if s.name == name)
+    added, read = shapes[sublayer.branch], shapes[sublayer.read]
+    constant, rng = np.full(added[-1], 0.25), np.random.default_rng(0)
+    if not maps_tokens(read, added):
+        return Substitute(constant)
+    matrices = (rng.normal(size=shape) for shape in ((read[-1], 3), (3, added[-1]), (2, read[-1], 3)))
+    return Substitute(constant, TokenMap(sublayer.read, *matrices))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -82,12 +92,12 @@ def test_the_stream_in_front_stands_for_the_sum_behind() -> None:
     ]
     analysis = snpc.analyze(snpc.load(residual_model(nodes, random_weights(3))))
     first, second, _ = (s.name for s in analysis.sublayers)
-    for means, end, added in (
+    for constants, end, added in (
         ({}, "s1", None),
-        ({first: np.ones(WIDTH)}, "s1", 1.0),
-        ({first: np.ones(WIDTH), second: 2 * np.ones(WIDTH)}, "s1", 3.0),
+        ({first: Substitute(np.ones(WIDTH))}, "s1", 1.0),
+        ({first: Substitute(np.ones(WIDTH)), second: Substitute(2 * np.ones(WIDTH))}, "s1", 3.0),
     ):
-        removal = remove_sublayers(analysis, [first, second], means).removal
+        removal = remove_sublayers(analysis, [first, second], constants).removal
         assert removal is not None
         found = removal.stands_for("r")
         assert found.summed == end
@@ -103,4 +113,7 @@ def test_what_cannot_go_is_refused() -> None:
         remove_sublayers(analysis, [analysis.sublayers[0].name])
     bert = analysis_of("bert__ts17")
     with pytest.raises(UserError, match=r"3 numbers stand for .*, not 48"):
-        remove_sublayers(bert, [bert.sublayers[0].name], {bert.sublayers[0].name: np.ones(3)})
+        remove_sublayers(bert, [bert.sublayers[0].name], {bert.sublayers[0].name: Substitute(np.ones(3))})
+    narrow = Substitute(np.ones(48), TokenMap(bert.sublayers[0].read, np.ones((3, 2)), np.ones((2, 48))))
+    with pytest.raises(UserError, match=r"the map that stands for .* does not fit"):
+        remove_sublayers(bert, [bert.sublayers[0].name], {bert.sublayers[0].name: narrow})

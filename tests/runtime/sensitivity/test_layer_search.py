@@ -54,7 +54,7 @@ def test_the_mean_stands_for_a_layer_where_that_changes_less(tmp_path: Path) -> 
     assert removal is not None
     fed = np.concatenate([feeds["x"] for feeds in data.batches()]).reshape(-1, WIDTH).mean(0)
     expected = fed @ (0.1 * next(iter(random_weights(1).values())))
-    np.testing.assert_allclose(removal.means[removal.names[0]], expected, rtol=1e-4)
+    np.testing.assert_allclose(removal.substitutes[removal.names[0]].constant, expected, rtol=1e-4)
 
 
 def test_nothing_stands_for_a_layer_whose_mean_is_worse(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_nothing_stands_for_a_layer_whose_mean_is_worse(tmp_path: Path) -> None:
     np.savez(tmp_path / "drifting.npz", x=x)
     data = snpc.load_calibration(tmp_path / "drifting.npz", analysis.model.inputs, batch=80)
     removal = remove_layers(analysis, Budget(ratio=0.5, roles=("layer",)), data).removal
-    assert removal is not None and removal.names and not removal.means
+    assert removal is not None and removal.names and not removal.substitutes
 
 
 def test_as_few_go_as_the_target_takes(tmp_path: Path) -> None:

@@ -6,40 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 
 import snpc
-from snpc.passes import remove_sublayers
 from snpc.pipeline.planner import PlanRequest, measure_widths, plan_of_layers
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.planning import Budget
 from snpc.runtime.execution import DEFAULT_EXECUTION, SpillableStore, temporary_session
-from snpc.runtime.sensitivity.layer_search import LayerSearch, best_refitted, measure_candidates
+from snpc.runtime.sensitivity.layer_search import LayerSearch, LayerSet, best_refitted, measure_candidates
 from snpc.runtime.sensitivity.layer_trials import open_layer_trials, set_weights
 from snpc.runtime.sensitivity.layers_and_widths import LayersAndWidths
 from snpc.runtime.sensitivity.plan_trials import TrialWeights
 from tests.command_line import CALIB, VIT, invoke
+from tests.models.idle import IDLE, write_idle
 
 ROLES = ("qk", "vo", "ffn", "layer")
-IDLE = "blocks.1.attn"
 
 
 @pytest.fixture(scope="module")
 def idle_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits model, in which one attention adds next to nothing."""
-    model, path = onnx.load(VIT), tmp_path_factory.mktemp("idle") / "idle.onnx"
-    analysis = snpc.analyze(snpc.load(VIT))
-    group = next(g for g in analysis.groups if g.id == f"{IDLE}.vo")
-    (consumer,) = analysis.weights[group.id].consumers
-    names = {consumer.weight_slice.tensor, *(v.name for n in consumer.nodes for v in n.inputs if v is not None)}
-    for initializer in model.graph.initializer:
-        if initializer.name in names or initializer.name == f"{IDLE}.proj.bias":
-            array = 0.001 * numpy_helper.to_array(initializer)
-            initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
-    onnx.save(model, path)
-    return path
+    return write_idle(tmp_path_factory.mktemp("idle") / "idle.onnx")
 
 
 def test_an_idle_layer_goes_and_widths_serve_the_rest(idle_layer: Path, tmp_path: Path) -> None:
@@ -70,12 +56,12 @@ def test_a_trial_runs_layers_and_widths_together() -> None:
     found = measure_candidates(analysis, budget, data)
     weights = TrialWeights(measured.closed_forms, measured.scores, measured.groups, SpillableStore(1 << 30))
     gone = frozenset([found.sublayers[2].name])
-    with open_layer_trials(analysis, found.sublayers, found.means, found.batches) as trials:
-        search = LayerSearch(analysis, budget, trials, dict(found.changes))
+    with open_layer_trials(analysis, found.sublayers, found.substitutes, found.batches) as trials:
+        search = LayerSearch(found, budget, trials, dict(found.changes))
         together = LayersAndWidths(found, search, weights, measured.scores, measured.groups, DEFAULT_EXECUTION)
         change, widths = together.change(gone), together.widths(gone)
     assert widths is not None
-    shorter = remove_sublayers(analysis, gone, {name: found.means[name] for name in gone & found.means.keys()})
+    shorter = found.without(gone)
     model = shorter.traced_graph.model.clone()
     set_weights(model, analysis.traced_graph, weights.arrays(widths))
     with temporary_session(model) as run:
@@ -91,14 +77,15 @@ def test_sets_are_compared_as_they_will_be_refitted() -> None:
     data = snpc.load_calibration(CALIB, analysis.model.inputs)
     request = PlanRequest(Budget(ratio=0.25, roles=("layer",)))
     found = measure_candidates(analysis, request.budget, data)
-    sets = [frozenset([name]) for name in sorted(found.changes, key=lambda name: found.changes[name])[:2]]
+    names = sorted(found.changes, key=lambda name: found.changes[name])[:2]
+    sets = [LayerSet.of(found, frozenset([name])) for name in names]
     changes = {}
     for gone in sets:
-        _, source = with_refitted_weights(plan_of_layers(found.without(gone), request, data, DEFAULT_EXECUTION))
+        _, source = with_refitted_weights(plan_of_layers(gone.removed(), request, data, DEFAULT_EXECUTION))
         with temporary_session(source.model.clone()) as run:
             changes[gone] = np.mean([b.metrics.change(b.outputs, run(b.feeds), b.token_masks) for b in found.batches])
-        assert changes[gone] == pytest.approx(found.change_refitted(gone, data, DEFAULT_EXECUTION), rel=1e-3)
-        assert changes[gone] < found.changes[next(iter(gone))]
+        assert changes[gone] == pytest.approx(found.change_refitted(gone.names, data, DEFAULT_EXECUTION), rel=1e-3)
+        assert changes[gone] < found.changes[next(iter(gone.names))]
     least, most = sorted(sets, key=lambda gone: changes[gone])
     for beside, best in ((0.0, least), (2 * changes[most], most)):
-        assert best_refitted(found, {most: 0.0, least: beside}, data, DEFAULT_EXECUTION) == best
+        assert best_refitted({most: 0.0, least: beside}, data, DEFAULT_EXECUTION) == best

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 import snpc
+from snpc.passes.pass_list import ENGINE_PASSES
 from snpc.targets.base import BuildOptions
 from snpc.targets.engines.attention_kernels import attention_kernels, kernel_notes, whole_attentions
 from tests.passes.text_graphs import text_model
@@ -67,7 +68,13 @@ def test_a_rewritten_graph_with_other_outputs_is_not_built(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("snpc.targets.engines.attention_kernels.max_relative", lambda differences: 0.5)
-    built = snpc.build(digits / "half.onnx", "trt", tmp_path / "m.onnx", options=BuildOptions(emit_script=True))
+    seen: list[str] = []
+    execution = snpc.Execution(observer=lambda name, _: seen.append(name))
+    options = BuildOptions(emit_script=True)
+    built = snpc.build(
+        digits / "half.onnx", "trt", tmp_path / "m.onnx", precision="fp16", options=options, execution=execution
+    )
+    assert seen[-2:] == [entry.name for entry in ENGINE_PASSES]
     assert "attention is left as it is: outputs would differ by 5.0e-01" in built.notes
     kinds = [node.op_type for node in onnx.load(built.path).graph.node]
     assert kinds.count("Mul") + kinds.count("Div") > 0
