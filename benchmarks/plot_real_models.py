@@ -1,8 +1,8 @@
 """The picture and the tables of real models, from the stored results: ``python benchmarks/plot_real_models.py``.
 
 Reads ``results/real_models.json``, which ``real_models.py`` writes, ``results/alternatives.json``, which
-``alternatives.py`` writes, and ``results/published.json``, numbers that others publish. Writes
-``docs/_static/real-models-light.svg`` and ``-dark.svg``, and prints the table of the README and those of
+``alternatives.py`` writes, and ``results/published.json``, numbers that others publish.
+Writes ``docs/_static/real-models-light.svg`` and ``-dark.svg``, and prints the table of the README and those of
 docs/real-models.md. A test compares the pages and pictures with the results.
 """
 
@@ -20,11 +20,13 @@ PUBLISHED = HERE / "results" / "published.json"
 ALTERNATIVES = HERE / "results" / "alternatives.json"
 FIGURES = HERE.parent / "docs" / "_static"
 
+NAMES = {"snpc": "{}", "layers": "{}, whole layers too"}  # of the rows of a table, by the way of pruning
 UNITS = {"top1": "top-1", "spearman": "Spearman", "tokens": "tokens right", "perplexity": "perplexity"}
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 62, 170, 72, 56  # of the plot area, to the edges
 LINE = 16  # between two labels
 MIN_ROWS = 4  # of a model in the picture
+EARLY = 0.45  # share of the MACs: lines that end before it have their labels above or below the end
 NOTHING = 0.05  # of the dense model's score: as good as gone
 MOST, LEAST = 1.0, 0.2  # shares of the MACs at the left and right edge
 THEMES: Mapping[str, Mapping[str, str]] = {
@@ -91,19 +93,29 @@ def lines(theme: str, results: Mapping[str, Any]) -> Iterator[str]:
         model = results[name]
         for way, dash, weight in (("snpc", "", "600"), ("selection", "5 4", "400")):
             rows = sorted((row for row in model["rows"] if row["way"] == way), key=lambda row: -row["target"])
-            points = [(x_of(1), y_of(1))]
-            points += [(x_of(share_of_macs(row, model)), y_of(kept_quality(row, model))) for row in rows]
-            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-            yield f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2.5" stroke-dasharray="{dash}"/>'
-            yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in points[1:])
-            if rows and kept_quality(rows[-1], model) < NOTHING:  # the end of the line is among other labels
-                yield text(points[1][0] + 10, points[1][1] - 10, f"{name}, {way}", color, weight=weight)
-            elif rows:
-                labels.append((points[-1][1], f"{name}, {way}", color, weight, points[-1][0]))
+            points = [(share_of_macs(row, model), kept_quality(row, model)) for row in rows]
+            yield from line(points, color, dash)
+            if not rows:
+                continue
+            x, y = x_of(points[-1][0]), y_of(points[-1][1])
+            if points[-1][1] < NOTHING:  # the end of the line is among other labels
+                yield text(x_of(points[0][0]) + 10, y_of(points[0][1]) - 10, f"{name}, {way}", color, weight=weight)
+            elif points[-1][0] > EARLY:  # other lines go on behind its end
+                yield text(x - 6, y - 12 if way == "snpc" else y + 18, f"{name}, {way}", color, weight=weight)
+            else:
+                labels.append((y, f"{name}, {way}", color, weight, x))
     taken = -LINE * 1.0
     for y, words, color, weight, x in sorted(labels):
         taken = max(y + 4, taken + LINE)
         yield text(x + 10, taken, words, color, weight=weight)
+
+
+def line(points: Sequence[tuple[float, float]], color: str, dash: str) -> Iterator[str]:
+    """From the dense model through ``points``, (share of the MACs, share of the score)."""
+    placed = [(x_of(share), y_of(kept)) for share, kept in points]
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in [(x_of(1), y_of(1)), *placed])
+    yield f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2.5" stroke-dasharray="{dash}"/>'
+    yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in placed)
 
 
 def published(theme: Mapping[str, str]) -> Iterator[str]:
@@ -139,17 +151,18 @@ def table(results: Mapping[str, Any], every: bool) -> str:
     for name, model in results.items():
         metric, dense = model["metric"], model["dense"]
         selected = {row["target"]: row for row in model["rows"] if row["way"] == "selection"}
-        for row in (row for row in model["rows"] if row["way"] == "snpc" and (every or row.get("readme"))):
+        shown = [row for row in model["rows"] if row["way"] in NAMES and (every or row.get("readme"))]
+        for row in sorted(shown, key=lambda row: (list(NAMES).index(row["way"]), -row["target"])):
             other = selected.get(row["target"])
             cells = (
-                name,
+                NAMES[row["way"]].format(name),
                 UNITS[metric],
                 score(dense["quality"], metric),
                 score(row["quality"], metric),
                 score(other["quality"], metric) if other else "",
                 f"{100 * share_of_macs(row, model):.0f} %",
                 share(row["params"], dense["params"]) if "params" in row else "",
-                f"{row['speed_up']:.2f} x",
+                f"{row['speed_up']:.2f} x" if "speed_up" in row else "",
             )
             found.append(f"| {' | '.join(cells)} |")
     return "\n".join(found) + "\n"

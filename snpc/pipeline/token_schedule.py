@@ -246,7 +246,7 @@ def prepare_evaluator(analysis: Analysis, calibration: Calibration, execution: E
     metrics = OutputMetrics.of(analysis).for_values(dense[0])
     offline: Mapping[int, tuple[float, ...]] = {}
     with suppress(UserError):  # other methods work without it
-        if has_fixed_token_count(analysis):
+        if has_fixed_token_count(analysis) and not any(point.exits for point in analysis.tokens.points):
             offline = measure_token_relevance(analysis.model.graph, analysis.tokens.points, batches, execution)
     stage = NOT_STORED
     if execution.work is not None:

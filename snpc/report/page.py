@@ -34,7 +34,15 @@ from snpc.report.figures import (
 )
 from snpc.report.format import format_count, format_percent, format_share
 from snpc.report.png import apply_colormap
-from snpc.report.quality_text import MEANINGS, drift_text, perplexity_text, quality_words, score_words, task_text
+from snpc.report.quality_text import (
+    MEANINGS,
+    TASK_METRIC_TEXTS,
+    drift_text,
+    perplexity_text,
+    quality_words,
+    score_words,
+    task_text,
+)
 from snpc.report.render import image_url, render_template
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import BenchResult
@@ -188,7 +196,11 @@ def quality_card(file: FileReport) -> Card:
     if file.task is not None:
         found = file.task
         lost = f"{abs(found.drop):.2g} points {'lost' if found.drop > 0 else 'gained'}"
-        return Card(found.metric, f"{100 * found.after:.4g} %", f"from {100 * found.before:.4g} %, {lost}")
+        return Card(
+            TASK_METRIC_TEXTS.get(found.metric, found.metric),
+            f"{100 * found.after:.4g} %",
+            f"from {100 * found.before:.4g} %, {lost}",
+        )
     for perplexity in (d.perplexity for d in file.differences if d.perplexity is not None):
         note = f"from {perplexity.before:.4g}, now x {perplexity.factor:.3g}"
         return Card("perplexity", f"{perplexity.after:.4g}", note, perplexity_text(perplexity))

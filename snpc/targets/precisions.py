@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 
 from snpc.errors import CheckFailed, UserError
+from snpc.ops import lookup
 from snpc.runtime.evaluation import batch_differences, max_relative, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, first_lines
 from snpc.runtime.io import PROTOBUF_LIMIT, file_bytes, load
@@ -58,6 +59,12 @@ def write_dynamic(weights: str, model: Path, path: Path) -> None:
     quantize_dynamic(str(model), str(path), weight_type=QuantType[weights], extra_options=options)
 
 
+def write_widely_supported(model: Path, path: Path) -> None:
+    """Weights in 8 bits, with sign where there is no convolution: for those not every onnxruntime has such kernels."""
+    convolves = any(lookup(node.domain, node.op_type).windowed for node in load(model).graph.graph)
+    write_dynamic("QUInt8" if convolves else "QInt8", model, path)
+
+
 def write_blocks(model: Path, path: Path) -> None:
     """Weights in 4 bits, in blocks that share a scale."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -84,7 +91,7 @@ def save_quantized(quantizer: Any, path: Path) -> None:
 
 PRECISION_FORMS: Mapping[str, PrecisionForm] = {
     "fp16": PrecisionForm("fp16", write_half, 0.02),
-    "q8": PrecisionForm("quantized", partial(write_dynamic, "QInt8"), 0.25),
+    "q8": PrecisionForm("quantized", write_widely_supported, 0.25),
     "int8": PrecisionForm("int8", partial(write_dynamic, "QInt8"), 0.25),
     "uint8": PrecisionForm("uint8", partial(write_dynamic, "QUInt8"), 0.25),
     "q4": PrecisionForm("q4", write_blocks, 0.75),
@@ -141,6 +148,10 @@ def write_precision(
         difference = max_relative(batch_differences(reference, run_batches(load(path).path, feeds, execution)))
     except UserError as error:
         raise UserError(f"--precisions {precision}: {error}; leave it out") from None
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--precisions {precision}: this onnxruntime has no {error.name}: upgrade it, or leave {precision} out"
+        ) from None
     except Exception as error:  # the quantizers have no exceptions of their own
         raise UserError(f"--precisions {precision}: {model.name} cannot be made so: {first_lines(error)}") from None
     if not difference <= form.tolerance:

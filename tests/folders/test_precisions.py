@@ -122,3 +122,12 @@ def test_a_file_that_says_something_else_is_not_published(tmp_path: Path, monkey
     with pytest.raises(CheckFailed, match=r"out/onnx/model_q4.onnx: its outputs differ by 0.9 .* leave q4 out"):
         snpc.prune_folder(source, tmp_path / "out", ratio=0.5, precisions=("q4",), **MAGNITUDE)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_models_with_convolutions_have_no_sign(tmp_path: Path) -> None:
+    """Not every onnxruntime has kernels for convolutions with signed ones."""
+    snpc.write_example("digits", tmp_path / "digits")
+    model = tmp_path / "digits" / "digits_vit.onnx"
+    folder = snpc.prune_folder(model, tmp_path / "out", ratio=0.5, precisions=("q8",), **MAGNITUDE)
+    assert folder.precisions[0].path.name == "model_quantized.onnx"
+    assert onnx.TensorProto.INT8 not in weight_types(folder.precisions[0].path)

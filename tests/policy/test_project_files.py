@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,19 @@ def test_a_workflow_runs_what_there_is(workflow: Path) -> None:
     for line in lines:
         for script in re.findall(r"\b[\w/]+\.py\b", line):
             assert (ROOT / script).is_file(), f"{workflow.name}: {line}"
+
+
+SCHEMAS = {"vendor.github-workflows": WORKFLOWS, "vendor.github-issue-forms": FORMS}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_github_takes_workflows_and_forms(schema: str, tmp_path: Path) -> None:
+    """By the schemas that are published for them."""
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema]
+    subprocess.run([*check, *SCHEMAS[schema]], check=True, capture_output=True)
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(SCHEMAS[schema][0].read_text().replace("name:", "nmae:", 1))
+    assert subprocess.run([*check, wrong], check=False, capture_output=True).returncode == 1
 
 
 def test_workflows_take_the_versions_of_python_that_are_promised() -> None:

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 import snpc
 from snpc.report.comparison import FileComparison
 from tests.command_line import invoke
+from tests.models.builder_decoders import BuilderDecoder
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 MODEL = DATA / "digits_vit.onnx"
@@ -144,6 +145,26 @@ def test_the_page_says_how_to_make_the_same_file(tmp_path: Path) -> None:
     again.unlink()
     invoke(*shlex.split(made.command.replace(str(first), str(again)))[1:])
     assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_decoder_with_narrower_caches_is_compared_on_empty_ones(tmp_path: Path) -> None:
+    path, half = BuilderDecoder().write(tmp_path / "decoder.onnx"), tmp_path / "half.onnx"
+    snpc.prune(path, half, ratio=0.5, method="select", criterion="magnitude", prune_kv_cache=True)
+    ids = np.random.default_rng(0).integers(0, 20, (8, 12))
+    data = snpc.load_calibration({"input_ids": ids}, snpc.load(path).inputs, samples=8, held_out=0)
+    (file,) = snpc.compare_files(path, [half], calibration=data).files
+    change = norm = 0.0
+    for feeds in data.batches():
+        narrow = {name: array[..., :16] if "past" in name else array for name, array in feeds.items()}
+        (dense,), (own,) = (
+            ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(["logits"], f)
+            for p, f in ((path, feeds), (half, narrow))
+        )
+        change, norm = change + np.square(own - dense).sum(), norm + np.square(dense).sum()
+    (difference,) = file.quality.differences
+    assert difference.output == "logits" and difference.relative == pytest.approx((change / norm) ** 0.5, rel=0.01)
+    with pytest.raises(snpc.UserError, match="its caches are narrower"):
+        snpc.compare_files(path, [half])
 
 
 @pytest.mark.parametrize(

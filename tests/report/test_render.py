@@ -15,7 +15,7 @@ from snpc.report.render import render_template, template_environment
 TEMPLATES = Path(snpc.report.__file__).parent / "templates"
 SHAPES: dict[str, ChartShape] = {
     "line": Line(0, 1, 2, 3, "grid"),
-    "text": Label(4, 5, "<label>", "end", vertical=True),
+    "text": Label(4, 5, "<label>", "end", "title"),
     "rect": Bar(6, 7, 8, -9, "before", "<tooltip>"),
     "polyline": Polyline(((0, 0), (1, 2)), "curve"),
     "circle": Dot(1, 2, 3, "chosen", "dot", drop=9),
@@ -43,6 +43,8 @@ def test_every_shape_is_drawn(tag: str) -> None:
     assert tag in drawn and "label" not in drawn and "tooltip" not in drawn
     if tag == "rect":
         assert drawn["rect"]["height"] == "0.0"  # never negative
+    if tag == "text":
+        assert (drawn["text"]["text-anchor"], drawn["text"]["class"]) == ("end", "title")
     if tag == "polyline":
         assert drawn["polyline"]["points"] == "0.0,0.0 1.0,2.0"
     if tag == "circle":

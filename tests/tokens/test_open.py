@@ -18,6 +18,8 @@ from snpc.graph import choose_dim_sizes
 from snpc.passes.analyze import Analysis
 from snpc.passes.canonicalization.finalize import finalize
 from snpc.pipeline.token_decisions import check_token_reduction, file_decisions, self_deciding_model
+from snpc.pipeline.token_schedule import prepare_evaluator
+from snpc.runtime.execution import DEFAULT_EXECUTION
 from snpc.runtime.io.save import save
 from snpc.tokens import TOKEN_METHODS
 from snpc.tokens.cost import token_cost
@@ -180,6 +182,14 @@ def test_the_numbers_of_tokens_are_told(tmp_path: Path) -> None:
         (9, 4, "copy"),
     ]
     assert isinstance(reduced.traced_graph.model, ir.Model)
+
+
+def test_relevance_is_measured_only_where_tokens_can_be_dropped(tmp_path: Path) -> None:
+    """No method that reads it can bring tokens back."""
+    for encoder, known in ((replace(DENSE, depth=2), False), (Encoder(depth=2), True)):
+        found = analysis(encoder.model(), tmp_path)
+        data = snpc.load_calibration({"x": encoder.feeds(2)["x"]}, found.model.inputs, batch=2)
+        assert bool(prepare_evaluator(found, data, DEFAULT_EXECUTION).offline) == known
 
 
 def test_the_command_line_chooses_spans(tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 
+def parse_given_roles(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[Role, ...] | None:
+    """As ``parse_roles``; None where none are given."""
+    return None if text is None else parse_roles(ctx, param, text)
+
+
 def parse_roles(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Role, ...]:
     """``qk,ffn`` -> ("qk", "ffn"); ``all,layer`` -> ``RANKED_ROLES`` and "layer"; ``none`` -> ()."""
     if text.strip() == "none":

@@ -11,8 +11,10 @@ import click
 from snpc.cli.arguments.calibration import CalibrationArguments, ImageArguments
 from snpc.cli.arguments.group import FILE_PATH, ArgumentGroup, option, subgroup
 from snpc.cli.arguments.metric import METRIC_HELP
+from snpc.cli.arguments.parsers import parse_given_roles
 from snpc.cli.arguments.text import TextArguments
 from snpc.errors import UserError
+from snpc.types import Role
 
 if TYPE_CHECKING:  # these need torch
     from snpc.torch import CheckpointOptions, TrainingOptions
@@ -192,6 +194,13 @@ class ScheduleArguments(ArgumentGroup):
     target: str | None = option(
         "--target", metavar="macs=R", help="With --learn-masks or --schedule: fraction of the MACs to prune to."
     )
+    roles: tuple[Role, ...] | None = option(
+        "--roles",
+        metavar="ROLE,...",
+        callback=parse_given_roles,
+        help="With --learn-masks: what gets a mask, units of these roles as in `snpc prune`, or layer alone: whole "
+        "layers (vib).  [default: qk,vo,ffn]",
+    )
     rounds: int | None = option(
         "--rounds",
         type=click.IntRange(1),
@@ -216,7 +225,9 @@ class ScheduleArguments(ArgumentGroup):
     )
 
     def check_unused(self) -> None:
-        """Refuse options of a schedule without one."""
+        """Refuse options of a schedule without one, and of masks without them."""
+        if self.masks is None and self.roles is not None:
+            raise UserError("--roles is for --learn-masks: cut with `snpc prune`, then finetune")
         used = (self.rounds, self.criterion, self.max_drift, self.max_drop, self.held_out)
         if self.schedule is None and used != (None,) * 5:
             raise UserError(

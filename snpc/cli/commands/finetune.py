@@ -253,6 +253,8 @@ def learn_masks_and_prune(analysis: snpc.Analysis, run: FinetuneRun, pruning: Sc
     from snpc.torch import learn_masks
 
     budget = snpc.Budget(target=parse_target(pruning.target or "macs"))
+    if pruning.roles is not None:
+        budget = replace(budget, roles=pruning.roles)
     with run.progress() as report:
         learned = learn_masks(
             analysis,

@@ -43,7 +43,7 @@ from snpc.folders import (
     single_model_folder,
 )
 from snpc.pipeline import ALL_TOKENS, PruningPlan, Stopwatch, check_labels, groups_json, run_stages
-from snpc.report import format_count
+from snpc.report import PICTURE_SUFFIXES, check_picture, format_count
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import announce
 from snpc.runtime.io import model_files
@@ -71,7 +71,10 @@ class PruneOutput(ArgumentGroup):
     plan_path: Path | None = option("--plan", type=FILE_PATH, help="Also write the plan.")
     json: JsonArguments = subgroup()
     page: Path | None = option(
-        "--report", type=FILE_PATH, metavar="HTML", help="Also write a page with charts: one file that loads nothing."
+        "--report",
+        type=FILE_PATH,
+        metavar="HTML|SVG|PNG",
+        help="Also write a page with charts: one file that loads nothing. Or the charts alone; .png needs snpc[plots].",
     )
     dry_run: bool = option(
         "--dry-run", is_flag=True, help="Score and plan only: show what would be kept, write no model."
@@ -154,6 +157,8 @@ def prune_command(
     calibration.evaluating.check()
     if output.dry_run and output.page is not None:
         raise UserError("--report shows the written file and --dry-run writes none: give one of the two")
+    if output.page is not None and output.page.suffix in PICTURE_SUFFIXES:
+        check_picture(output.page)
     with output_place(model, output) as (model, place):
         if place.folder is not None and place.folder.source.encoder is not None:
             both = PartsCommand(model, planning, calibration, statistics, output, execution, typed)

@@ -11,7 +11,14 @@ Files
 from __future__ import annotations
 
 from snpc.passes.sublayers.find import SublayerGraph
-from snpc.passes.sublayers.remove import SublayerRemoval, switch_name, with_switches, without_sublayers
+from snpc.passes.sublayers.remove import (
+    SublayerRemoval,
+    layer_scale_name,
+    switch_name,
+    with_layer_scales,
+    with_switches,
+    without_sublayers,
+)
 from snpc.passes.sublayers.substitutes import NO_SUBSTITUTES, Substitute, Substitutes, TokenMap, maps_tokens
 
 __all__ = [
@@ -21,8 +28,10 @@ __all__ = [
     "Substitute",
     "Substitutes",
     "TokenMap",
+    "layer_scale_name",
     "maps_tokens",
     "switch_name",
+    "with_layer_scales",
     "with_switches",
     "without_sublayers",
 ]

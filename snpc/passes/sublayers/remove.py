@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from snpc.graph import make_node, opset_version, redirect_uses, replace_graph_output, unused_name
+from snpc.graph import add_constant, make_node, opset_version, redirect_uses, replace_graph_output, unused_name
 from snpc.ops import names as op
 from snpc.passes.canonicalization import EliminateDeadNodes
 from snpc.passes.grouping import TracedGraph
@@ -128,6 +128,28 @@ def with_switches(
         copy.graph.insert_before(node, chosen)
         node.replace_input_with(next(k for k, value in enumerate(node.inputs) if value is branch), chosen.outputs[0])
     return copy
+
+
+def with_layer_scales(source: TracedGraph, sublayers: Iterable[Sublayer]) -> ir.Model:
+    """A copy of the graph in which what each sublayer adds is multiplied by a constant of its own, ones [D] that are
+    called ``layer_scale_name``."""
+    copy, types = source.model.clone(), source.facts.types_by_name
+    shapes = {str(value.name): shape or () for value, shape in source.facts.shape.items()}
+    values = {str(value.name): value for node in copy.graph for value in node.outputs}
+    for sublayer in sublayers:
+        branch, node = values[sublayer.branch], values[sublayer.summed].producer()
+        assert node is not None
+        ones = np.ones(shapes[sublayer.branch][-1], types[sublayer.branch].numpy())
+        factor = add_constant(copy.graph, ones, layer_scale_name(sublayer.name))
+        scaled = make_node(op.MUL, [branch, factor], name=f"{factor.name}_mul")
+        copy.graph.insert_before(node, scaled)
+        node.replace_input_with(next(k for k, value in enumerate(node.inputs) if value is branch), scaled.outputs[0])
+    return copy
+
+
+def layer_scale_name(sublayer: str) -> str:
+    """The constant that what the sublayer of this name adds is multiplied by."""
+    return f"snpc_scale_{sublayer}"
 
 
 def switch_name(sublayer: str) -> str:

@@ -23,14 +23,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Label:
-    """A text of class ``style`` at (x, y). ``anchor``: which end of it that is; ``vertical``: it reads upwards."""
+    """A text of class ``style`` at (x, y). ``anchor``: which end of it that is."""
 
     shape: ClassVar[str] = "label"
     x: float
     y: float
     text: str
     anchor: str = "start"
-    vertical: bool = False
     style: str = ""
 
     def moved(self, x: float, y: float) -> Label:

@@ -26,7 +26,16 @@ Files
 from __future__ import annotations
 
 from snpc.runtime.evaluation.accuracy import EvaluationData, evaluate, measure_task, task_change, task_score
-from snpc.runtime.evaluation.bench import BenchResult, Speedup, TimingProtocol, bench, median_interval, run_rounds
+from snpc.runtime.evaluation.bench import (
+    BenchResult,
+    Speedup,
+    TimingProtocol,
+    bench,
+    is_cache_input,
+    median_interval,
+    narrow_past,
+    run_rounds,
+)
 from snpc.runtime.evaluation.cached_decoding import (
     RunningDecoder,
     cache_bytes_per_token,
@@ -96,6 +105,7 @@ __all__ = [
     "find_language_head",
     "find_selectors",
     "groups_to_time",
+    "is_cache_input",
     "is_task_metric",
     "latency_table",
     "likelihood_gap",
@@ -107,6 +117,7 @@ __all__ = [
     "median_interval",
     "metrics_identity",
     "name_selectors",
+    "narrow_past",
     "parse_task_metric",
     "raise_if_unequal",
     "rounding_tolerance",

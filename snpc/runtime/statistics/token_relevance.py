@@ -148,7 +148,9 @@ class RelevancePropagation:
 def seed_relevance(output: FloatArray) -> FloatArray:
     """One at the largest entry of each sample."""
     flat = output.reshape(len(output), -1)
-    return np.asarray(np.eye(flat.shape[1])[flat.argmax(1)].reshape(output.shape))
+    seed = np.zeros(flat.shape)
+    seed[np.arange(len(flat)), flat.argmax(1)] = 1
+    return seed.reshape(output.shape)
 
 
 def attention_weight_values(model: ir.Model) -> set[ir.Value]:

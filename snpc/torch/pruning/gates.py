@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from snpc.ops import lookup
 from snpc.passes import Analysis
+from snpc.passes.sublayers import layer_scale_name, with_layer_scales
 from snpc.torch.module import GraphModule, WeightTransform
 from snpc.torch.operators import Tensor
-from snpc.types import Group, Model, Site
+from snpc.types import LAYER_ROLE, Group, Model, Site, Sublayer
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,21 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
     return Gate(group, producers, 2.0 if group.role == "qk" else 1.0)
 
 
+def layer_gates(analysis: Analysis, sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
+    """A gate on what each of these layers adds to the stream, in the graph that ``with_layer_scales`` makes: a group of
+    one unit."""
+    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    gates = []
+    for number, layer in enumerate(sublayers):
+        site = Site(layer_scale_name(layer.name), 0, "consume", np.zeros(shapes[layer.branch][-1], np.int64))
+        group = Group(
+            id=layer.name, role=LAYER_ROLE, layer=number, blocks=1, size=1, sites=(site,), probes=(), freedom="select",
+            freedom_reason="a whole layer", macs=layer.macs, params=layer.params,
+        )  # fmt: skip
+        gates.append(Gate(group, (site,), 1.0))
+    return tuple(gates)
+
+
 def is_bias(analysis: Analysis, site: Site) -> bool:
     """Is the constant at a site added to an activation, and nothing else?"""
     users = analysis.traced_graph.model.graph.initializers[site.tensor].uses()
@@ -59,9 +76,13 @@ def is_bias(analysis: Analysis, site: Site) -> bool:
     return all(spec.effect == "add" or spec.kind in ("contraction", "attention") for spec in specs)
 
 
-def canonical_module(analysis: Analysis, watch: Sequence[str] = ()) -> GraphModule:
-    """The canonicalized graph as a module: sites name its constants."""
-    model: Model = replace(analysis.model, graph=analysis.traced_graph.model)
+def canonical_module(
+    analysis: Analysis, watch: Sequence[str] = (), gated_layers: Sequence[Sublayer] = ()
+) -> GraphModule:
+    """The canonicalized graph as a module: sites name its constants. ``gated_layers``: those that ``layer_gates`` is to
+    scale."""
+    graph = with_layer_scales(analysis.traced_graph, gated_layers) if gated_layers else analysis.traced_graph.model
+    model: Model = replace(analysis.model, graph=graph)
     return GraphModule(model, watch=watch)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from snpc.errors import UserError
-from snpc.passes import Analysis
+from snpc.passes import Analysis, cost_without, remove_sublayers
 from snpc.planning import Budget, SlicePlan, UnitScores, check_ranked_streams, groups_to_prune, make_slice_plan
 from snpc.runtime.calibration import Calibration
+from snpc.runtime.sensitivity import removable_sublayers
 from snpc.torch.finetune import FinetuneTask, loss_output_names
-from snpc.torch.pruning.gates import canonical_module, make_gate
+from snpc.torch.pruning.gates import Gate, canonical_module, layer_gates, make_gate
 from snpc.torch.pruning.learned_masks import MaskedModule, make_masks
 from snpc.torch.training import (
     Batch,
@@ -31,7 +33,7 @@ from snpc.torch.training import (
     train,
     wait_for_workers,
 )
-from snpc.types import LAYER_ROLE
+from snpc.types import LAYER_ROLE, Sublayer
 
 MASK_LEARNING_RATE = 0.05  # default for masks
 
@@ -65,8 +67,7 @@ def learn_masks(
     target = budget.target
     if target is None or target.kind != "macs":
         raise UserError("masks are learned under a budget of MACs: give --target macs=R")
-    if LAYER_ROLE in budget.roles:
-        raise UserError("masks are learned for units: leave out the role layer")
+    layers = layers_to_gate(analysis, kind, budget)
     if training.uses_labels or training.layerwise:
         raise UserError(f"masks are learned from the model's own outputs: loss kd or mse, not {training.loss}"
                         + (" with --layerwise" if training.layerwise else ""))  # fmt: skip
@@ -74,13 +75,12 @@ def learn_masks(
         raise UserError("masks are few numbers, and weights do not train with them: leave out --sharded")
     if training.sparsify:
         raise UserError("masks prune whole units, and weights do not train with them: leave out --sparsify")
-    groups = groups_to_prune(analysis, budget)
-    check_ranked_streams(analysis, groups, budget)
+    gates = layer_gates(analysis, layers) if layers else unit_gates(analysis, budget)
     with distributed_worker() as worker:
         masked = MaskedModule(
-            canonical_module(analysis),
-            [make_gate(analysis, g) for g in groups],
-            make_masks(kind, analysis, groups, target.share),
+            canonical_module(analysis, gated_layers=layers),
+            gates,
+            make_masks(kind, analysis, [gate.group for gate in gates], target.share),
         ).to(worker.device)
         task = mask_task(analysis, data, training, masked, worker)
         distillation = distillation_loss(training, task.outputs, (), task.scales)
@@ -104,7 +104,41 @@ def learn_masks(
         )
         kept_macs = float(masked.masks.kept_macs().detach())
     scores = UnitScores(analysis, f"masks:{kind}", masked.masks.scores(), data.samples, comparable=True)
-    return LearnedPlan(make_slice_plan(scores, budget), result, kept_macs)
+    plan = plan_by_layers(scores, layers, budget) if layers else make_slice_plan(scores, budget)
+    return LearnedPlan(plan, result, kept_macs)
+
+
+def unit_gates(analysis: Analysis, budget: Budget) -> Sequence[Gate]:
+    """Gates on the units of the groups that the budget names."""
+    groups = groups_to_prune(analysis, budget)
+    check_ranked_streams(analysis, groups, budget)
+    return [make_gate(analysis, group) for group in groups]
+
+
+def layers_to_gate(analysis: Analysis, kind: str, budget: Budget) -> Sequence[Sublayer]:
+    """The layers that may go whole, where the budget has that role; none otherwise. Raises UserError for other roles
+    beside it, and for other masks than those of VTrans."""
+    if LAYER_ROLE not in budget.roles:
+        return ()
+    if set(budget.roles) != {LAYER_ROLE}:
+        raise UserError("masks are learned for whole layers or for units: give --roles layer alone, or leave it out")
+    if kind != "vib":
+        raise UserError(f"--learn-masks {kind} compares units by their size: for whole layers take vib")
+    return removable_sublayers(analysis, budget)
+
+
+def plan_by_layers(scores: UnitScores, layers: Sequence[Sublayer], budget: Budget) -> SlicePlan:
+    """The plan without the layers that are least important, as many as the target takes. Raises UserError where all of
+    them are too few."""
+    analysis, target = scores.analysis, budget.target
+    assert target is not None
+    importance = {layer.name: float(scores.values[layer.name].sum()) / max(layer.macs, 1) for layer in layers}
+    order = sorted(importance, key=lambda name: importance[name])
+    for count in range(1, len(order) + 1):
+        if cost_without(analysis, order[:count]).macs <= target.share * analysis.cost.macs:
+            shorter = remove_sublayers(analysis, order[:count])
+            return SlicePlan(shorter, scores.criterion, budget.to_options(), {}, "select")
+    raise UserError(f"target {target} cannot be reached: with all layers gone that can go, more is left")
 
 
 def mask_task(

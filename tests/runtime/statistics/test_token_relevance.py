@@ -24,6 +24,7 @@ from snpc.runtime.statistics.token_relevance import (
     downstream_values,
     feed_dim_sizes,
     measure_token_relevance,
+    seed_relevance,
 )
 from snpc.tokens.methods import ONLINE_WEIGHT, blend_scores
 from snpc.tokens.reduction import reduce_tokens
@@ -179,3 +180,10 @@ def test_plans_hold_the_scores(tmp_path: Path) -> None:
     assert Path(again).read_bytes() == Path(out).read_bytes()
     made = CliRunner().invoke(main, ["prune", model, *flags[:-2], "-o", out])
     assert made.exit_code == 2 and "give --calib" in made.output + (made.stderr or "")
+
+
+def test_relevance_starts_at_the_largest_entry_of_an_output_of_any_size() -> None:
+    output = np.zeros((2, 300, 1000))
+    output[0, 7, 11], output[1, 299, 999] = 3, 0.1
+    seed = seed_relevance(output)
+    assert np.argwhere(seed).tolist() == [[0, 7, 11], [1, 299, 999]] and seed.sum() == 2

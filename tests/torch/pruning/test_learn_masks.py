@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
 from snpc.cli import main  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
+from snpc.passes import remove_sublayers  # noqa: E402
 from snpc.torch import TrainingOptions  # noqa: E402
-from snpc.torch.pruning.gates import canonical_module, make_gate  # noqa: E402
+from snpc.torch.pruning.gates import apply_gates, canonical_module, layer_gates, make_gate  # noqa: E402
 from snpc.torch.pruning.learned_masks import MASK_METHODS, MaskedModule, make_masks  # noqa: E402
+from tests.models.idle import IDLE, write_idle  # noqa: E402
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
 VIT, CALIB = DATA / "digits_vit.onnx", DATA / "calib.npz"
@@ -125,6 +128,32 @@ def test_the_command_cuts_and_writes_the_plan(tmp_path: Path) -> None:
     assert again.criterion == "masks:vib" and again.keep
 
 
+def test_vib_finds_the_layer_that_adds_nothing(tmp_path: Path) -> None:
+    idle = write_idle(tmp_path / "idle.onnx")
+    words = ["finetune", idle, "--teacher", idle, "--data", CALIB, "--samples", 48, "--batch", 16, "--steps", 30]
+    words += ["--learn-masks", "vib", "--roles", "layer", "--target", "macs=0.74", "--lr", 0.05]
+    main([str(w) for w in (*words, "-o", tmp_path / "cut.onnx", "--json", tmp_path / "r.json")], standalone_mode=False)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [layer["name"] for layer in report["layers"]] == [IDLE]
+    assert report["macs"]["after"] <= 0.74 * report["macs"]["before"]
+
+
+def test_a_gate_on_a_layer_is_its_removal() -> None:
+    """With the factor at one the module is the model, at zero the graph without the layer."""
+    analysis = snpc.analyze(snpc.load(VIT))
+    layers = [s for s in analysis.sublayers if s.removable]
+    gates = layer_gates(analysis, layers)
+    module = canonical_module(analysis, gated_layers=layers)
+    feeds = {"image": torch.from_numpy(np.load(CALIB)["image"][:4])}
+    factors = {gate.group.id: torch.ones(1, 1) for gate in gates}
+    with torch.no_grad(), apply_gates(module, gates, factors):
+        torch.testing.assert_close(module(feeds), canonical_module(analysis)(feeds))
+    factors[layers[2].name] = torch.zeros(1, 1)
+    with torch.no_grad(), apply_gates(module, gates, factors):
+        without = canonical_module(remove_sublayers(analysis, [layers[2].name]))
+        torch.testing.assert_close(module(feeds), without(feeds), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kind", "target", "training", "message"),
     [
@@ -139,3 +168,20 @@ def test_what_masks_cannot_do_is_refused(
     data = snpc.load_calibration(CALIB, planted.model.inputs, samples=8)
     with pytest.raises(UserError, match=message):
         snpc.torch.learn_masks(planted, data, kind, snpc.Budget(target=target), training=training)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles", "target", "message"),
+    [
+        ("vib", ("layer", "ffn"), "macs=0.5", "give --roles layer alone"),
+        ("psp", ("layer",), "macs=0.5", "for whole layers take vib"),
+        ("vib", ("layer",), "macs=0.0001", "cannot be reached: with all layers gone"),
+    ],
+)
+def test_layers_that_masks_cannot_take_are_refused(
+    kind: str, roles: tuple[snpc.types.Role, ...], target: str, message: str, planted: snpc.Analysis
+) -> None:
+    data = snpc.load_calibration(CALIB, planted.model.inputs, samples=8)
+    budget = snpc.Budget(target=target, roles=roles)
+    with pytest.raises(UserError, match=message):
+        snpc.torch.learn_masks(planted, data, kind, budget, training=TrainingOptions(steps=1, batch=4, lr=0.05))
