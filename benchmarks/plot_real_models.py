@@ -162,7 +162,7 @@ def table(results: Mapping[str, Any], every: bool) -> str:
                 score(other["quality"], metric) if other else "",
                 f"{100 * share_of_macs(row, model):.0f} %",
                 share(row["params"], dense["params"]) if "params" in row else "",
-                f"{row['speed_up']:.2f} x",
+                f"{row['speed_up']:.2f} x" if "speed_up" in row else "",
             )
             found.append(f"| {' | '.join(cells)} |")
     return "\n".join(found) + "\n"

@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import csv
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,16 @@ def outputs(path: Path, feeds: Mapping[str, Array], batch: int = BATCH) -> Itera
 
 
 def quality(path: Path, metric: str, feeds: Mapping[str, Array], labels: Array | None) -> float:
-    right = total = surprise = 0.0
     batch = 1 if metric == "perplexity" else BATCH  # a row of logits per token is large where the vocabulary is
-    for part, logits in outputs(path, feeds, batch):
+    return quality_of(outputs(path, feeds, batch), metric, feeds, labels)
+
+
+def quality_of(
+    found: Iterable[tuple[slice, Array]], metric: str, feeds: Mapping[str, Array], labels: Array | None
+) -> float:
+    """``found``: ``outputs`` of a model."""
+    right = total = surprise = 0.0
+    for part, logits in found:
         if metric == "perplexity":
             truth = next(iter(feeds.values()))[part][:, 1:]
             logits = logits[:, :-1]

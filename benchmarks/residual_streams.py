@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality import METRICS, add_data_arguments, evaluation, numbers, outputs, quality
+from quality import METRICS, add_data_arguments, evaluation, numbers, outputs, quality_of
 
 import snpc
 from snpc.types import StreamBasis
@@ -29,10 +29,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 WAYS = ("rotated", "channels", "with the stream", "without it")
 
 
-def divergence(dense: Path, pruned: Path, feeds: Mapping[str, Array]) -> float:
+def divergence(dense: Sequence[tuple[slice, Array]], pruned: Sequence[tuple[slice, Array]]) -> float:
     """The Kullback-Leibler divergence of the first output from the dense model's, mean over its rows, in nats."""
     total = rows = 0.0
-    for (_, before), (_, after) in zip(outputs(dense, feeds), outputs(pruned, feeds), strict=True):
+    for (_, before), (_, after) in zip(dense, pruned, strict=True):
         p, q = (values - np.logaddexp.reduce(values, axis=-1, keepdims=True) for values in (before, after))
         total += float((np.exp(p) * (p - q)).sum())
         rows += p.size / p.shape[-1]
@@ -87,7 +87,8 @@ def main() -> None:
     shaped = {"images": images} if Path(options.calib).is_dir() else {}
     calibration = snpc.load_calibration(options.calib, inputs, samples=options.calib_samples, **shaped)
     feeds, labels = evaluation(options, analysis.model)
-    print(f"dense: {quality(options.model, options.metric, feeds, labels):.2f} ({options.metric})", flush=True)
+    dense = list(outputs(options.model, feeds))
+    print(f"dense: {quality_of(dense, options.metric, feeds, labels):.2f} ({options.metric})", flush=True)
     print("| target | stream | kept: loss | MACs | " + options.metric + " | KL | s |", flush=True)
     print("|---|---|---|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,8 +97,9 @@ def main() -> None:
             for what, made, known in plans(analysis, calibration, target, options):
                 result = snpc.apply(made, Path(folder) / "cut.onnx")
                 seconds = time.perf_counter() - start
-                found = quality(result.path, options.metric, feeds, labels)
-                away = divergence(options.model, result.path, feeds)
+                pruned = list(outputs(result.path, feeds))
+                found = quality_of(pruned, options.metric, feeds, labels)
+                away = divergence(dense, pruned)
                 share = result.after.macs / result.before.macs
                 print(
                     f"| {target} | {what} | {known} | {share:.3f} | {found:.2f} | {away:.3f} | {seconds:.0f} |",

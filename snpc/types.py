@@ -314,7 +314,8 @@ class StreamBasis:
 
     ``channels``, ``rotation``: [size + 1], the share of what the weights behind its normalizations read that is lost,
     after a refit, by the width that is kept: of the best channels, and of principal directions. Empty where the stream
-    cannot be rotated, for ``reason``. ``rotated``: is it? ``digest``: of the basis.
+    cannot be rotated, for ``reason``. ``rotated``: is it? ``digest``: of the basis. ``norms``: how many normalizations
+    weights read it behind.
     """
 
     group: str
@@ -324,6 +325,7 @@ class StreamBasis:
     channels: tuple[float, ...] = field(default=(), repr=False)
     rotation: tuple[float, ...] = field(default=(), repr=False)
     digest: str = ""
+    norms: int = 0
 
 
 SublayerKind = Literal["attention", "feed-forward", "convolution"]

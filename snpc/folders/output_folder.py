@@ -12,7 +12,16 @@ from typing import Any
 from snpc.errors import CheckFailed, UserError
 from snpc.folders.forms import conversion_command
 from snpc.folders.generation import check_generation
-from snpc.folders.model_folder import CONFIGS, GENAI_CONFIG, ONNX_FOLDER, ModelFolder, files_of, read_json
+from snpc.folders.model_folder import (
+    CONFIGS,
+    GENAI_CONFIG,
+    ONNX_FOLDER,
+    USUAL_NAME,
+    ModelFolder,
+    files_of,
+    is_part,
+    read_json,
+)
 from snpc.folders.parts import WholeVerdict
 from snpc.folders.runtime_config import updated_config, width_changes
 from snpc.passes.quantization import quantized_operators
@@ -103,7 +112,10 @@ class OutputFolder:
 
     def place(self, model: Path) -> Path:
         """Where a model, or a file of its weights, goes in the folder: where it was, or into ``onnx``, where
-        transformers.js looks for models and their precisions."""
+        transformers.js looks for models and their precisions. One model that is no part of another gets the name that
+        tools look for."""
+        if self.source.alone and not self.source.companions and not is_part(model):
+            return Path(ONNX_FOLDER) / USUAL_NAME
         moves = (self.precisions or self.source.alone) and model.parent == Path()
         return Path(ONNX_FOLDER) / model if moves else model
 

@@ -46,9 +46,10 @@ def prune_folder(
     has a genai_config.json, which says their width (``prune_kv_cache=False`` keeps them).
 
     ``folder`` may be a model file: then what tools read beside it goes with it (config.json, the tokenizer), and the
-    model becomes ``onnx/model.onnx``, under its own name. ``precisions``: at which the pruned models are written, too,
-    in the names of transformers.js: "fp16", "q8" (``model_quantized.onnx``), "int8", "uint8", "q4", "q4f16", "bnb4";
-    models lie in ``onnx`` then. Each file is run, and its outputs are compared (``PrunedFolder.precisions``).
+    model becomes ``onnx/model.onnx``; one part of several keeps its name. ``precisions``: at which the pruned models
+    are written, too, in the names of transformers.js: "fp16", "q8" (``model_quantized.onnx``), "int8", "uint8", "q4",
+    "q4f16", "bnb4"; models lie in ``onnx`` then. Each file is run and compared
+    (``PrunedFolder.precisions``).
 
     Encoder and decoder are cut one after the other, each by what ``options`` say of its own units, MACs or outputs.
     ``calibration`` has the encoder's inputs and ``decoder_input_ids``; the decoder is fitted to the states of the

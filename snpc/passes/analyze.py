@@ -175,9 +175,10 @@ class Analysis:
         return 1 - self.saved_before(kind) / float(max(getattr(self.cost, kind), 1))
 
     def stream_loss(self, group: Group) -> FloatArray | None:
-        """[size + 1]: what a rotated residual stream loses by its width; None of any other group."""
-        losses = (s.rotation for s in self.stream_bases if s.rotated and s.group == group.id)
-        return next((np.array(loss) for loss in losses), None)
+        """[size + 1]: what a rotated residual stream loses by its width, added up over its normalizations, so that a
+        layer that loses all of what it reads counts 1; None of any other group."""
+        losses = (s.norms * np.array(s.rotation) for s in self.stream_bases if s.rotated and s.group == group.id)
+        return next(losses, None)
 
     def group(self, name: str) -> Group:
         """The group with this id."""

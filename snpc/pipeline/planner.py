@@ -28,6 +28,7 @@ from snpc.planning import (
     ResourceTarget,
     SlicePlan,
     UnitScores,
+    allocate_widths,
     check_ranked_streams,
     groups_to_prune,
     make_slice_plan,
@@ -36,6 +37,7 @@ from snpc.planning import (
     plan_outlook,
     plan_to_json,
     prunes_kv_cache,
+    saved_at,
     select_units,
     token_reduction_in,
     with_planned_entries,
@@ -131,6 +133,8 @@ class PruningPlan:
     execution: Execution = DEFAULT_EXECUTION
     dense_values: DenseValues | None = field(default=None, repr=False)
     """What the layer-wise fit reads of the dense model, measured along with the statistics on ``calibration``."""
+    layer_planner: LayerPlanner | None = field(default=None, repr=False, compare=False)
+    """Makes plans for a limit of quality where layers go; ``scores`` and ``groups`` have all layers then."""
 
     @property
     def analysis(self) -> Analysis:
@@ -266,7 +270,7 @@ def make_plan(
         return plan_widths(analysis, request, calibration, statistics, execution)
     check_layer_budget(analysis, budget, calibration)
     alone = set(budget.roles) == {LAYER_ROLE}
-    if not alone and budget.target is not None:
+    if not alone and budget.ratio is None:
         return plan_layers_and_widths(analysis, request, calibration, statistics, execution)
     method = request.method or default_method(calibration, request.criterion is None)
     refits = method == "auto" and request.effort != "quick"
@@ -284,13 +288,24 @@ def plan_layers_and_widths(
     statistics: Statistics | None,
     execution: Execution,
 ) -> PruningPlan:
-    """The plan for a target that layers and widths serve together: widths are measured with all layers, to decide which
-    layers go, and again without those."""
+    """The plan for a target or a limit of quality that layers and widths serve together: widths are measured with all
+    layers, to decide which layers go, and again without those."""
     measured = measure_widths(analysis, replace(request, full_curves=True), calibration, statistics, execution)
+    assert calibration is not None
+    if request.budget.limits_quality:
+        planner = LayerPlanner(measured, request, calibration, execution)
+        guess = planner.plan_for(allocate_widths(measured.groups, measured.scores, request.budget))
+        return replace(guess, scores=measured.scores, groups=tuple(measured.groups), layer_planner=planner)
+    return plan_beside_layers(measured, request, calibration, execution)
+
+
+def plan_beside_layers(
+    measured: WidthMeasurement, request: PlanRequest, calibration: Calibration, execution: Execution
+) -> PruningPlan:
+    """The plan for a target. ``measured``: of the model with all its layers."""
     target = target_in_macs(request.budget, measured.scores)
     budget = replace(request.budget, target=target)
-    assert calibration is not None
-    data = with_token_decisions(analysis, calibration, execution) or calibration
+    data = measured.calibration or calibration
     with using_algebra(execution.algebra):
         shorter = remove_layers_beside_widths(
             measured.closed_forms, measured.scores, data, measured.groups, budget, execution=execution
@@ -348,6 +363,31 @@ class WidthMeasurement:
             execution,
             self.dense,
         )
+
+
+@dataclass(frozen=True)
+class LayerPlanner:
+    """Plans of layers and widths for a limit of quality, from one measurement of the model with all its layers."""
+
+    measured: WidthMeasurement
+    request: PlanRequest
+    calibration: Calibration
+    execution: Execution
+    plans: dict[float, PruningPlan] = field(default_factory=dict, repr=False, compare=False)
+
+    def plan_for(self, widths: Mapping[str, int]) -> PruningPlan:
+        """The plan that leaves as many MACs as these ``widths`` alone, by group id."""
+        scores, budget = self.measured.scores, self.request.budget
+        macs, whole = ResourceTarget("macs", 1.0), scores.analysis.cost.macs
+        left = scores.analysis.share_left("macs") - saved_at(widths, scores, self.measured.groups, macs) / whole
+        share = min(round(left, 9), 1.0)
+        if share not in self.plans:
+            aim = replace(budget, max_drift=None, max_ppl=None, max_drop=None, target=replace(macs, share=share))
+            request = replace(self.request, budget=aim)
+            plan = plan_beside_layers(self.measured, request, self.calibration, self.execution)
+            slices = replace(plan.slices, options={**budget.to_options(), "effort": request.effort})
+            self.plans[share] = replace(plan, slices=slices, budget=budget)
+        return self.plans[share]
 
 
 def measure_widths(

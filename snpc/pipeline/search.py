@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,13 +83,18 @@ class PlanSearch:
 
     def write(self, path: AllocationPath, steps: int) -> CandidateModel:
         """The plan after so many steps, as a verified file."""
-        slices = select_units(self.scores, self.budget, path.widths_after(steps))
+        plan = self.plan_after(path.widths_after(steps))
         turn = self.folder / str(len(self.tried) + 1)
         turn.mkdir()
-        plan = replace(self.plan, slices=slices)
         candidate = write_candidate(plan, turn / self.target.name, self.stopwatch, self.reference)
         self.reference = candidate.reference  # the original is run once
         return candidate
+
+    def plan_after(self, widths: Mapping[str, int]) -> PruningPlan:
+        """The plan with these widths, or where layers go too, that of the same MACs."""
+        if self.plan.layer_planner is not None:
+            return self.plan.layer_planner.plan_for(widths)
+        return replace(self.plan, slices=select_units(self.scores, self.budget, widths))
 
     def record(self, candidate: CandidateModel, predicted: float, measured: float, limit: float) -> float:
         """Keep a candidate within the limit (a later one is nearer to it), delete any other."""

@@ -15,7 +15,7 @@ from typing import get_args
 from snpc.errors import UserError
 from snpc.passes import Analysis
 from snpc.pipeline.planner import PlanRequest, check_effort, default_method, needs_loss_curves
-from snpc.pipeline.token_request import AUTO_TOKENS, effective_token_request
+from snpc.pipeline.token_request import AUTO_TOKENS, effective_token_request, without_layers
 from snpc.pipeline.token_schedule import SCHEDULE_SAMPLES, TOKEN_SAVING_SHARES, curve_effort
 from snpc.planning import Effort, PruningMethod, SlicePlan, groups_to_prune
 from snpc.runtime.batches import StreamedModel, open_file
@@ -61,10 +61,13 @@ def run_stages(
     roles = request.budget.roles if request is not None else ()
     stages: list[StageCost] = []
     if effective_token_request(tokens, analysis, calibration, target, roles) == AUTO_TOKENS:
-        stages += token_stages(analysis, calibration, request)
+        stages += token_stages(analysis, calibration, without_layers(request) if request is not None else None)
     if request is not None:
         stages += planning_stages(analysis, calibration, request)
-    return stages + (writing_stages(calibration, request) if writes else [])
+    if not writes:
+        return stages
+    again = layer_stages(analysis, calibration, request) if request is not None and plans_again(request) else []
+    return stages + writing_stages(calibration, request, sum(cost for _, cost in again))
 
 
 def effort_costs(
@@ -146,29 +149,39 @@ def planning_stages(
 
 
 def stages_with_layers(analysis: Analysis, calibration: Calibration, request: PlanRequest) -> list[StageCost]:
-    """Whole layers are tried one by one, and then a few of them at each step. A target that widths serve too has them
-    measured before and after."""
+    """A target or a limit that widths serve too has them measured with all layers before."""
+    shared = request.budget.ratio is None and set(request.budget.roles) != {LAYER_ROLE}
+    before = planning_stages(analysis, calibration, without_layers(request), True) if shared else []
+    return before + layer_stages(analysis, calibration, request)
+
+
+def layer_stages(analysis: Analysis, calibration: Calibration, request: PlanRequest) -> list[StageCost]:
+    """Whole layers are tried one by one, and then a few of them at each step. Then widths are measured without those
+    that go."""
     trial = min(LAYER_SAMPLES / max(calibration.samples, 1), 1.0)
     singles = 2 * len(removable_sublayers(analysis, request.budget))
     layers = [("layer means", 1.0), ("layer trials", trial * singles), ("layer search", trial * singles)]
     if method_of(calibration, request) == "auto" and request.effort != "quick":
         layers.append(("refitted without layers", REFITTED_SETS * LAYERS_PASSES))
-    roles = tuple(role for role in request.budget.roles if role != LAYER_ROLE)
-    if not roles:
+    if set(request.budget.roles) == {LAYER_ROLE}:
         return layers
-    widths = replace(request, budget=replace(request.budget, roles=roles))
-    before = planning_stages(analysis, calibration, widths, True) if request.budget.target is not None else []
-    return before + layers + planning_stages(analysis, calibration, widths)
+    return layers + planning_stages(analysis, calibration, without_layers(request))
 
 
-def writing_stages(calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:
-    """The stages of ``apply``."""
+def plans_again(request: PlanRequest) -> bool:
+    """Is each candidate for a limit of quality planned anew, because layers go?"""
+    return LAYER_ROLE in request.budget.roles and request.budget.limits_quality
+
+
+def writing_stages(calibration: Calibration, request: PlanRequest | None, planning: float = 0.0) -> list[StageCost]:
+    """The stages of ``apply``. ``planning``: the cost of a plan, where each candidate but the first has a new one."""
     method = method_of(calibration, request) if request is not None else "select"
     fitted = [("layers", LAYERS_PASSES)] if method == "auto" else []
     stages = [*fitted, *verification_stages(calibration)]
     if request is None or not (request.budget.limits_quality or request.budget.is_latency):
         return stages
-    return [("search", SEARCH_CANDIDATES * sum(cost for _, cost in stages))]
+    written = SEARCH_CANDIDATES * sum(cost for _, cost in stages)
+    return [("search", written + (SEARCH_CANDIDATES - 1) * planning)]
 
 
 def completion_stages(slices: SlicePlan, calibration: Calibration) -> list[StageCost]:

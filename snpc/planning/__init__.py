@@ -63,7 +63,7 @@ from snpc.planning.provenance import (
     target_text,
     write_provenance,
 )
-from snpc.planning.savings import savings_by_width
+from snpc.planning.savings import saved_at, savings_by_width
 
 __all__ = [
     "DEFAULT_ROLES",
@@ -103,6 +103,7 @@ __all__ = [
     "prunes_kv_cache",
     "pruning_provenance",
     "read_provenance",
+    "saved_at",
     "savings_by_width",
     "select_units",
     "target_text",

@@ -129,5 +129,5 @@ def test_weights_of_models_with_convolutions_have_no_sign(tmp_path: Path) -> Non
     snpc.write_example("digits", tmp_path / "digits")
     model = tmp_path / "digits" / "digits_vit.onnx"
     folder = snpc.prune_folder(model, tmp_path / "out", ratio=0.5, precisions=("q8",), **MAGNITUDE)
-    assert folder.precisions[0].path.name == "digits_vit_quantized.onnx"
+    assert folder.precisions[0].path.name == "model_quantized.onnx"
     assert onnx.TensorProto.INT8 not in weight_types(folder.precisions[0].path)

@@ -108,7 +108,7 @@ def test_a_wrong_removal_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         (("--ratio", 0.25), "give --calib"),
         (("--target", "macs=0.7", "--calib", CALIB, "--tokens", "auto"), "give --roles all,layer"),
-        (("--max-drift", 0.1, "--calib", CALIB), "needs --ratio R, or --target"),
+        (("--max-drift", 0.1, "--calib", CALIB), "limits of quality take roles of widths"),
     ],
 )
 def test_requests_that_are_refused(words: tuple[object, ...], said: str) -> None:

@@ -65,3 +65,18 @@ def test_costs_are_those_of_the_file(idle: Path, tmp_path: Path) -> None:
     plan = snpc.SlicePlan(shorter, "none", {}, {})
     after = snpc.apply(snpc.PruningPlan(plan), tmp_path / "cut.onnx").after
     assert after.macs == shorter.cost.macs - shorter.dead_macs
+
+
+@pytest.mark.slow
+def test_layers_go_within_a_limit_of_quality(idle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snpc.pipeline.search.SEARCH_ROUNDS", 3)
+    data = snpc.load_calibration(CALIB, snpc.load(idle).inputs, samples=32)
+    result = snpc.prune(
+        idle, tmp_path / "cut.onnx", calibration=data, roles=("ffn", "layer"), max_drift=0.01, tokens="none"
+    )
+    removal, search = result.plan.analysis.removal, result.search
+    assert removal is not None and IDLE in removal.names
+    assert search is not None and search.kind == "drift" and len(search.tried) <= 3
+    assert result.quality.drift == search.reached <= 0.01
+    assert result.after.macs < 0.9 * result.before.macs
+    assert result.plan.options["max_drift"] == 0.01 and "target" not in result.plan.options

@@ -75,7 +75,9 @@ def seconds_text(seconds: float) -> str:
 def announce_plan(plan: PruningPlan, typed: TypedCommand) -> None:
     """One line that says what goes, before anything is refitted or written; a warning where it is a cliff."""
     outlook = plan.outlook
-    parts = [f"tokens: {tokens_text(plan)}"]
+    parts, removal = [f"tokens: {tokens_text(plan)}"], plan.analysis.removal
+    if removal is not None:
+        parts.append(f"layers: {', '.join(removal.names)} go")
     if outlook is not None:
         drift = (
             f", predicted drift {outlook.drift:.2g} (thought safe up to {outlook.limit:.2g})" if outlook.drift else ""

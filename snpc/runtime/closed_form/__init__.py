@@ -39,7 +39,12 @@ from snpc.runtime.closed_form.fit import (
 )
 from snpc.runtime.closed_form.layerwise import fit_layerwise
 from snpc.runtime.closed_form.masked_weights import changed_constants, constant_array, edited_constants, trial_weights
-from snpc.runtime.closed_form.refit_normalizations import approximate_groups, fit_normalizations, without_groups
+from snpc.runtime.closed_form.refit_normalizations import (
+    approximate_groups,
+    fit_normalizations,
+    normalization_edits,
+    without_groups,
+)
 from snpc.runtime.closed_form.ridge import Regression, choose_ridge
 from snpc.runtime.closed_form.stages import (
     NotSegmentable,
@@ -69,6 +74,7 @@ __all__ = [
     "fit_parallel",
     "in_rotated_order",
     "missing_statistics",
+    "normalization_edits",
     "register_algebra",
     "residual_error_values",
     "residual_sums",

@@ -59,13 +59,21 @@ def fit_normalizations(
 
     ``source``: the analyzed model, or the same with other weights fitted. Statistics are those of the analyzed model.
     """
+    batches = execution.track("normalizations", calibration.batches(), len(calibration.batch_plan))
+    edits = normalization_edits(source, plan, batches, execution)
+    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
+
+
+def normalization_edits(
+    source: TracedGraph, plan: SlicePlan, batches: Iterable[Feeds], execution: Execution
+) -> WeightEdits:
+    """The edits that ``fit_normalizations`` makes, from these batches."""
     groups = approximate_groups(plan)
     dense = plan.analysis.traced_graph
     partial = replace(plan, keep={group.id: plan.keep[group.id] for group in groups})
     removed = find_removed_units(dense.trace, dense.units, cuts_of(partial))
     norms = [with_own_parameters(dense, norm) for norm in affected_normalizations(dense, removed)]
     edits = WeightEdits()
-    batches = execution.track("normalizations", calibration.batches(), len(calibration.batch_plan))
     measured = measure_normalizations(dense, norms, removed, batches, execution)
     for norm, sums in zip(norms, measured, strict=True):
         gain = fold_affine(edits, norm, sums)
@@ -77,7 +85,7 @@ def fit_normalizations(
             edits.put(consumer.weight_slice, 0, np.flatnonzero(norm.stays), rows)
             if with_bias:
                 edits.add_bias(str(node.name), shift)
-    return trace_graph(apply_edits(source, edits), source.dim_sizes, kv_cache=source.kv_cache)
+    return edits
 
 
 # -- the algebra -----------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def turned_difference(before: TracedGraph, after: TracedGraph, calibration: Cali
     feeds = next(iter(calibration.batches()))
     outputs = []
     for traced in (before, after):
-        with temporary_session(traced.model, execution=execution) as run:
+        with temporary_session(traced.model.clone(), execution=execution) as run:
             outputs.append(run(feeds))
     differences = [0.0]
     for name, array in outputs[0].items():
@@ -263,6 +263,7 @@ def choose_basis(
         tuple(channels.tolist()),
         tuple(rotation.tolist()),
         hashlib.sha256(np.ascontiguousarray(start @ basis).tobytes()).hexdigest(),
+        len(reads),
     ), basis
 
 

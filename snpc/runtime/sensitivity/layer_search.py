@@ -306,10 +306,10 @@ def check_layer_budget(analysis: Analysis, budget: Budget, calibration: Calibrat
         what = "models that are cut alike" if analysis.companions else "a quantized file that stays quantized"
         raise UserError(f"the role layer is not supported for {what}: leave it out")
     alone = set(budget.roles) == {LAYER_ROLE}
-    if budget.limits_quality or (budget.is_latency and alone):
+    if alone and (budget.limits_quality or budget.is_latency):
         raise UserError(
-            "the role layer needs --ratio R, or --target macs=R, params=R or bytes=R; --target latency=R takes roles "
-            "of widths beside it"
+            "the role layer alone needs --ratio R, or --target macs=R, params=R or bytes=R; --target latency=R and "
+            "limits of quality take roles of widths beside it: --roles all,layer"
         )
     unused = {"--uniform": budget.uniform, "--allocator dimap": budget.allocator == "dimap"}
     for flag, given in unused.items():

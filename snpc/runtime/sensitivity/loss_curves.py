@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from snpc.runtime.closed_form import (
     changed_constants,
     closed_form_edits,
     edited_constants,
+    normalization_edits,
     trial_weights,
 )
 from snpc.runtime.evaluation import OutputMetrics, metrics_identity
@@ -46,6 +47,7 @@ MIN_GROUPS_PER_ROLE = 8  # from which on one trial per group is enough, since gr
 REFINEMENT_ROUNDS = 1  # further trials at the widths that the curves so far lead to
 SAMPLES_PER_WIDTH = 2  # of a trial near a plan
 CURVE_SAMPLES = 4  # of a trial that gives a curve over all widths, which no later trial corrects
+STREAM_SAMPLES = 32  # on which the readers of a rotated stream are refitted for a trial
 SAMPLE_POOLS = 2  # sets of so many samples, which the trials of a group take in turn
 
 
@@ -79,8 +81,9 @@ def measure_loss_curves(
         trials = list(planned_widths(closed_forms, scores, groups, budget))
     else:
         trials = [(group, nearest_widths(group, CURVE_SHARES)) for group in groups]
+    refits = StreamRefits(closed_forms, scores, calibration, execution)
     changed = {
-        group.id: changed_constants(source, *trial_edits(closed_forms, scores, group, (widths or [group.size])[0]))
+        group.id: changed_constants(source, *refits.trial_edits(group, (widths or [group.size])[0]))
         for group, widths in trials
     }
     metrics, limited = OutputMetrics.of(analysis), budget is not None and budget.max_drift is not None
@@ -104,7 +107,7 @@ def measure_loss_curves(
                 metrics = metrics.for_limit() if limited else metrics
                 pools[-1].append(TrialBatch(states, output_token_masks(masks(feeds), padding), metrics))
         stage = trial_stage(closed_forms, scores, calibration, (size, limited), execution)
-        measurement = CurveMeasurement(closed_forms, scores, model, pools, groups, stage, advance)
+        measurement = CurveMeasurement(refits, model, pools, groups, stage, advance)
         if execution.executor is not None:
             measurement.workers = trial_workers(model, folder, samples, pools, execution)
         measurement.measure(trials)
@@ -155,18 +158,17 @@ class CurveMeasurement:
 
     def __init__(
         self,
-        closed_forms: ClosedForms,
-        scores: UnitScores,
+        refits: StreamRefits,
         model: SegmentedModel,
         pools: Sequence[Sequence[TrialBatch]],
         groups: Sequence[Group],
         stage: StoredStage = NOT_STORED,
         advance: Advance = ignore_advance,
     ) -> None:
-        self.closed_forms, self.scores, self.model, self.pools = closed_forms, scores, model, pools
+        self.refits, self.model, self.pools = refits, model, pools
         self.stage, self.advance = stage, advance
         self.workers: TrialWorkers | None = None  # None: trials run in this process
-        self.priors = {group.id: prior_curve(closed_forms, group) for group in groups}
+        self.priors = {group.id: prior_curve(refits.closed_forms, group) for group in groups}
         self.next_pool = {group.id: index for index, group in enumerate(groups)}
         self.changes: dict[tuple[str, int], OutputChange] = {}
 
@@ -209,7 +211,7 @@ class CurveMeasurement:
             yield from self.workers.changes(sent)
 
     def arrays_of(self, trial: WidthTrial) -> dict[str, AnyArray]:
-        return trial_constants(self.closed_forms, self.scores, trial.group, trial.width)
+        return self.refits.trial_constants(trial.group, trial.width)
 
     def curves(self) -> dict[str, FloatArray]:
         return fit_curves(self.priors, list(self.changes.values()))
@@ -303,9 +305,13 @@ def prior_curve(closed_forms: ClosedForms, group: Group) -> FloatArray:
 
 def trial_edits(closed_forms: ClosedForms, scores: UnitScores, group: Group, width: int) -> tuple[WeightEdits, Cuts]:
     """The edits and cuts that prune this group to ``width``, in closed form if it has one."""
-    plan = SlicePlan(closed_forms.analysis, "", {}, {group.id: top_units(scores.values[group.id], width)}, "auto")
+    plan = trial_plan(closed_forms, scores, group, width)
     edits = closed_form_edits(closed_forms, plan) if group.id in closed_forms.kinds else WeightEdits()
     return edits, cuts_of(plan)
+
+
+def trial_plan(closed_forms: ClosedForms, scores: UnitScores, group: Group, width: int) -> SlicePlan:
+    return SlicePlan(closed_forms.analysis, "", {}, {group.id: top_units(scores.values[group.id], width)}, "auto")
 
 
 def trial_constants(closed_forms: ClosedForms, scores: UnitScores, group: Group, width: int) -> dict[str, AnyArray]:
@@ -313,3 +319,38 @@ def trial_constants(closed_forms: ClosedForms, scores: UnitScores, group: Group,
     source = closed_forms.analysis.traced_graph
     edits, cuts = trial_edits(closed_forms, scores, group, width)
     return trial_weights(source, edited_constants(source, edits), cuts)
+
+
+@dataclass
+class StreamRefits:
+    """Trials of rotated streams too: what reads them is refitted for each width, on a few samples.
+
+    Without that a trial says two to three times the change of what is written."""
+
+    closed_forms: ClosedForms
+    scores: UnitScores
+    calibration: Calibration
+    execution: Execution
+    found: dict[tuple[str, int], WeightEdits] = field(default_factory=dict)
+
+    def is_fitted(self, group: Group, width: int) -> bool:
+        return width < group.size and self.closed_forms.analysis.stream_loss(group) is not None
+
+    def trial_edits(self, group: Group, width: int) -> tuple[WeightEdits, Cuts]:
+        """``trial_edits``, for rotated streams with what reads them."""
+        if not self.is_fitted(group, width):
+            return trial_edits(self.closed_forms, self.scores, group, width)
+        plan = trial_plan(self.closed_forms, self.scores, group, width)
+        if (group.id, width) not in self.found:
+            batches = itertools.islice(self.calibration.batches(), -(-STREAM_SAMPLES // self.calibration.batch))
+            source = self.closed_forms.analysis.traced_graph
+            self.found[group.id, width] = normalization_edits(source, plan, batches, self.execution)
+        return self.found[group.id, width], cuts_of(plan)
+
+    def trial_constants(self, group: Group, width: int) -> dict[str, AnyArray]:
+        """``trial_constants``, for rotated streams with what reads them."""
+        if not self.is_fitted(group, width):
+            return trial_constants(self.closed_forms, self.scores, group, width)
+        source = self.closed_forms.analysis.traced_graph
+        edits, cuts = self.trial_edits(group, width)
+        return trial_weights(source, edited_constants(source, edits), cuts)

@@ -17,6 +17,9 @@ from snpc.types import ClosedFormKind, FloatArray, Group
 REFERENCE_SHARE = 1 / 64
 SCORE_REFERENCE_SHARE = 1 / 4
 SCORED_FORMS: frozenset[ClosedFormKind] = frozenset({"low_rank_qk", "score_selection", "score_refit"})
+# Per unit of loss, summed over the norms, trials of a rotated stream change the outputs about three times as much as
+# those of hidden layers and nine times as much as those of values (a small Llama, see docs/design-notes.md).
+STREAM_SCALE = 4.0
 NO_LOSS = 1e-9  # of the whole group's: a loss that is smaller says nothing
 
 
@@ -25,7 +28,7 @@ def predicted_curves(closed_forms: ClosedForms, scores: UnitScores, groups: Sequ
 
     Each curve is the closed form's loss, or the sum of the scores that go in its place. It is scaled at the width that
     is the reference share of the group's: there, all groups of a role lose the same, the median over them of the loss
-    relative to that of removing the whole group.
+    relative to that of removing the whole group. A rotated stream loses what all the layers do that read it.
     """
     relative = {group.id: relative_loss(closed_forms, scores, group) for group in groups}
     at_reference = {g.id: float(relative[g.id][reference_width(closed_forms, g)]) for g in groups}
@@ -54,8 +57,10 @@ def role_levels(groups: Sequence[Group], losses: Mapping[str, float]) -> dict[st
 
 def relative_loss(closed_forms: ClosedForms, scores: UnitScores, group: Group) -> FloatArray:
     """[size + 1]: the closed form's loss relative to that of removing the whole group, or the scores' in its place."""
+    stream = closed_forms.analysis.stream_loss(group)
+    if stream is not None:
+        return STREAM_SCALE * stream
     curve = closed_forms.loss_curve(group)
-    curve = closed_forms.analysis.stream_loss(group) if curve is None else curve
     if curve is None:
         ordered = np.sort(scores.values[group.id], axis=1).mean(0)
         curve = np.concatenate([[0.0], np.cumsum(ordered - min(float(ordered[0]), 0.0))])[::-1]

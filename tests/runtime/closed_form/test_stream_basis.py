@@ -12,7 +12,13 @@ from onnx import numpy_helper
 
 import snpc
 from snpc.errors import UserError
-from snpc.runtime.closed_form.stream_basis import RIDGE, ReadMoments, channel_order, principal_directions
+from snpc.runtime.closed_form.stream_basis import (
+    RIDGE,
+    ReadMoments,
+    channel_order,
+    principal_directions,
+    with_stream_bases,
+)
 from snpc.types import FloatArray
 from tests.closed_forms import calibration_of
 from tests.models.exports import export
@@ -24,7 +30,7 @@ from tests.models.streams import (
     write_half_stream,
     write_stream,
 )
-from tests.oracle import analysis_at, relative_error, run
+from tests.oracle import analysis_at, analysis_of, feeds_of, relative_error, run
 
 KEPT = 4
 
@@ -160,6 +166,15 @@ def test_with_fewer_tokens(tokens: str, tmp_path: Path) -> None:
     assert entry["basis"] == "rotated"
     assert entry["kept"] < entry["size"]
     assert result.verification.max_abs_diff is not None
+
+
+def test_other_groups_are_as_before() -> None:
+    """Rotary tables that layers share join nothing, though the analyzed graph was run."""
+    analysis = analysis_of("llama__ts17")
+    calibration = calibration_of(analysis, feeds_of("llama__ts17"))
+    rotated = with_stream_bases(analysis, calibration)
+    assert any(stream.rotated for stream in rotated.stream_bases)
+    assert [(g.id, g.size) for g in rotated.groups] == [(g.id, g.size) for g in analysis.groups]
 
 
 def test_what_cannot_be_rotated_is_cut_by_channels_and_says_so(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,26 +11,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import snpc
 from snpc.errors import UserError
 from snpc.pipeline.planner import PlanRequest, make_plan, with_closed_form_order
 from snpc.pipeline.score import score
 from snpc.planning.allocate import allocate_widths
 from snpc.planning.config import Budget
 from snpc.runtime.closed_form.masked_weights import changed_constants
+from snpc.runtime.execution.execution import Execution
+from snpc.runtime.execution.memory import SpillableStore
 from snpc.runtime.sensitivity.curve_fit import UNUSABLE_CHANGE, OutputChange, fit_curves
 from snpc.runtime.sensitivity.loss_curves import (
     CURVE_SHARES,
     REFINEMENT_ROUNDS,
+    StreamRefits,
     measurable_widths,
     measure_loss_curves,
     nearest_widths,
     trial_constants,
     trial_edits,
 )
+from snpc.runtime.sensitivity.segmented_model import open_segmented_model
 from snpc.types import AnyArray, Group
 from tests.closed_forms import calibration_of, closed_forms_of, prunable_of
 from tests.models.groups import make_group
-from tests.oracle import analysis_of, feeds_of
+from tests.models.streams import TOKENS, WIDTH, write_stream
+from tests.oracle import analysis_at, analysis_of, feeds_of, relative_error, run
 
 
 @pytest.mark.parametrize("name", ["vit_timm__ts17", "bert__ts17", "llama__ts17", "albert__ts17", "swin_timm__ts17"])
@@ -43,6 +50,23 @@ def test_a_trial_changes_what_it_is_said_to_touch(name: str) -> None:
         width = min(measurable_widths(g))
         changed = changed_constants(analysis.traced_graph, *trial_edits(closed_forms, scores, g, width))
         assert changed and changed == set(trial_constants(closed_forms, scores, g, width))
+
+
+def test_a_trial_of_a_rotated_stream_is_the_model_that_is_written(tmp_path: Path) -> None:
+    """With what reads it refitted, and not only with fewer directions."""
+    analysis = analysis_at(tmp_path / "m.onnx", write_stream("layer norm"))
+    calibration = calibration_of(analysis, TOKENS)
+    plan = snpc.plan(analysis, Budget(0.5, roles=("residual",)), calibration, method="parallel")
+    written = run(snpc.apply(plan, tmp_path / "p.onnx").path, TOKENS)
+    assert plan.closed_forms is not None and plan.scores is not None
+    refits = StreamRefits(plan.closed_forms, plan.scores, calibration, Execution())
+    (group,) = (g for g in plan.analysis.groups if g.role == "residual")
+    changed = {group.id: changed_constants(plan.analysis.traced_graph, *refits.trial_edits(group, WIDTH // 2))}
+    with open_segmented_model(plan.analysis, changed) as model:
+        dense = model.dense_states(TOKENS, SpillableStore(1 << 30))
+        outputs = model.outputs_with(dense, group.id, refits.trial_constants(group, WIDTH // 2))
+    assert relative_error(written, [outputs[spec.name] for spec in analysis.model.outputs]) < 1e-4
+    assert relative_error(run(analysis.model.path, TOKENS), written) > 1e-2
 
 
 class Spy:
