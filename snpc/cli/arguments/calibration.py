@@ -17,7 +17,7 @@ from snpc.cli.arguments.text import TextArguments
 from snpc.cli.tables import print_line, print_note
 from snpc.errors import UserError
 from snpc.pipeline import PlanRequest, measure_request
-from snpc.runtime.calibration import MAX_HELD_OUT, Calibration
+from snpc.runtime.calibration import MAX_HELD_OUT, Calibration, read_picture_labels
 from snpc.runtime.evaluation import EvaluationData, TaskMetric
 from snpc.runtime.execution import Execution
 from snpc.targets import kept_vocabulary
@@ -161,8 +161,13 @@ class CalibrationArguments(ArgumentGroup):
             return EvaluationData(inputs)
         if labels.endswith(".npy"):
             return EvaluationData(inputs, read_labels(Path(labels)), metric or TaskMetric())
+        if labels.endswith(".csv"):
+            return EvaluationData(inputs, read_picture_labels(Path(source), Path(labels)), metric or TaskMetric())
         if not source.endswith(".npz"):
-            raise UserError(f"{source}: --labels names an array of an .npz, or an .npy file")
+            raise UserError(
+                f"{source}: --labels names an array of an .npz, an .npy file, or for a folder of pictures a .csv with "
+                "file name and class"
+            )
         with np.load(source) as arrays:
             if labels not in arrays:
                 raise UserError(f"{source}: holds no {labels!r}; it has {', '.join(arrays)}")
@@ -189,8 +194,9 @@ class EvaluationArguments(ArgumentGroup):
     )
     labels: str | None = option(
         "--labels",
-        metavar="NAME|FILE.npy",
-        help="The right class (or score) of every sample of --eval: an array of its .npz, or a file.",
+        metavar="NAME|FILE.npy|FILE.csv",
+        help="The right class (or score) of every sample of --eval: an array of its .npz, or a file; of a folder of "
+        "pictures, a .csv with file name and class.",
     )
 
     def check(self) -> None:

@@ -34,6 +34,7 @@ Files
   images          Pictures as calibration data: short side resized, center cropped, (value / 255 - mean) / std.
   kept_vocabulary  Token ids of data for a model with a smaller vocabulary: renumbered, and samples that hold other ids
                   left out.
+  picture_labels  Classes of the pictures in a folder, from a table.
   python_sources  Calibration data from code: ``file.py:function``, iterables and callables, onnxruntime's
                   CalibrationDataReader.
   sources         The form of every source of calibration data: parts, whose shapes are known before their values are
@@ -67,6 +68,7 @@ from snpc.runtime.calibration.file_sources import path_source
 from snpc.runtime.calibration.held_out import MAX_HELD_OUT, count_held_out
 from snpc.runtime.calibration.images import IMAGENET, PREPROCESS, ImageOptions
 from snpc.runtime.calibration.kept_vocabulary import with_kept_vocabulary
+from snpc.runtime.calibration.picture_labels import read_picture_labels
 from snpc.runtime.calibration.python_sources import (
     CalibrationValue,
     find_script_function,
@@ -102,6 +104,7 @@ __all__ = [
     "load_script_function",
     "name_list",
     "pack_batches",
+    "read_picture_labels",
 ]
 
 

@@ -75,7 +75,7 @@ def _folder_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> Cal
         return CalibrationSource(str(path), (_test_set_part(folder, inputs) for folder in sets), inputs)
     files = _visible_files(path.iterdir())
     arrays = [file for file in files if file.suffix.lower() in PART_OPENERS]
-    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = _pictures_of(files)
     if arrays and pictures:
         kinds = f"arrays ({arrays[0].name}) and pictures ({pictures[0].name})"
         raise UserError(f"{path}: it holds both {kinds}: keep one kind in a folder")
@@ -83,15 +83,21 @@ def _folder_source(path: Path, inputs: ModelInputs, images: ImageOptions) -> Cal
         return CalibrationSource(
             str(path), (PART_OPENERS[file.suffix.lower()](file, inputs) for file in arrays), inputs
         )
-    # pictures often lie in one folder per class
-    pictures = pictures or [
-        file for file in _visible_files(_files_below(path)) if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    pictures = pictures or picture_files(path)
     if pictures:
         return image_source(path, pictures, inputs, images)
     raise UserError(
         f"{path}: nothing to calibrate on in this folder ({name_list(file.name for file in files)}): {ACCEPTED_SOURCES}"
     )
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder; where there are none, those in the folders below: often one per class."""
+    return _pictures_of(_visible_files(folder.iterdir())) or _pictures_of(_visible_files(_files_below(folder)))
+
+
+def _pictures_of(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _files_below(path: Path) -> Iterator[Path]:
