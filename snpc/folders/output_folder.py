@@ -223,8 +223,11 @@ def check_output_folder(source: ModelFolder, target: Path) -> None:
     """Raises UserError where no new folder can get this name."""
     if not source.alone and target.resolve().is_relative_to(source.path.resolve()):
         raise UserError(f"{target}: lies in the input itself; choose another folder with -o")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists and is not an empty folder; remove it, or choose another with -o")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file; give the name of a new folder with -o")
+    if target.exists() and any(target.iterdir()):
+        name = "a file name, or " if source.alone else ""
+        raise UserError(f"{target}: is a folder with other files in it; give {name}a new or empty folder with -o")
     if not target.parent.is_dir():
         raise UserError(f"{target}: the folder {target.parent} does not exist; create it first")
 
