@@ -34,7 +34,7 @@ def analysis(*groups: Group) -> Analysis:
     traced_graph = SimpleNamespace(kv_cache=False)
     cost = Cost(1, 1, 1, 1)
     parts = {"groups": groups, "pins": (), "model": model, "traced_graph": traced_graph, "cost": cost}
-    none = {"reduction": None, "removal": None, "metrics": {}, "stream_bases": (), "shared_products": ()}
+    none = {"reduction": None, "removal": None, "metrics": {}, "stream_bases": (), "shared_products": (), "entries": ()}
     return cast(Analysis, SimpleNamespace(**parts, **none))
 
 
