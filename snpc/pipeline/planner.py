@@ -226,7 +226,8 @@ def plan(
     analysis = with_metrics(analysis, options.get("metric"))
     if budget is None:
         calibration = with_token_decisions(analysis, calibration, execution)
-        method = method or default_method(calibration, criterion is None)
+        method = method or ("auto" if calibration is not None else "select")
+        check_refit_data(method, calibration, statistics)
         refits = analysis.reduction is not None and method == "auto"
         unchanged = SlicePlan(analysis, "none", {"roles": ()}, {}, "auto" if refits else "select")
         closed_forms = ClosedForms.empty(analysis) if refits else None

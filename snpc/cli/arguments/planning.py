@@ -263,7 +263,7 @@ class PlanningArguments(ArgumentGroup):
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")
         for flag, given in (
             ("--criterion", selection.criterion),
-            ("--method", selection.method),
+            ("--method parallel", selection.method if selection.method == "parallel" else None),
             ("--effort", selection.effort if selection.effort != "normal" else None),
             ("--include", selection.include),
             ("--exclude", selection.exclude),

@@ -110,7 +110,7 @@ def plan_from_arguments(
     if not planning.cuts_widths:
         planning.check_no_widths()
         statistics.check_no_widths()
-        return snpc.plan(analysis, None, calibration, execution=execution)
+        return snpc.plan(analysis, None, calibration, method=planning.selection.method, execution=execution)
     budget, measured = planning.budget(), statistics.load()
     criterion = planning.selection.criterion
     if statistics.save_stats is not None and calibration is None and measured is None:

@@ -87,7 +87,6 @@ def test_patterns_choose_layers(tmp_path: Path) -> None:
     [
         (Budget(max_drift=0.1, roles=("layer",)), "needs --ratio R, or --target"),
         (Budget(target="latency=0.5", roles=("layer",)), "needs --ratio R, or --target"),
-        (Budget(max_drift=0.1, roles=("layer", "ffn")), "needs --ratio R, or --target"),
         (Budget(ratio=0.5, roles=("layer",), uniform=True), "--uniform is for widths"),
         (Budget(ratio=0.5, roles=("layer",), include="nothing"), "no layer can go whole"),
     ],

@@ -172,13 +172,14 @@ def test_plans_hold_the_scores(tmp_path: Path) -> None:
     analysis(encoder, tmp_path)
     model, out, again, plan = (str(tmp_path / n) for n in ("encoder.onnx", "out.onnx", "again.onnx", "plan.json"))
     np.savez(tmp_path / "calib.npz", x=encoder.feeds(24)["x"])
-    flags = ["--roles", "none", "--tokens", "star:0.7@1,3", "--calib", str(tmp_path / "calib.npz")]
+    tokens = ["--roles", "none", "--tokens", "star:0.7@1,3"]
+    flags = [*tokens, "--method", "select", "--calib", str(tmp_path / "calib.npz")]
     made = CliRunner().invoke(main, ["prune", model, *flags, "-o", out, "--plan", plan])
     assert made.exit_code == 0, made.output
     made = CliRunner().invoke(main, ["apply", model, plan, "-o", again])
     assert made.exit_code == 0, made.output
     assert Path(again).read_bytes() == Path(out).read_bytes()
-    made = CliRunner().invoke(main, ["prune", model, *flags[:-2], "-o", out])
+    made = CliRunner().invoke(main, ["prune", model, *tokens, "-o", out])
     assert made.exit_code == 2 and "give --calib" in made.output + (made.stderr or "")
 
 
