@@ -318,15 +318,15 @@ def row_scale(fit: LayerwiseFit, hidden: str) -> FloatArray | None:
     """[1, rows, 1]: the square root of the weight of each token; None where all weigh the same.
 
     Where the outputs read class tokens only, these count as ``CLASS_TOKEN_SHARE`` of all others together: the others
-    matter as far as the class tokens read them.
+    matter as far as the class tokens read them. The number of tokens must be that of every input.
     """
-    reduction = fit.analysis.reduction
-    if reduction is None:
+    shapes = {str(value.name): shape for value, shape in fit.facts.shape.items()}
+    reduction, shape = fit.analysis.reduction, shapes.get(hidden)
+    if reduction is None or shape is None:
         return None
     assert isinstance(reduction, TokenReductionPlan)
-    point = reduction.steps[0].point
-    shape = next((s for v, s in fit.facts.shape.items() if v.name == hidden), None)
-    if shape is None or not (point.leading_reads and point.fixed_length and not point.pooled):
+    point, varies = reduction.steps[0].point, any(step.method.input_adaptive for step in reduction.steps)
+    if varies or point.pooled or not (point.leading_reads and point.fixed_length):
         return None
     others = shape[TOKEN_AXIS] - point.leading_reads
     scale = np.ones((1, shape[TOKEN_AXIS], 1))
