@@ -203,7 +203,7 @@ def test_the_command_line_chooses_spans(tmp_path: Path) -> None:
     assert "all back behind block" in text and "taken out in place" in text
     steps = json.loads(Path(report).read_text())["tokens"]["steps"]
     assert all(step["back_behind"] >= step["block"] for step in steps)
-    invoke("apply", model, plan, "-o", str(tmp_path / "again.onnx"))
+    invoke("apply", model, plan, *data, "-o", str(tmp_path / "again.onnx"))
     assert onnx.load(tmp_path / "again.onnx").graph == onnx.load(out).graph
     assert "can be merged after blocks 1 to 2 of 2, and are back by block 2" in invoke("inspect", model).output
     assert json.loads(Path(plan).read_text())["tokens"] in Path(page).read_text()
