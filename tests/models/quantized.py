@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,19 @@ class OneBatch(quantization.CalibrationDataReader):  # type: ignore[misc]
         return next(self.batches, None)
 
 
+def own_copy(source: Path, target: Path) -> Path:
+    """``source`` beside ``target``: onnxruntime writes a file beside what it quantizes, and removes it, which another
+    process that quantizes the same must not see."""
+    return Path(shutil.copy(source, target.with_name(f"of_{target.name}")))
+
+
 def dynamically(source: Path, target: Path, feeds: Feeds, **options: Any) -> None:
-    quantization.quantize_dynamic(source, target, **options)
+    quantization.quantize_dynamic(own_copy(source, target), target, **options)
 
 
 def statically(source: Path, target: Path, feeds: Feeds, **options: Any) -> None:
-    quantization.quantize_static(source, target, OneBatch(feeds), **{"op_types_to_quantize": PRODUCTS, **options})
+    options = {"op_types_to_quantize": PRODUCTS, **options}
+    quantization.quantize_static(own_copy(source, target), target, OneBatch(feeds), **options)
 
 
 def optimized(source: Path, target: Path, feeds: Feeds, writer: Writer) -> None:
