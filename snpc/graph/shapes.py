@@ -47,6 +47,11 @@ class ShapeFacts:
         """Name of a value -> its type, where that is known."""
         return {str(value.name): dtype for value, dtype in self.dtype.items() if dtype is not None}
 
+    @property
+    def shapes_by_name(self) -> dict[str, Shape]:
+        """Name of a value -> its shape, where that is known."""
+        return {str(value.name): shape for value, shape in self.shape.items() if shape is not None}
+
     def call(self, node: ir.Node, version: int) -> OpCall:
         shapes = tuple(None if v is None else self.shape.get(v) for v in node.inputs)
         values = tuple(None if v is None else self.value.get(v) for v in node.inputs)

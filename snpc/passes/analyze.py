@@ -350,7 +350,7 @@ def remove_sublayers(analysis: Analysis, names: Iterable[str], substitutes: Subs
 
 def check_substitute(analysis: Analysis, sublayer: Sublayer, substitute: Substitute) -> None:
     """Raise UserError where it has not the width of what the sublayer adds, or of what it reads."""
-    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    shapes = analysis.traced_graph.facts.shapes_by_name
     added, read = shapes.get(sublayer.branch, ()), shapes.get(sublayer.read, ())
     where, width = analysis.model.path.name, (added or (0,))[-1]
     if substitute.constant.shape != (width,):

@@ -29,7 +29,7 @@ def full_length_values(
         step.prefix: [decision_input(copy, step, k, batch, types[step.point.value]) for k in range(len(step.names))]
         for step in steps
     }
-    shapes = {str(value.name): shape for value, shape in facts.shape.items() if shape is not None and len(shape) == 3}
+    shapes = facts.shapes_by_name
     shown: dict[str, str] = {}
     for number, name in enumerate(names):
         stream = TokenStream(values[name], None)

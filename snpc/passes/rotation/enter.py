@@ -26,12 +26,12 @@ def entry_weight(value: str) -> str:
 def entered_graph(source: TracedGraph, names: Sequence[str]) -> ir.Model:
     """A copy of the graph with a weight, the identity, behind each of these values, which have the channels on their
     last axis. Weights that read the value go on to do so."""
-    widths = {str(value.name): shape[-1] for value, shape in source.facts.shape.items() if shape}
+    shapes = source.facts.shapes_by_name
     model = source.model.clone()
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     for name in names:
         dtype = source.facts.types_by_name[name]
-        identity = add_constant(model.graph, np.eye(widths[name]).astype(dtype.numpy()), entry_weight(name))
+        identity = add_constant(model.graph, np.eye(shapes[name][-1]).astype(dtype.numpy()), entry_weight(name))
         product = make_node(op.MATMUL, [values[name], identity], name=entry_weight(name))
         users = [use for use in values[name].uses() if lookup(use.node.domain, use.node.op_type).kind != "contraction"]
         producer = values[name].producer()

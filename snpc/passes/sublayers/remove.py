@@ -134,7 +134,7 @@ def with_layer_scales(source: TracedGraph, sublayers: Iterable[Sublayer]) -> ir.
     """A copy of the graph in which what each sublayer adds is multiplied by a constant of its own, ones [D] that are
     called ``layer_scale_name``."""
     copy, types = source.model.clone(), source.facts.types_by_name
-    shapes = {str(value.name): shape or () for value, shape in source.facts.shape.items()}
+    shapes = source.facts.shapes_by_name
     values = {str(value.name): value for node in copy.graph for value in node.outputs}
     for sublayer in sublayers:
         branch, node = values[sublayer.branch], values[sublayer.summed].producer()

@@ -75,7 +75,7 @@ def crossing_bytes(model: ir.Model, facts: ShapeFacts) -> list[float]:
     """[nodes + 1]: bytes of the values that nodes before a position make and nodes from there on use; infinite where
     the type of one is not known. Outputs of the graph count everywhere, inputs nowhere."""
     nodes = list(model.graph)
-    types, shapes = facts.types_by_name, {str(v.name): shape for v, shape in facts.shape.items()}
+    types, shapes = facts.types_by_name, facts.shapes_by_name
     made = {value: k for k, node in enumerate(nodes) for value in node.outputs}
     last_use = {value: k for k, node in enumerate(nodes) for value in used_values(node) if value in made}
     changes = [0.0] * (len(nodes) + 2)

@@ -320,8 +320,7 @@ def row_scale(fit: LayerwiseFit, hidden: str) -> FloatArray | None:
     Where the outputs read class tokens only, these count as ``CLASS_TOKEN_SHARE`` of all others together: the others
     matter as far as the class tokens read them. The number of tokens must be that of every input.
     """
-    shapes = {str(value.name): shape for value, shape in fit.facts.shape.items()}
-    reduction, shape = fit.analysis.reduction, shapes.get(hidden)
+    reduction, shape = fit.analysis.reduction, fit.facts.shapes_by_name.get(hidden)
     if reduction is None or shape is None:
         return None
     assert isinstance(reduction, TokenReductionPlan)

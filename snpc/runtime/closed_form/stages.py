@@ -101,7 +101,7 @@ def is_measurable(analysis: Analysis, error: ResidualError) -> bool:
     if analysis.removal is None:
         return True
     source = analysis.removal.source
-    shapes = [{str(v.name): shape for v, shape in g.facts.shape.items()} for g in (source, analysis.traced_graph)]
+    shapes = [graph.facts.shapes_by_name for graph in (source, analysis.traced_graph)]
     return shapes[0].get(analysis.removal.stands_for(error.value).summed) == shapes[1].get(error.value)
 
 
@@ -123,7 +123,7 @@ def residual_error(analysis: Analysis, group: Group) -> ResidualError | None:
     if len(list(graph.model.graph.initializers[consumer.weight_slice.tensor].uses())) != 1:
         return None
     probe, summed = weights.uses[0][0].probe, residual_sum_after(graph, node.outputs[0])
-    shapes = {str(v.name): shape for v, shape in graph.facts.shape.items()}
+    shapes = graph.facts.shapes_by_name
     total, hidden = shapes.get(str(summed.name)), shapes.get(probe.tensor)
     if not total or not hidden or total[:-1] != hidden[:-1] or total[-1] != consumer.width:
         return None

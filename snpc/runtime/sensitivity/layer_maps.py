@@ -40,8 +40,8 @@ def fit_layer_maps(
 ) -> dict[str, Substitute]:
     """Name -> the map that stands for an attention layer; layers that the data says nothing of have none."""
     source = analysis.traced_graph
-    shapes = {str(value.name): shape or () for value, shape in source.facts.shape.items()}
-    mapped = [s for s in sublayers if s.kind == "attention" and maps_tokens(shapes[s.read], shapes[s.branch])]
+    attentions, shapes = [s for s in sublayers if s.kind == "attention"], source.facts.shapes_by_name
+    mapped = [s for s in attentions if maps_tokens(shapes.get(s.read, ()), shapes.get(s.branch, ()))]
     if not mapped:
         return {}
     padding = find_padding(source, [(s.branch, batch_and_tokens) for s in mapped])

@@ -61,10 +61,10 @@ class LayerCandidates:
         graph = self.analysis.sublayer_graph
         macs, params = graph.savings(gone)
         reads = {sublayer.name: sublayer.read for sublayer in self.sublayers}
-        shapes = {str(value.name): shape for value, shape in graph.facts.shape.items()}
+        shapes = graph.facts.shapes_by_name
         for name, substitute in self.standing_for(gone).items():
             if substitute.map is not None:
-                batch, tokens, _ = shapes[reads[name]] or (0, 0, 0)
+                batch, tokens, _ = shapes.get(reads[name], (0, 0, 0))
                 macs, params = macs - substitute.map.macs(batch, tokens), params - substitute.map.params
         return macs, params
 

@@ -142,8 +142,8 @@ def measure_means(
     """Name -> the mean over the tokens of the data of what a sublayer adds to a stream [batch, tokens, D].
     Padded tokens do not count; sublayers of other streams have none."""
     source = analysis.traced_graph
-    shapes = {str(value.name): shape for value, shape in source.facts.shape.items()}
-    measured = [s for s in sublayers if len(shapes.get(s.branch) or ()) == 3]
+    shapes = source.facts.shapes_by_name
+    measured = [s for s in sublayers if len(shapes.get(s.branch, ())) == 3]
     if not measured:
         return {}
     padding = find_padding(source, [(s.branch, batch_and_tokens) for s in measured])

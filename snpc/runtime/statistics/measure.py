@@ -126,8 +126,7 @@ def split_by_memory(
 
 def activation_elements(analysis: Analysis, calibration: Calibration) -> dict[str, float]:
     """Tensor -> its estimated number of elements in the largest batch: that of the analysis, scaled like the inputs."""
-    facts = analysis.traced_graph.facts
-    sizes = {str(v.name): math.prod(shape) for v, shape in facts.shape.items() if shape is not None}
+    sizes = {name: math.prod(shape) for name, shape in analysis.traced_graph.facts.shapes_by_name.items()}
     growth = max(
         (count / max(sizes.get(name, count), 1) for name, count in calibration.max_elements().items()), default=1
     )

@@ -56,7 +56,7 @@ def find_padding(traced_graph: TracedGraph, tensors: Iterable[tuple[str, RowCoun
     facts_at_sizes = [traced_graph.facts]
     if dim_sizes != traced_graph.dim_sizes:  # orders that agree at one binding only would be a coincidence
         facts_at_sizes.append(infer_graph(traced_graph.model, dim_sizes))
-    views = [(facts, {str(v.name): shape for v, shape in facts.shape.items()}) for facts in facts_at_sizes]
+    views = [(facts, facts.shapes_by_name) for facts in facts_at_sizes]
     inside = fused_operand_inputs(traced_graph)
     masks: dict[str, RowMask | None] = {}
     for tensor, rows in tensors:

@@ -57,7 +57,7 @@ def make_gate(analysis: Analysis, group: Group) -> Gate:
 def layer_gates(analysis: Analysis, sublayers: Sequence[Sublayer]) -> tuple[Gate, ...]:
     """A gate on what each of these layers adds to the stream, in the graph that ``with_layer_scales`` makes: a group of
     one unit."""
-    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    shapes = analysis.traced_graph.facts.shapes_by_name
     gates = []
     for number, layer in enumerate(sublayers):
         site = Site(layer_scale_name(layer.name), 0, "consume", np.zeros(shapes[layer.branch][-1], np.int64))

@@ -218,7 +218,7 @@ def single_outputs(name: str, value: Tensor, count: int) -> Tensor:
 
 def gate_costs(analysis: Analysis, group: Group) -> dict[str, FloatArray]:
     """A unit's share of one sample's MACs and activations, at the dimension sizes that MACs are quoted at."""
-    shapes = {str(v.name): shape for v, shape in analysis.traced_graph.facts.shape.items()}
+    shapes = analysis.traced_graph.facts.shapes_by_name
     elements = sum(math.prod(shapes.get(p.tensor) or (0,)) for p in group.probes)
     units = group.blocks * group.size
     return {"gate:macs": np.array([group.macs / units]), "gate:memory": np.array([max(elements / units, 1.0)])}

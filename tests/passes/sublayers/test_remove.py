@@ -36,7 +36,7 @@ def largest_difference(analysis: snpc.Analysis, feeds: dict[str, FloatArray], na
 
 
 def substitute_of(analysis: snpc.Analysis, name: str) -> Substitute:
-    shapes = {str(value.name): shape or () for value, shape in analysis.traced_graph.facts.shape.items()}
+    shapes = analysis.traced_graph.facts.shapes_by_name
     sublayer = next(s for s in analysis.sublayers if s.name == name)
     added, read = shapes[sublayer.branch], shapes[sublayer.read]
     constant, rng = np.full(added[-1], 0.25), np.random.default_rng(0)
