@@ -141,8 +141,20 @@ class BudgetArguments(ArgumentGroup):
         return parse_target(self.target) if self.target is not None else None
 
     @property
+    def given_flags(self) -> list[str]:
+        """The flags that say how much goes, as far as they are given."""
+        amounts = {
+            "--ratio": self.ratio,
+            "--target": self.target,
+            "--max-drift": self.max_drift,
+            "--max-ppl": self.max_ppl,
+            "--max-drop": self.max_drop,
+        }
+        return [flag for flag, value in amounts.items() if value is not None]
+
+    @property
     def is_given(self) -> bool:
-        return (self.ratio, self.target, self.max_drift, self.max_ppl, self.max_drop) != (None,) * 5
+        return bool(self.given_flags)
 
     @property
     def wants_latency(self) -> bool:
@@ -252,14 +264,8 @@ class PlanningArguments(ArgumentGroup):
     def check_no_widths(self) -> None:
         """Refuse options that say which widths go, or how, where none do."""
         selection, amount = self.selection, self.amount
-        amounts = {
-            "--ratio": amount.ratio,
-            "--max-drift": amount.max_drift,
-            "--max-ppl": amount.max_ppl,
-            "--max-drop": amount.max_drop,
-        }
-        for flag, value in amounts.items():
-            if value is not None:
+        for flag in amount.given_flags:
+            if flag != "--target":
                 raise UserError(f"--roles none cuts no widths: leave out {flag}")
         for flag, given in (
             ("--criterion", selection.criterion),

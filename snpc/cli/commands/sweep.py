@@ -177,17 +177,8 @@ def check_sweep(
     arguments: SweepArguments, planning: PlanningArguments, calibration: ScoredCalibrationArguments
 ) -> None:
     """Refuse options of ``prune`` that a sweep sets itself, and options that lack what they need."""
-    amount = planning.amount
-    given = {
-        "--ratio": amount.ratio,
-        "--target": amount.target,
-        "--max-drift": amount.max_drift,
-        "--max-ppl": amount.max_ppl,
-        "--max-drop": amount.max_drop,
-    }
-    for flag, value in given.items():
-        if value is not None:
-            raise UserError(f"{flag}: a sweep goes through --targets; leave it out")
+    for flag in planning.amount.given_flags:
+        raise UserError(f"{flag}: a sweep goes through --targets; leave it out")
     if planning.selection.criterion is not None:
         raise UserError("--criterion: a sweep uses closed forms; leave it out")
     if arguments.precision is not None and arguments.build is None:
