@@ -15,7 +15,6 @@ scale of the attention stays that of the dense model. Nothing is trained. Each r
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -27,11 +26,12 @@ import onnx
 import timm
 import torch
 import torch_pruning as tp
-from quality import Array, evaluation, numbers
+from quality import evaluation, numbers
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch.nn import functional
 
 import snpc
+from snpc.runtime.calibration import read_picture_labels
 
 RESULTS = Path(__file__).with_name("results") / "alternatives.json"
 SETTINGS = tuple(
@@ -141,12 +141,6 @@ def pruned_to(
     return best
 
 
-def labels_of(path: Path, count: int) -> Array:
-    with path.open() as file:
-        rows = sorted(tuple(row.values()) for row in csv.DictReader(file))
-    return np.array([int(row[1]) for row in rows[:count]])
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -170,7 +164,8 @@ def main() -> None:
     calibration = snpc.load_calibration(str(options.calib), model.inputs, samples=1 << 30, images=images, held_out=0)
     name = model.inputs[0].name
     pictures = np.concatenate([feeds[name] for feeds in calibration.batches()])[: options.calib_samples]
-    data = torch.from_numpy(pictures), torch.from_numpy(labels_of(options.calib_labels, len(pictures)))
+    labels = read_picture_labels(options.calib, options.calib_labels)[: len(pictures)]
+    data = torch.from_numpy(pictures), torch.from_numpy(labels)
     feeds, classes = evaluation(options, model)
     judged = torch.from_numpy(feeds[name]), torch.from_numpy(np.asarray(classes))
     dense = top1(load_vit(options.model, options.architecture), *judged)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import onnxruntime as ort
 
 import snpc
+from snpc.runtime.calibration import read_picture_labels
 
 with contextlib.suppress(ModuleNotFoundError):
     import snpc.torch  # registers gradients for the criteria that ask for them
@@ -51,9 +51,8 @@ def evaluation(options: argparse.Namespace, model: snpc.Model) -> tuple[dict[str
         name = model.inputs[0].name
         if options.labels is None:
             return {name: np.concatenate([f[name] for f in found.batches()])}, None
-        with options.labels.open() as file:
-            rows = sorted(tuple(row.values()) for row in csv.DictReader(file))
-        return {name: np.concatenate([f[name] for f in found.batches()])}, np.array([int(row[1]) for row in rows])
+        labels = read_picture_labels(options.eval, options.labels)
+        return {name: np.concatenate([f[name] for f in found.batches()])}, labels
     with np.load(options.eval) as data:
         arrays = dict(data)
     return {s.name: arrays[s.name] for s in model.inputs}, arrays.get("labels")
