@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from snpc.passes import Analysis
-from snpc.pipeline import PrunedModel
+from snpc.pipeline import PlanRequest, PrunedModel
+from snpc.planning import Budget
 from snpc.version import __version__
 
-OPTIONS = (
-    "ratio", "target", "max_drift", "max_ppl", "max_drop", "roles", "uniform", "round_to", "min_width", "include",
-    "exclude", "max_ratio", "allocator", "effort",
-)  # fmt: skip
-DEFAULTS = {"round_to": 1, "min_width": 1, "allocator": "loss", "effort": "normal", "roles": ["qk", "vo", "ffn"]}
+DEFAULTS = {
+    **{option.name: option.default for option in fields(Budget) if option.name != "head_sizes"},  # no option says them
+    "effort": PlanRequest.effort,
+}
 DATA = "DATA"  # stands for data whose place is not known
 
 
@@ -70,9 +70,9 @@ class PruningRecord:
         return {
             name: value
             for name, value in self.options.items()
-            if name in OPTIONS
+            if name in DEFAULTS
             and value not in (None, False)
-            and (list(value) if isinstance(value, tuple) else value) != DEFAULTS.get(name)
+            and (tuple(value) if isinstance(value, list) else value) != DEFAULTS[name]
         }
 
     def choice(self, method: str, criterion: str) -> list[str]:

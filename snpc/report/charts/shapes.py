@@ -6,7 +6,9 @@ Colors come from a style sheet, by class.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+PlacedT = TypeVar("PlacedT", bound="PlacedShape")
 
 
 @dataclass(frozen=True)
@@ -22,34 +24,35 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Label:
-    """A text of class ``style`` at (x, y). ``anchor``: which end of it that is."""
+class PlacedShape:
+    """A shape at (x, y)."""
 
-    shape: ClassVar[str] = "label"
     x: float
     y: float
-    text: str
-    anchor: str = "start"
-    style: str = ""
 
-    def moved(self, x: float, y: float) -> Label:
+    def moved(self: PlacedT, x: float, y: float) -> PlacedT:
         return replace(self, x=self.x + x, y=self.y + y)
 
 
 @dataclass(frozen=True)
-class Bar:
+class Label(PlacedShape):
+    """A text of class ``style`` at (x, y). ``anchor``: which end of it that is."""
+
+    shape: ClassVar[str] = "label"
+    text: str
+    anchor: str = "start"
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Bar(PlacedShape):
     """A rectangle of class ``style`` that shows ``tooltip``."""
 
     shape: ClassVar[str] = "bar"
-    x: float
-    y: float
     width: float
     height: float
     style: str
     tooltip: str
-
-    def moved(self, x: float, y: float) -> Bar:
-        return replace(self, x=self.x + x, y=self.y + y)
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,10 @@ class Polyline:
 
 
 @dataclass(frozen=True)
-class Dot:
+class Dot(PlacedShape):
     """A circle; ``drop``: with a line down to this y."""
 
     shape: ClassVar[str] = "dot"
-    x: float
-    y: float
     radius: int
     style: str
     tooltip: str
