@@ -25,7 +25,7 @@ def format_percent(ratio: float) -> str:
 def describe_method(result: PrunedModel) -> str:
     """How units were chosen and weights were made, in a few words."""
     if not result.plan.keep:
-        return "no widths cut"
+        return "no widths cut" + ("; weights refitted to make up for what went" if result.plan.method == "auto" else "")
     if not result.closed_forms:
         return f"selected by {result.plan.criterion}"
     forms = list(result.closed_forms.values())

@@ -18,6 +18,7 @@ DEFAULTS = {
     **{option.name: option.default for option in fields(Budget) if option.name != "head_sizes"},  # no option says them
     "effort": PlanRequest.effort,
 }
+NO_CRITERION = "none"  # of a plan that cuts no unit
 DATA = "DATA"  # stands for data whose place is not known
 
 
@@ -71,15 +72,17 @@ class PruningRecord:
             name: value
             for name, value in self.options.items()
             if name in DEFAULTS
-            and value not in (None, False)
+            and value not in (None, False, (), [])  # no roles: tokens alone
             and (tuple(value) if isinstance(value, list) else value) != DEFAULTS[name]
         }
 
     def choice(self, method: str, criterion: str) -> list[str]:
-        """Under these names, how units were chosen: a closed form says it all."""
-        if self.method in ("none", "auto"):
+        """Under these names, how units were chosen: a closed form says it all. Where no unit was, weights stay as they
+        are without data, and with data by the method."""
+        chosen = self.criterion != NO_CRITERION
+        if self.method in ("none", "auto") or not (chosen or self.data):
             return []
-        return [method, self.method, *([criterion, self.criterion] if self.method == "select" else [])]
+        return [method, self.method, *([criterion, self.criterion] if chosen and self.method == "select" else [])]
 
 
 def python_text(value: Any) -> str:

@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,7 +17,7 @@ from onnx import numpy_helper
 
 import snpc
 from snpc.report.comparison import FileComparison
-from tests.command_line import invoke
+from tests.command_line import CALIB, invoke
 from tests.models.builder_decoders import BuilderDecoder
 
 DATA = Path(snpc.__file__).parent / "data" / "digits"
@@ -133,11 +134,16 @@ def test_the_page_shows_all_files(comparison: FileComparison, files: Files, tmp_
     json.dumps(report.to_json(), default=str)
 
 
-def test_the_page_says_how_to_make_the_same_file(tmp_path: Path) -> None:
+WIDTHS = {"ratio": 0.5, "roles": ("ffn",), "uniform": True, "round_to": 8, "method": "select", "criterion": "magnitude"}
+TOKENS = {"tokens": "merge:2@2-3"}
+
+
+@pytest.mark.parametrize(
+    ("options", "has_data"), [(WIDTHS, False), (TOKENS, False), (TOKENS, True), ({**TOKENS, "method": "select"}, True)]
+)
+def test_the_page_says_how_to_make_the_same_file(options: dict[str, Any], has_data: bool, tmp_path: Path) -> None:
     first, again = tmp_path / "first.onnx", tmp_path / "again.onnx"
-    result = snpc.prune(
-        MODEL, first, ratio=0.5, roles=("ffn",), uniform=True, round_to=8, method="select", criterion="magnitude"
-    )
+    result = snpc.prune(MODEL, first, calibration=CALIB if has_data else None, **options)
     made = snpc.write_report(result, tmp_path / "page.html").files[0].reproduction
     assert made is not None
     exec(made.call.replace(repr(str(first)), repr(str(again))), {})
