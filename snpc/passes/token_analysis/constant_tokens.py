@@ -16,6 +16,8 @@ from snpc.ops import Blocked
 from snpc.passes.token_analysis.state import TOKEN_AXIS, TokenGraph
 from snpc.types import BoolArray
 
+MAX_TOKENS = 1 << 20  # of a sequence that is looked at; a damaged file may declare any length
+
 TokenRange = tuple[int, int]
 """First position and the one behind the last. Counted from the end, (-100, 0), where a range ends the sequence."""
 
@@ -28,6 +30,8 @@ def find_constant_tokens(graph: TokenGraph) -> Mapping[int, frozenset[int]]:
         out = node.outputs[0]
         shape = graph.facts.shape.get(out)
         if shape is None or len(shape) != 3 or out not in graph.data_dependent:  # else a table of positions
+            continue
+        if shape[TOKEN_AXIS] > MAX_TOKENS:
             continue
         for value, rows in zip(node.outputs, rows_from_data(graph, node, from_data), strict=False):
             if not rows.all():
