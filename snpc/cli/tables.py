@@ -19,7 +19,7 @@ from snpc.passes import Analysis
 from snpc.passes.quantization import describe_quantization, is_mostly_quantized
 from snpc.passes.token_analysis import TokenPoint
 from snpc.pipeline import PrunedModel, PruningPlan, SearchResult, SweepResult, describe_approximation, describe_stream
-from snpc.planning import SlicePlan, read_provenance
+from snpc.planning import ProvenanceStep, SlicePlan, read_provenance
 from snpc.report import (
     ReportData,
     dequantization_text,
@@ -28,13 +28,14 @@ from snpc.report import (
     format_count,
     format_share,
     glance_rows,
+    history_text,
     output_lines,
-    provenance_text,
     quality_text,
     quality_warning,
     requantization_text,
     restriction_text,
     rewrite_text,
+    step_text,
     task_text,
 )
 from snpc.runtime.closed_form import ClosedForms
@@ -194,9 +195,7 @@ def print_groups(analysis: Analysis) -> None:
     )
     for title, tensors in (("inputs", analysis.model.inputs), ("outputs", analysis.model.outputs)):
         print_line(f"{title}: {tensors_text(tensors)}")
-    made = provenance_text(read_provenance(analysis.model.graph))
-    if made:
-        print_line(made)
+    print_history(read_provenance(analysis.model.graph))
     quantization = describe_quantization(analysis.model, cost)
     if quantization:
         print_line(quantization)
@@ -219,6 +218,14 @@ def print_groups(analysis: Analysis) -> None:
     print_token_points(analysis)
     counts = Counter(g.role for g in analysis.groups if g.prunable)
     print_line("prunable: " + (", ".join(f"{n} {role}" for role, n in counts.items()) or "nothing"))
+
+
+def print_history(steps: Sequence[ProvenanceStep]) -> None:
+    """How snpc made a file, where it says so: in a sentence, and step by step."""
+    if steps:
+        print_line(f"made by snpc: {history_text(steps)}")
+    for step in steps:
+        print_line(f"  {step_text(step)}")
 
 
 def tensors_text(tensors: Sequence[TensorSpec], shown: int = 4) -> str:

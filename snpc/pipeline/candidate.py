@@ -19,7 +19,15 @@ from snpc.pipeline.companions import FittedPlan, WrittenCompanion, write_compani
 from snpc.pipeline.planner import PruningPlan
 from snpc.pipeline.refit import with_refitted_weights
 from snpc.pipeline.verify import Reference, candidate_reference, verify_candidate
-from snpc.planning import SlicePlan, cuts_of, parse_target
+from snpc.planning import (
+    ProvenanceStep,
+    SlicePlan,
+    complete_step,
+    cuts_of,
+    parse_target,
+    pruning_provenance,
+    read_provenance,
+)
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.closed_form import approximate_groups
 from snpc.runtime.evaluation import cache_bytes_per_token
@@ -106,6 +114,13 @@ class PrunedModel:
     """Models with the same weights that were cut alike, and written beside it."""
     task: TaskChange | None = None
     """The score on labels, where there were some."""
+
+    @property
+    def provenance(self) -> tuple[ProvenanceStep, ...]:
+        """The steps that made the written file, as it says them itself."""
+        model = self.plan.analysis.model
+        cut = complete_step(model, pruning_provenance(self.plan, self.calibration))
+        return (*read_provenance(model.graph), cut)
 
     @property
     def missed_target(self) -> str:

@@ -24,6 +24,7 @@ Files
   data            Everything that the report shows, as one value.
   figures         Figures: charts with captions, for the page and as a picture of their own.
   format          Numbers and methods as text, the same on the terminal and in the report.
+  history         How a file was made, in words: the steps of its provenance.
   page            The report page: one HTML file that loads nothing else.
   png             Small pictures as PNG in a ``data:`` URL.
   quality_text    The two statements on a result, in words: whether the rewrite is correct, and how close its outputs
@@ -40,12 +41,12 @@ from snpc.report.charts import PICTURE_SUFFIXES, PeerPoint, check_picture, read_
 from snpc.report.comparison import FileComparison, compare_files
 from snpc.report.data import ReportData
 from snpc.report.format import describe_method, format_count, format_share
+from snpc.report.history import history_text, step_text
 from snpc.report.page import glance_rows, write_report
 from snpc.report.quality_text import (
     dequantization_text,
     drift_text,
     output_lines,
-    provenance_text,
     quality_text,
     quality_warning,
     requantization_text,
@@ -69,15 +70,16 @@ __all__ = [
     "format_count",
     "format_share",
     "glance_rows",
+    "history_text",
     "model_card",
     "output_lines",
-    "provenance_text",
     "quality_text",
     "quality_warning",
     "read_points",
     "requantization_text",
     "restriction_text",
     "rewrite_text",
+    "step_text",
     "task_text",
     "write_report",
     "write_sweep_plot",

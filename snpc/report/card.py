@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from snpc.errors import UserError
 from snpc.report.format import format_count, format_share
+from snpc.report.history import history_text
 
 REPORT_FORMAT = 1
 BaseModelRelation = Literal["finetune", "quantized", "adapter", "merge"]
@@ -141,9 +142,16 @@ def method_section(report: Mapping[str, Any]) -> str:
         f"Pruned with [snpc](https://pypi.org/project/snpc/), method {inline(report['method'])}, criterion "
         f"{inline(report['criterion'])}, options {inline(json.dumps(options))}.",
         f"Calibration data: {plain(data['text'])}." if data else "No calibration data was used.",
+        history_line(report),
         f"Digest of the original (sha256): {inline(report['digest'])}.",
     ]
-    return "## How it was made\n\n" + "\n".join(lines)
+    return "## How it was made\n\n" + "\n".join(filter(None, lines))
+
+
+def history_line(report: Mapping[str, Any]) -> str:
+    """What was done before, where pruning was not the only step; reports of older versions do not say it."""
+    steps = report.get("provenance", [])
+    return f"Step by step, the file was {plain(history_text(steps))}." if len(steps) > 1 else ""
 
 
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -6,7 +6,6 @@ their provenance, or from the shapes of constants that have the same names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from snpc.errors import UserError
 from snpc.passes import Analysis, analyze, macs_by_role
 from snpc.passes.canonicalization import original_name
 from snpc.pipeline import measure_quality, verification_data
-from snpc.planning import PREVIOUS, provenance_in, read_provenance
+from snpc.planning import ProvenanceStep, provenance_in, pruning_of, read_provenance, widths_of
 from snpc.runtime.calibration import Calibration, TextOptions, find_tokenizer, load_calibration
 from snpc.runtime.evaluation import EvaluationData, MetricRequest, task_change, task_score, with_metrics
 from snpc.runtime.execution import ARTIFACT_SUFFIXES, DEFAULT_EXECUTION, ENGINE_SUFFIXES, Execution, stored_metadata
@@ -33,7 +32,7 @@ class ComparedFile:
     """One file beside the original.
 
     ``cost``: None of an artifact that is no ONNX file. ``macs_by_role``: empty where some products are not counted, as
-    in fused nodes. ``provenance``: what the file says of how it was made, the latest step first. ``kept``: group id of
+    in fused nodes. ``provenance``: what the file says of how it was made, step by step. ``kept``: group id of
     the original -> units per block, of the groups whose width is known. ``quality``: of its outputs, by the original's.
     ``task``: on labels, where there are some.
     """
@@ -43,7 +42,7 @@ class ComparedFile:
     quality: Quality
     cost: Cost | None = None
     macs_by_role: Mapping[str, int] = field(default_factory=dict)
-    provenance: tuple[Mapping[str, str], ...] = ()
+    provenance: tuple[ProvenanceStep, ...] = ()
     kept: Mapping[str, int] = field(default_factory=dict)
     task: TaskChange | None = None
 
@@ -122,12 +121,12 @@ def measure_tasks(
 def compared_file(analysis: Analysis, path: Path, quality: Quality, task: TaskChange | None) -> ComparedFile:
     """What can be read from the file, with what was measured."""
     if path.suffix in ARTIFACT_SUFFIXES:
-        steps = provenance_steps(provenance_in(stored_metadata(path)))
+        steps = provenance_in(stored_metadata(path))
         kept = widths_of_provenance(steps, analysis)
         return ComparedFile(path, artifact_bytes(path), quality, provenance=steps, kept=kept, task=task)
     model = load(path)
     cost, roles = cost_and_roles(analysis, model)
-    steps = provenance_steps(read_provenance(model.graph))
+    steps = read_provenance(model.graph)
     kept = widths_of_provenance(steps, analysis) or widths_of_constants(model, analysis)
     return ComparedFile(path, file_bytes(path), quality, cost, roles, steps, kept, task)
 
@@ -150,25 +149,15 @@ def cost_and_roles(analysis: Analysis, model: Model) -> tuple[Cost, Mapping[str,
 # -- what was cut ----------------------------------------------------------------------------------------------------
 
 
-def provenance_steps(entries: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:
-    """The steps that made a file, the latest first: a pruned file may have been pruned before."""
-    steps = []
-    while entries:
-        steps.append(entries)
-        entries = json.loads(entries.get(PREVIOUS, "{}"))
-    return tuple(steps)
-
-
-def widths_of_provenance(steps: Sequence[Mapping[str, str]], analysis: Analysis) -> dict[str, int]:
-    """Units per block of all groups, as the one step says that made the file of the original; none where there were
-    more steps, or another original."""
-    if len(steps) != 1 or "widths" not in steps[0] or steps[0].get("source_sha256") != analysis.model.digest:
-        return {}
-    widths: dict[str, list[int]] = json.loads(steps[0]["widths"])
+def widths_of_provenance(steps: Sequence[ProvenanceStep], analysis: Analysis) -> dict[str, int]:
+    """Units per block of all groups, as the one step says that cut the original; none where there was none, or
+    another one after it."""
+    step = pruning_of(steps, analysis.model.digest)
+    widths = widths_of(step) if step is not None else {}
     known = {group.id: group for group in analysis.groups}
     if any(name not in known or known[name].size != before for name, (before, _) in widths.items()):
         return {}
-    return {group.id: widths.get(group.id, [0, group.size])[1] for group in known.values()}
+    return {group.id: widths.get(group.id, (0, group.size))[1] for group in known.values()} if step is not None else {}
 
 
 def widths_of_constants(model: Model, analysis: Analysis) -> dict[str, int]:

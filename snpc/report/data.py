@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +12,13 @@ import numpy as np
 from snpc.errors import UserError
 from snpc.passes import Analysis, analyze, macs_by_role
 from snpc.pipeline import PrunedModel, PruningPlan
-from snpc.planning import target_text
+from snpc.planning import layers_of, pruning_of, target_text
 from snpc.report.attention_maps import AttentionMaps, attention_maps
 from snpc.report.comparison import ComparedFile, FileComparison
 from snpc.report.format import describe_method
+from snpc.report.history import history_text, step_text
 from snpc.report.quality_text import (
     dequantization_text,
-    provenance_text,
     quality_text,
     quality_warning,
     requantization_text,
@@ -78,7 +77,8 @@ class TokenCount:
 @dataclass(frozen=True)
 class FileReport:
     """The statements on one file. ``made``: how it was made, by what it says itself or by what was asked for.
-    ``rewrite``: whether it computes what the plan says, where that is known. ``removed``: layers that are gone."""
+    ``steps``: the steps that made it, with their sources. ``rewrite``: whether it computes what the plan says, where
+    that is known. ``removed``: layers that are gone."""
 
     name: str
     path: str
@@ -93,6 +93,7 @@ class FileReport:
     rewrite: str = ""
     equals_mask: tuple[Difference, ...] = ()
     structure: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
     reproduction: Reproduction | None = None
 
 
@@ -149,6 +150,7 @@ def collect_report_data(
         removed=removal.descriptions if removal is not None else (),
         rewrite=rewrite_text(verdict),
         equals_mask=verdict.equals_mask,
+        steps=tuple(map(step_text, result.provenance)),
         structure=(*((f"not run: {verdict.not_run}",) if verdict.not_run else ()), *verdict.structure),
         reproduction=reproduction_of_result(result, command),
     )
@@ -315,27 +317,26 @@ def file_names(files: Sequence[ComparedFile]) -> list[str]:
 
 
 def file_report(name: str, file: ComparedFile, analysis: Analysis) -> FileReport:
-    latest = file.provenance[0] if file.provenance else {}
+    steps = file.provenance
     return FileReport(
         name=name,
         path=str(file.path),
-        made=provenance_text(latest) or "the file does not say how it was made",
+        made=history_text(steps) or "the file does not say how it was made",
+        steps=tuple(map(step_text, steps)),
         **statements(file.quality),
         task=file.task,
-        removed=tuple(json.loads(latest.get("layers", "[]"))),
-        reproduction=reproduction_of_file(file.path, latest, analysis),
+        removed=tuple(name for step in steps for name in layers_of(step)),
+        reproduction=reproduction_of_file(file.path, steps, analysis),
     )
 
 
 def reduced_as(analysis: Analysis, file: ComparedFile) -> Analysis:
     """The analysis with fewer tokens, as the file says; unchanged where it says nothing, or of another original."""
-    if len(file.provenance) != 1:
-        return analysis
-    (entries,) = file.provenance
-    if "tokens" not in entries or entries.get("source_sha256") != analysis.model.digest:
+    cut = pruning_of(file.provenance, analysis.model.digest)
+    if cut is None or "tokens" not in cut:
         return analysis
     try:
-        return reduce_tokens(analysis, entries["tokens"])
+        return reduce_tokens(analysis, cut["tokens"])
     except UserError:  # scores that were measured on data stand in the file, and not in its words
         return analysis
 

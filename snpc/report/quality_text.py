@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from snpc.passes.quantization import operator_counts
 from snpc.types import (
@@ -23,7 +23,6 @@ MEANINGS: dict[Grade, str] = {
     "fair": "outputs differ from the original's: measure the accuracy on your own task",
     "poor": "outputs no longer resemble the original's",
 }
-SHOWN_ENTRIES = ("target", "method", "calibration", "tokens", "layers")  # of provenance, beside the source
 TASK_METRIC_TEXTS = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "f1": "F1", "spearman": "Spearman correlation"}
 LARGE_ON_NOISE = 0.5  # relative change: so far, outputs differ on any inputs
 
@@ -38,17 +37,6 @@ def rewrite_text(verdict: Verdict) -> str:
     largest = max(d.relative for d in verdict.equals_mask)
     same = f"sliced equals masked to {largest:.1e} relative on {verdict.compared}"
     return f"rewrite: correct ({same}; {checks})"
-
-
-def provenance_text(entries: Mapping[str, str]) -> str:
-    """How snpc made a file, by what it says itself (``read_provenance``); "" where it says nothing."""
-    if "step" not in entries:
-        return ""
-    made = f"made by snpc {entries.get('version', '')} ({entries['step']}) from {entries.get('source', 'another file')}"
-    digest = entries.get("source_sha256", "")
-    details = [f"sha256 {digest[:12]}"] if digest else []
-    details += [f"{key} {entries[key]}" for key in SHOWN_ENTRIES if key in entries]
-    return f"{made}: {'; '.join(details)}"
 
 
 def restriction_text(record: Restriction) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from snpc.passes import Analysis
 from snpc.pipeline import PlanRequest, PrunedModel
-from snpc.planning import Budget
+from snpc.planning import Budget, ProvenanceStep, options_of
 from snpc.version import __version__
 
 DEFAULTS = {
@@ -24,7 +23,8 @@ DATA = "DATA"  # stands for data whose place is not known
 
 @dataclass(frozen=True)
 class Reproduction:
-    """``command``, ``call``: for a shell, and for Python. ``facts``: (name, text) of versions, digests and data."""
+    """``command``: for a shell, a line for each step. ``call``: the same in Python, "" of several steps. ``facts``:
+    (name, text) of versions, digests and data."""
 
     command: str
     call: str
@@ -105,30 +105,82 @@ def reproduction_of_result(result: PrunedModel, command: str) -> Reproduction:
     return Reproduction(command or record.command(), record.call(), facts)
 
 
-def reproduction_of_file(path: Path, entries: Mapping[str, str], analysis: Analysis) -> Reproduction | None:
-    """By what a file says of its latest step (``read_provenance``); None where that is no pruning that was asked for
-    by options."""
-    options = json.loads(entries.get("options", "{}"))
-    if entries.get("step") != "prune" or not (options or "tokens" in entries):
+def reproduction_of_file(path: Path, steps: Sequence[ProvenanceStep], analysis: Analysis) -> Reproduction | None:
+    """By the steps that a file says it was made by: a command for each, and the call where there is one step. None
+    where one of them is no pruning that was asked for by options, no finetuning and no build."""
+    outputs = [*(step.get("source", "MODEL") for step in steps[1:]), str(path)]
+    commands = [command_of_step(step, output, analysis) for step, output in zip(steps, outputs, strict=False)]
+    if not commands or "" in commands:
         return None
-    same = entries.get("source_sha256") == analysis.model.digest
-    source = str(analysis.model.source) if same else entries.get("source", "MODEL")
-    record = PruningRecord(
-        source,
-        str(path),
-        options,
-        entries.get("method", "none"),
-        entries.get("criterion", ""),
-        entries.get("tokens", ""),
-        DATA if entries.get("calibration") else "",
-    )
+    first = steps[0]
     facts = facts_of(
-        entries.get("version", ""),
-        Path(entries.get("source", "")),
-        entries.get("source_sha256", ""),
-        entries.get("calibration", ""),
+        steps[-1].get("version", ""),
+        Path(first.get("source", "")),
+        first.get("source_sha256", ""),
+        first.get("calibration", ""),
     )
-    return Reproduction(record.command(), record.call(), facts)
+    record = pruning_record(first, outputs[0], analysis)
+    call = record.call() if len(steps) == 1 and record is not None else ""
+    return Reproduction("\n".join(commands), call, facts)
+
+
+def command_of_step(step: ProvenanceStep, output: str, analysis: Analysis) -> str:
+    """What makes ``output`` again; "" where a step does not say all that it takes."""
+    if step["step"] == "prune":
+        record = pruning_record(step, output, analysis)
+        return record.command() if record is not None else ""
+    words = COMMANDS_OF_STEPS[step["step"]](step, analysis) if step["step"] in COMMANDS_OF_STEPS else []
+    return shlex.join([*words, "-o", output]) if words else ""
+
+
+def pruning_record(step: ProvenanceStep, output: str, analysis: Analysis) -> PruningRecord | None:
+    """What a step was asked for; None where that is no pruning, or a plan that was made by hand."""
+    options = options_of(step)
+    if step["step"] != "prune" or not (options or "tokens" in step):
+        return None
+    return PruningRecord(
+        named_source(step, analysis),
+        output,
+        options,
+        step.get("method", "none"),
+        step.get("criterion", ""),
+        step.get("tokens", ""),
+        DATA if step.get("calibration") else "",
+    )
+
+
+def named_source(step: ProvenanceStep, analysis: Analysis) -> str:
+    """The file that a step began with: the original by its path."""
+    same = step.get("source_sha256") == analysis.model.digest
+    return str(analysis.model.source) if same else step.get("source", "MODEL")
+
+
+def finetuning_words(step: ProvenanceStep, analysis: Analysis) -> list[str]:
+    """``snpc finetune`` with the options that have not their default value."""
+    same = step.get("teacher_sha256") == analysis.model.digest
+    teacher = str(analysis.model.source) if same else step.get("teacher", "TEACHER")
+    words = ["snpc", "finetune", step.get("source", "MODEL"), "--teacher", teacher, "--data", DATA]
+    for name, value in options_of(step).items():
+        flag = OPTION_NAMES.get(name, f"--{name.replace('_', '-')}")
+        if value is True:
+            words.append(flag)
+        else:
+            words += [word for one in (value if isinstance(value, list) else [value]) for word in (flag, str(one))]
+    return [*words, "--labels", "LABELS"] if "ce" in step.get("loss", "") else words
+
+
+def building_words(step: ProvenanceStep, analysis: Analysis) -> list[str]:
+    """``snpc build`` with the precision."""
+    words = ["snpc", "build", named_source(step, analysis), "--target", step.get("runtime", "ort")]
+    words += ["--precision", step.get("precision", "fp32")]
+    return [*words, "--calib", DATA] if step.get("calibration") else words
+
+
+COMMANDS_OF_STEPS: Mapping[str, Callable[[ProvenanceStep, Analysis], list[str]]] = {
+    "finetune": finetuning_words,
+    "build": building_words,
+}
+OPTION_NAMES = {"outputs": "--output-name"}  # of ``TrainingOptions`` on the command line, where it is another word
 
 
 def facts_of(version: str, source: Path, digest: str, calibration: str) -> tuple[tuple[str, str], ...]:

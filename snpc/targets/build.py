@@ -10,6 +10,7 @@ from pathlib import Path
 
 from snpc.errors import CheckFailed, UserError
 from snpc.graph import choose_dim_sizes, leading_dims
+from snpc.planning import write_provenance
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.evaluation import (
     VERIFICATION_BATCHES,
@@ -95,7 +96,11 @@ def build(
         work = folder / "work"
         work.mkdir()
         job, notes = prepare_job(
-            replace(job, output=folder / output_path.name), loaded, build_target, calibration, work
+            replace(job, output=folder / output_path.name),
+            signed(loaded, build_target.name, precision, calibration),
+            build_target,
+            calibration,
+            work,
         )
         written = build_target.build(job)
         drift, remarks = compare_artifact(job, written)
@@ -114,6 +119,14 @@ def build(
         drift=drift,
         attentions=written.attentions,
     )
+
+
+def signed(model: Model, target: str, precision: Precision, calibration: Calibration | None) -> Model:
+    """The model with the entries that say what is built of it."""
+    data = calibration.describe() if calibration is not None and precision == "int8" else ""
+    graph = model.graph.clone()
+    write_provenance(graph, model, {"step": "build", "runtime": target, "precision": precision, "calibration": data})
+    return replace(model, graph=graph)
 
 
 def prepare_job(

@@ -15,12 +15,13 @@ import onnx
 
 from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
+from snpc.planning import write_provenance
 from snpc.runtime.evaluation import batch_differences, max_relative, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, first_lines
-from snpc.runtime.io import PROTOBUF_LIMIT, file_bytes, load
+from snpc.runtime.io import PROTOBUF_LIMIT, file_bytes, load, read_model, save
 from snpc.targets.cast import half_precision, silence_logging
 from snpc.targets.dequantize import comparison_feeds
-from snpc.types import Feeds
+from snpc.types import Feeds, Model
 
 BLOCK_SIZE, NF4_BLOCK_SIZE = 32, 64  # of weights that share a scale, as transformers.js quantizes them
 NF4_TYPE = 1
@@ -127,7 +128,7 @@ def write_precisions(
     written = []
     with execution.progress.stage("precisions", len(names)) as advance:
         for name in names:
-            difference = write_precision(model, name, feeds, reference, execution)
+            difference = write_precision(loaded, name, feeds, reference, execution)
             written.append(WrittenPrecision(precision_path(model, name), name, difference, words))
             advance(1)
     return tuple(written)
@@ -138,13 +139,14 @@ def precision_path(model: Path, precision: str) -> Path:
 
 
 def write_precision(
-    model: Path, precision: str, feeds: Sequence[Feeds], reference: Sequence[Feeds], execution: Execution
+    model: Model, precision: str, feeds: Sequence[Feeds], reference: Sequence[Feeds], execution: Execution
 ) -> float:
     """Write one file. The largest difference of its outputs from ``reference``."""
-    form, path = PRECISION_FORMS[precision], precision_path(model, precision)
+    form, path = PRECISION_FORMS[precision], precision_path(model.path, precision)
     try:
         with silence_logging():
-            form.make(model, path)
+            form.make(model.path, path)
+        sign(path, model, precision)
         difference = max_relative(batch_differences(reference, run_batches(load(path).path, feeds, execution)))
     except UserError as error:
         raise UserError(f"--precisions {precision}: {error}; leave it out") from None
@@ -153,10 +155,19 @@ def write_precision(
             f"--precisions {precision}: this onnxruntime has no {error.name}: upgrade it, or leave {precision} out"
         ) from None
     except Exception as error:  # the quantizers have no exceptions of their own
-        raise UserError(f"--precisions {precision}: {model.name} cannot be made so: {first_lines(error)}") from None
+        raise UserError(
+            f"--precisions {precision}: {model.path.name} cannot be made so: {first_lines(error)}"
+        ) from None
     if not difference <= form.tolerance:
         raise CheckFailed(
-            f"{path}: its outputs differ by {difference:.2g} from those of {model.name}, more than {form.tolerance:g}, "
-            f"which rounding explains: leave {precision} out of --precisions"
+            f"{path}: its outputs differ by {difference:.2g} from those of {model.path.name}, more than "
+            f"{form.tolerance:g}, which rounding explains: leave {precision} out of --precisions"
         )
     return difference
+
+
+def sign(path: Path, model: Model, precision: str) -> None:
+    """Say in the file at ``path`` that it was made of ``model``."""
+    graph = read_model(path)
+    write_provenance(graph, model, {"step": "convert", "precision": precision})
+    save(graph, path)

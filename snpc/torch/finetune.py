@@ -17,6 +17,7 @@ import torch
 from snpc.errors import CheckFailed, UserError
 from snpc.passes import Analysis, analyze
 from snpc.pipeline import measure_quality, quality_json, verification_data
+from snpc.planning import compact_json
 from snpc.runtime.calibration import Calibration, count_held_out
 from snpc.runtime.closed_form import residual_values
 from snpc.runtime.evaluation import (
@@ -64,7 +65,7 @@ from snpc.torch.training import (
     train,
     wait_for_workers,
 )
-from snpc.torch.write_back import save_graph_module
+from snpc.torch.write_back import write_trained
 from snpc.types import AnyArray, Feeds, IntArray, Model, Quality
 
 GPU_TOLERANCE = 1e-3  # relative difference of outputs that is rounding, between a GPU and onnxruntime on a CPU
@@ -137,7 +138,7 @@ def finetune(
             task = gather_task(task, student)
         if not worker.is_main:
             return None
-        structure = write_verified(task, pruned, output)
+        structure = write_verified(task, student, output, finetuning_provenance(task, trained))
     before, after = measure_before_and_after(task, pruned, output)
     sparsity = Sparsity.of(task.module.parameters())
     seconds = time.perf_counter() - start
@@ -349,13 +350,30 @@ class HeldOutLoss:
         return {name: values[name].detach().float().cpu().numpy() for name in self.task.outputs}
 
 
-def write_verified(task: FinetuneTask, pruned: Path, output: Path) -> tuple[str, ...]:
+def finetuning_provenance(task: FinetuneTask, trained: TrainingResult) -> dict[str, str]:
+    """How a model was finetuned, as ``write_provenance`` takes it. ``options`` are those without their default value,
+    ``best_step`` is the step whose weights were written."""
+    default, teacher = asdict(TrainingOptions()), task.dense.model
+    options = {name: value for name, value in asdict(task.training).items() if value != default[name]}
+    return {
+        "step": "finetune",
+        "steps": str(trained.steps),
+        "best_step": "" if trained.best_step is None else str(trained.best_step),
+        "loss": task.training.loss,
+        "options": compact_json(options) if options else "",
+        "teacher": teacher.source.name,
+        "teacher_sha256": teacher.digest,
+        "calibration": task.data.describe(),
+    }
+
+
+def write_verified(task: FinetuneTask, student: Model, output: Path, entries: Mapping[str, str]) -> tuple[str, ...]:
     """Write the weights into a staging folder, and rename the file into place once onnxruntime computes from it what
     the module computes. Returns what was checked. Raises CheckFailed where they differ."""
     with staging_folder(output) as folder:
         staged = folder / output.name
-        save_graph_module(task.module, pruned, staged)
-        structure = check_structure(pruned, staged)
+        write_trained(task.module, student, staged, entries)
+        structure = check_structure(student.path, staged)
         check_outputs(task, staged)
         publish_files([staged], output)
     return (*structure, "the written file computes what the trained module computes")

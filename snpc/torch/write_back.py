@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,27 @@ import onnx_ir as ir
 import torch
 
 from snpc.errors import UserError
-from snpc.runtime.io import check_target, model_files, publish_files, read_model, staging_folder
+from snpc.planning import write_provenance
+from snpc.runtime.io import check_target, load, model_files, publish_files, read_model, staging_folder
 from snpc.runtime.io import save as save_model
 from snpc.torch.module import GraphModule
+from snpc.types import Model
 
 
 def save_graph_module(module: GraphModule, source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Write the model in ``source``, which ``module`` was loaded from, with the module's weights.
 
-    Only initializers and the values of Constant nodes change. Weights are written as external data beside the output if
-    the source has external data. Raises UserError where the file is not the one that the module came from.
+    Only initializers, the values of Constant nodes and what the file says of how it was made change. Weights are
+    written as external data beside the output if the source has external data. Raises UserError where the file is not
+    the one that the module came from.
     """
-    source_path, output_path = Path(source), Path(output)
-    check_target(output_path)
-    model = read_model(source_path)
+    write_trained(module, load(source), Path(output), {"step": "finetune"})
+
+
+def write_trained(module: GraphModule, source: Model, output: Path, entries: Mapping[str, str]) -> None:
+    """The same with ``source`` loaded, and with ``entries`` that say how it was trained."""
+    check_target(output)
+    model = read_model(source.path)
     constants = {str(v.name): v for node in model.graph for v in node.outputs if not node.inputs}
     for name in module.weight_names():
         array = to_numpy(module.weight(name))
@@ -32,17 +40,18 @@ def save_graph_module(module: GraphModule, source: str | os.PathLike[str], outpu
         tensor = value.const_value if value is not None else constant_node_value(node)
         if tensor is None or tuple(tensor.shape) != tuple(array.shape):
             raise UserError(
-                f"{source_path}: its {name} is not the one that was trained: give the model that was loaded"
+                f"{source.path}: its {name} is not the one that was trained: give the model that was loaded"
             )
         trained = ir.Tensor(array.astype(tensor.dtype.numpy()), dtype=tensor.dtype, name=name)
         if value is not None:
             value.const_value = trained
         elif node is not None:
             node.attributes["value"] = ir.AttrTensor("value", trained)
-    with staging_folder(output_path) as folder:
-        staged = folder / output_path.name
-        save_model(model, staged, external=len(model_files(source_path)) > 1)
-        publish_files([staged], output_path)
+    write_provenance(model, source, entries)
+    with staging_folder(output) as folder:
+        staged = folder / output.name
+        save_model(model, staged, external=len(model_files(source.path)) > 1)
+        publish_files([staged], output)
 
 
 def constant_node_value(node: ir.Node | None) -> ir.TensorProtocol | None:

@@ -13,6 +13,7 @@ import pytest
 
 import snpc
 from snpc.errors import CheckFailed, UserError
+from snpc.planning import read_provenance
 from tests.command_line import invoke, reported
 from tests.models.decoder_pairs import FIRST, SECOND
 from tests.models.folders import CONFIG, GENAI_CONFIG, HIDDEN, write_decoder, write_folder, write_pair_folder
@@ -59,6 +60,9 @@ def test_a_folder_with_every_precision(tmp_path: Path) -> None:
         gap = np.sqrt(np.mean((outputs(written.path) - reference) ** 2)) / scale
         assert gap < {"fp16": 0.01, "q8": 0.1, "int8": 0.1, "uint8": 0.1}.get(written.precision, 0.5)
         assert written.difference < 0.5
+        pruned, converted = read_provenance(snpc.load(written.path).graph)
+        assert pruned["step"] == "prune" and converted["step"] == "convert"
+        assert converted["precision"] == written.precision and converted["source"] == "model.onnx"
 
 
 def outputs(path: Path) -> Any:

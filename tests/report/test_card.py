@@ -48,6 +48,15 @@ def test_a_card_has_what_the_hub_reads_and_the_numbers_of_the_report(report: Pat
     assert invoke("card", report).stdout.startswith("---\nlibrary_name: onnx\n")
 
 
+def test_a_card_says_the_steps_where_there_were_several(report: Path) -> None:
+    data: dict[str, Any] = json.loads(report.read_text())
+    assert "Step by step" not in model_card(data)
+    data["provenance"].insert(0, {"step": "dequantize"})
+    assert "Step by step, the file was dequantized, then pruned by 50 % of the units." in model_card(data)
+    del data["provenance"]  # of an older version
+    assert "Step by step" not in model_card(data)
+
+
 def test_names_that_are_markdown_stay_text(report: Path) -> None:
     data: dict[str, Any] = json.loads(report.read_text())
     cut = next(group for group in data["groups"] if group["kept"] < group["size"])

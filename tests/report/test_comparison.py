@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import pytest
 from onnx import numpy_helper
 
 import snpc
+from snpc.planning import write_provenance
 from snpc.report.comparison import FileComparison
+from snpc.runtime.io import save
 from tests.command_line import CALIB, invoke
 from tests.models.builder_decoders import BuilderDecoder
 
@@ -132,6 +135,34 @@ def test_the_page_shows_all_files(comparison: FileComparison, files: Files, tmp_
     with pytest.raises(snpc.UserError, match="has its own data"):
         snpc.write_report(comparison, tmp_path / "other.html", command="snpc prune")
     json.dumps(report.to_json(), default=str)
+
+
+def test_the_page_says_every_step_and_how_to_make_it_again(files: Files, tmp_path: Path) -> None:
+    tuned, built = tmp_path / "tuned.onnx", tmp_path / "fast.onnx"
+    proto, source = snpc.load(files.half).graph, snpc.load(files.half)
+    digest = snpc.load(MODEL).digest
+    options = json.dumps({"steps": 48, "loss": "kd+ce", "layerwise": True, "outputs": ["a", "b"]})
+    entries = {"step": "finetune", "steps": "48", "options": options, "loss": "kd+ce", "teacher_sha256": digest}
+    write_provenance(proto, source, entries)
+    save(proto, tuned)
+    snpc.build(tuned, "ort", built)
+    comparison = snpc.compare_files(MODEL, [built])
+    assert comparison.files[0].kept == {g.id: files.result.plan.kept_width(g) for g in comparison.analysis.groups}
+    (file,) = snpc.write_report(comparison, tmp_path / "page.html").files
+    assert file.made == (
+        "pruned by 50 % of the units and to fewer tokens (merge:2@1), then finetuned for 48 steps, then built for "
+        "onnxruntime in fp32"
+    )
+    text = (tmp_path / "page.html").read_text()
+    assert all(html.escape(step) in text for step in file.steps) and len(file.steps) == 3
+    assert file.reproduction is not None and file.reproduction.call == ""
+    prune, finetune, build = file.reproduction.command.splitlines()
+    assert prune.startswith(f"snpc prune {MODEL} --ratio 0.5") and prune.endswith("-o half.onnx")
+    assert finetune == (
+        f"snpc finetune half.onnx --teacher {MODEL} --data DATA --steps 48 --loss kd+ce --layerwise --output-name a "
+        "--output-name b --labels LABELS -o tuned.onnx"
+    )
+    assert build == f"snpc build tuned.onnx --target ort --precision fp32 -o {built}"
 
 
 WIDTHS = {"ratio": 0.5, "roles": ("ffn",), "uniform": True, "round_to": 8, "method": "select", "criterion": "magnitude"}

@@ -27,6 +27,7 @@ import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
 from snpc.cli.tables import print_finetuned  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
+from snpc.planning import options_of, read_provenance  # noqa: E402
 from snpc.runtime.closed_form.stages import residual_values  # noqa: E402
 from snpc.torch import Batch, TrainingHooks, TrainingOptions  # noqa: E402
 from snpc.torch.training.losses import cross_entropy, kl_divergence, relative_squared_error  # noqa: E402
@@ -439,6 +440,22 @@ def test_the_report_is_of_the_written_file(pruned: Path, tmp_path: Path) -> None
     assert f"step {found['steps']} of 40: loss" in done.stderr and "left" in done.stderr
     before, after = onnx.load(pruned).graph, onnx.load(target).graph
     assert [n.SerializeToString() for n in before.node] == [n.SerializeToString() for n in after.node]
+
+
+def test_the_written_file_says_how_it_was_trained(pruned: Path, tmp_path: Path) -> None:
+    target, again = tmp_path / "t.onnx", tmp_path / "again.onnx"
+    result = snpc.torch.finetune(pruned, VIT, data(), target, training=TrainingOptions(steps=2, layerwise=True))
+    assert result is not None
+    cut, trained = read_provenance(snpc.load(target).graph)
+    assert (cut,) == read_provenance(snpc.load(pruned).graph)
+    assert (trained["step"], trained["steps"], trained["loss"]) == ("finetune", str(result.trained.steps), "kd")
+    assert trained["best_step"] == str(result.trained.best_step)
+    assert trained["source"] == pruned.name and trained["source_sha256"] == snpc.load(pruned).digest
+    assert trained["teacher"] == VIT.name and trained["teacher_sha256"] == snpc.load(VIT).digest
+    assert options_of(trained) == {"steps": 2, "layerwise": True} and "calib.npz" in trained["calibration"]
+    snpc.torch.save(snpc.torch.GraphModule(snpc.load(target)), target, again)
+    (*earlier, own) = read_provenance(snpc.load(again).graph)
+    assert earlier == [cut, trained] and own["step"] == "finetune" and own["source"] == target.name
 
 
 @pytest.mark.parametrize(
