@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from snpc.passes.grouping.experts import least_experts, pins_that_hold
-from snpc.passes.grouping.feasibility import ValuesByUnit, infeasible_cut_pin, values_by_unit
+from snpc.passes.grouping.feasibility import ValuesByUnit, infeasible_cut_pin, infeasible_heads_pin, values_by_unit
 from snpc.passes.grouping.units import Units
 from snpc.passes.grouping.width_ties import tie_widths
 from snpc.passes.propagation import LabelFlag, LabelPin, Trace
@@ -21,19 +21,19 @@ from snpc.types import IntArray, Role
 class GroupDraft:
     """A group before it has a name.
 
-    ``units``: [blocks, size] unit numbers (see ``Units``). ``children``: of heads, the indices of the drafts they
-    cover. ``channels``, ``step``: see ``Group``. ``tie``: number of the width tie from 1 on, 0 for none.
+    ``units``: [blocks, size] names of units, or of heads (see ``Units``). ``channels``, ``step``: see ``Group``.
+    ``tie``: number of the width tie from 1 on, 0 for none. ``of_heads``: do ``units`` name heads?
     """
 
     units: IntArray
     role: Role
     flags: LabelFlag
     pins: tuple[LabelPin, ...]
-    children: tuple[int, ...] = ()
     channels: int = 1
     step: int = 1
     tie: int = 0
     least: int = 1
+    of_heads: bool = False
 
     @property
     def approximate(self) -> bool:
@@ -83,8 +83,7 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
     flags = flags_by_unit(trace, units)
     signature = site_signatures(trace, units)
     pins_of = pins_by_unit(trace, units)
-    heads = np.unique(units.head_of_block[units.head_of_block >= 0])
-    produced = np.setdiff1d(np.flatnonzero(flags & int(LabelFlag.PRODUCED)), heads)
+    produced = np.setdiff1d(np.flatnonzero(flags & int(LabelFlag.PRODUCED)), units.whole_heads)
     bundles: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
     for unit in produced:
         blocked = units.block_of_unit[unit] >= 0
@@ -99,7 +98,7 @@ def draft_groups(trace: Trace, units: Units) -> list[GroupDraft]:
             least = least_experts(trace, units, grid) if role == "experts" else 1
             drafts.append(GroupDraft(grid, role, merged_flags, pins, least=least))
     drafts = tie_widths(trace.width_ties, units, pin_infeasible(trace, units, drafts, values))
-    drafts += draft_head_groups(drafts, heads, units, pins_of, flags)
+    drafts += draft_head_groups(trace, units, drafts, values)
     return sorted(drafts, key=lambda d: (int(d.units.min()), d.role == "head"))
 
 
@@ -163,52 +162,44 @@ def role_of(flags: LabelFlag, pins: tuple[LabelPin, ...]) -> Role:
 
 
 def draft_head_groups(
-    drafts: list[GroupDraft],
-    heads: IntArray,
-    units: Units,
-    pins_of: Mapping[int, list[LabelPin]],
-    flags: npt.NDArray[np.int32],
+    trace: Trace, units: Units, drafts: Sequence[GroupDraft], values: ValuesByUnit
 ) -> list[GroupDraft]:
-    """Groups whose units are whole heads: one draft per set of groups that the same heads cover."""
-    owners: dict[int, list[int]] = defaultdict(list)
+    """Groups whose units are whole heads: one draft per set of groups that the same heads have channels of."""
+    channels: dict[int, list[int]] = defaultdict(list)
+    held = pins_that_hold(trace, units)
     for index, draft in enumerate(drafts):
-        if draft.role not in ("qk", "vo"):
-            continue
-        for row in draft.units:
-            head = units.head_of_block[units.block_of_unit[row[0]]] if units.block_of_unit[row[0]] >= 0 else -1
-            if head >= 0:
-                owners[int(head)].append(index)
+        for head in heads_of_units(units, draft.units) if draft.role in ("qk", "vo") else ():
+            channels[int(head)].append(index)
     bundles: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for head, indices in owners.items():
-        bundles[tuple(sorted(set(indices)))].append(head)
+    for head, indices in channels.items():
+        bundles[tuple(indices)].append(head)
     head_groups = []
-    for children, group_heads in bundles.items():
-        if len(group_heads) < 2 or not any(drafts[k].flags & LabelFlag.PASSED_THROUGH for k in children):
-            continue
-        partial = [h for h in group_heads if h in set(units.partial_heads.tolist())]
-        pins = unique_pins(pins_of, group_heads)
-        for child in children:
-            hard = tuple(n for n in drafts[child].pins if n.kind == "hard" or spans_several_heads(n, units))
-            pins = tuple(dict.fromkeys((*pins, *hard)))
-        if partial:
-            pins = (
-                *pins,
-                LabelPin(
-                    np.array(partial), "", 0, len(partial), "a tensor is shared by only some of its heads", "", "hard"
-                ),
-            )
-        head_groups.append(
-            GroupDraft(
-                np.array(sorted(group_heads))[None, :],
-                "head",
-                LabelFlag(int(np.bitwise_or.reduce(flags[group_heads]))),
-                pins,
-                children,
-            )
-        )
+    for owners, members in bundles.items():
+        flags = LabelFlag(int(np.bitwise_or.reduce([int(drafts[k].flags) for k in owners])))
+        if len(members) > 1 and flags & LabelFlag.PASSED_THROUGH:
+            heads = np.sort(np.array(members, np.int64))
+            pins = pins_of_heads(held, units, heads)
+            if not pins:
+                parts = np.concatenate([drafts[k].units.reshape(-1) for k in owners])
+                infeasible = infeasible_heads_pin(trace, units, heads, parts, values)
+                pins = (infeasible,) if infeasible is not None else ()
+            head_groups.append(GroupDraft(heads[None, :], "head", flags & LabelFlag.CACHED, pins, of_heads=True))
     return head_groups
 
 
-def spans_several_heads(pin: LabelPin, units: Units) -> bool:
-    """Whether a pin is due to a statistic over more than one head."""
-    return len(np.unique(units.block_of_unit[units.unit_of_label[pin.labels]])) > 1
+def heads_of_units(units: Units, members: IntArray) -> IntArray:
+    """The heads in which some of these units have a part."""
+    chosen = np.zeros(len(units.unit_of_label), bool)
+    chosen[members] = True
+    heads = np.unique(units.head_of_label[chosen[units.unit_of_label]])
+    return heads[heads >= 0]
+
+
+def pins_of_heads(held: Sequence[LabelPin], units: Units, heads: IntArray) -> tuple[LabelPin, ...]:
+    """Those of the pins for which whole heads stay: hard ones, and those of statistics over more than one head."""
+    pins = []
+    for pin in held:
+        owners = np.unique(units.head_of_label[pin.labels])
+        if np.isin(owners, heads).any() and (pin.kind == "hard" or len(owners) > 1):
+            pins.append(pin)
+    return tuple(pins)

@@ -40,13 +40,13 @@ def least_experts(trace: Trace, units: Units, grid: IntArray) -> int:
 
 def owned_constants(trace: Trace, units: Units, numbers: Mapping[int, int]) -> tuple[tuple[str, ...], ...]:
     """[units] names of the float constants that nothing reads but the nodes of one expert; () where experts have no
-    nodes of their own. ``numbers``: unit -> its index within the group."""
+    nodes of their own. ``numbers``: cell -> index of its unit within the group."""
     owned: dict[int, list[str]] = defaultdict(list)
     for node, label in trace.expert_outputs.items():
-        unit = numbers.get(int(units.unit_of_label[label]))
+        unit = numbers.get(int(units.cell_of_label[label]))
         if unit is not None:
             owned[unit] += sorted(str(v.name) for v in constants_behind(node))
-    return tuple(tuple(owned[k]) for k in range(len(numbers))) if owned else ()
+    return tuple(tuple(owned[k]) for k in range(max(numbers.values()) + 1)) if owned else ()
 
 
 def constants_behind(node: ir.Node) -> set[ir.Value]:
@@ -71,7 +71,7 @@ def expert_probes(trace: Trace, units: Units, numbers: Mapping[int, int]) -> tup
     """What the experts of a group add to their tokens: a value of each expert, or one of all for each layer."""
     probes = []
     for node, label in trace.expert_outputs.items():
-        unit, updates = numbers.get(int(units.unit_of_label[label])), node.inputs[2]
+        unit, updates = numbers.get(int(units.cell_of_label[label])), node.inputs[2]
         if unit is not None and updates is not None:
             probes.append(Probe("expert", str(updates.name), np.array([[unit]])))
     by_indices: dict[ir.Value, list[ir.Node]] = defaultdict(list)
@@ -79,7 +79,7 @@ def expert_probes(trace: Trace, units: Units, numbers: Mapping[int, int]) -> tup
         if node.inputs[1] is not None:
             by_indices[node.inputs[1]].append(node)
     for indices, nodes in by_indices.items():
-        own = units.unit_of_label[trace.expert_reads[nodes[0]]]
+        own = units.cell_of_label[trace.expert_reads[nodes[0]]]
         if all(int(unit) in numbers for unit in own):
             translated = np.array([numbers[int(unit)] for unit in own])
             outputs = weighted_outputs(trace, nodes, indices)

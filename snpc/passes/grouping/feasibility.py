@@ -42,21 +42,38 @@ def infeasible_cut_pin(trace: Trace, units: Units, grid: IntArray, values: Value
         return None
     is_removed = np.zeros(trace.table.count, bool)
     is_removed[grid[:, 0]] = True
-    removed = RemovedUnits(units.unit_of_label, units.block_of_unit, is_removed)
+    removed = units.removal(is_removed)
     touched = dict.fromkeys(v for unit in grid[:, 0].tolist() for v in values.get(unit, ()))
-    for value in touched:
-        node = value.producer()
-        if not is_ragged(trace, value, removed) or (
-            node is not None and lookup(node.domain, node.op_type).kind == "movement"
-        ):
-            continue
-        axis = max(k for f in trace.values[value].factors for k, n in enumerate(f.shape) if n > 1)
-        operator = f"{node.op_type} {node.name}" if node is not None else "constant"
-        reason = f"it shares {value.name} with units that are cut independently, which would not stay rectangular"
-        return LabelPin(
-            grid.reshape(-1), str(value.name), axis, trace.values[value].shape[axis], reason, operator, "hard"
-        )
-    return None
+    ragged = (value for value in touched if not is_moved(value) and is_ragged(trace, value, removed))
+    return next((ragged_pin(trace, value, grid.reshape(-1)) for value in ragged), None)
+
+
+def infeasible_heads_pin(
+    trace: Trace, units: Units, heads: IntArray, channels: IntArray, values: ValuesByUnit
+) -> LabelPin | None:
+    """The pin of whole heads that cannot go, as removing one leaves a tensor that is not rectangular; None where they
+    can. ``channels``: the units that have a part in them."""
+    is_removed = np.zeros(trace.table.count, bool)
+    is_removed[heads[0]] = True
+    removed = units.removal(np.zeros(trace.table.count, bool), is_removed)
+    touched = dict.fromkeys(v for unit in channels.tolist() for v in values.get(unit, ()))
+    ragged = (value for value in touched if is_ragged(trace, value, removed))
+    return next((ragged_pin(trace, value, heads) for value in ragged), None)
+
+
+def is_moved(value: ir.Value) -> bool:
+    """Whether a movement operator produces it."""
+    node = value.producer()
+    return node is not None and lookup(node.domain, node.op_type).kind == "movement"
+
+
+def ragged_pin(trace: Trace, value: ir.Value, labels: IntArray) -> LabelPin:
+    """The pin of ``labels`` without some of which ``value`` would not be rectangular."""
+    labeled, node = trace.values[value], value.producer()
+    axis = max(k for f in labeled.factors for k, n in enumerate(f.shape) if n > 1)
+    operator = f"{node.op_type} {node.name}" if node is not None else "constant"
+    reason = f"it shares {value.name} with units that are cut independently, which would not stay rectangular"
+    return LabelPin(labels, str(value.name), axis, labeled.shape[axis], reason, operator, "hard")
 
 
 def is_ragged(trace: Trace, value: ir.Value, removed: RemovedUnits) -> bool:

@@ -54,7 +54,7 @@ def build_groups(
     names: list[str] = []
     layers: list[int] = []
     counters: dict[str, int] = defaultdict(int)
-    numbered = [builder.unit_numbers(draft, drafts) for draft in drafts]
+    numbered = [builder.unit_numbers(draft) for draft in drafts]
     for draft, numbers in zip(drafts, numbered, strict=True):
         counters[draft.role] += 1
         layers.append(counters[draft.role] - 1)
@@ -122,20 +122,20 @@ def freedom_and_reason(draft: GroupDraft) -> tuple[Freedom, str]:
     return "basis", ""
 
 
-class UnitIndex:
-    """Where units occur, asked for group by group. ``places``: the units at each place, which may be repeated."""
+class CellIndex:
+    """Where cells occur, asked for group by group. ``places``: the cells at each place, which may be repeated."""
 
     def __init__(self, places: Sequence[IntArray]) -> None:
-        distinct = [np.unique(units) for units in places]
-        units = np.concatenate(distinct) if distinct else np.zeros(0, np.int64)
-        order = np.argsort(units, kind="stable")
-        self._units = units[order]
+        distinct = [np.unique(cells) for cells in places]
+        cells = np.concatenate(distinct) if distinct else np.zeros(0, np.int64)
+        order = np.argsort(cells, kind="stable")
+        self._cells = cells[order]
         self._places = np.repeat(np.arange(len(distinct)), [len(part) for part in distinct])[order]
 
-    def places_of(self, units: Iterable[int]) -> list[int]:
-        """The places, in order, at which one of ``units`` occurs."""
-        wanted = np.fromiter(units, np.int64)
-        first, last = (np.searchsorted(self._units, wanted, side) for side in ("left", "right"))
+    def places_of(self, cells: Iterable[int]) -> list[int]:
+        """The places, in order, at which one of ``cells`` occurs."""
+        wanted = np.fromiter(cells, np.int64)
+        first, last = (np.searchsorted(self._cells, wanted, side) for side in ("left", "right"))
         counts = last - first
         entries = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
         return [int(k) for k in np.unique(self._places[entries])]
@@ -144,14 +144,14 @@ class UnitIndex:
 class GroupBuilder:
     """Finds where the units of a group occur in constants and in contractions.
 
-    ``numbers`` of a group: unit -> index within the group (``block * size + position``).
+    ``numbers`` of a group: cell -> index of its unit, or head, within the group (``block * size + position``).
     """
 
     def __init__(self, model: ir.Model, trace: Trace, units: Units, facts: ShapeFacts) -> None:
         self.model, self.trace, self.units, self.facts = model, trace, units, facts
         self.axes = list(trace.table.axes)
-        self.axis_index = UnitIndex(
-            [units.unit_of_label[a.first_label : a.first_label + a.size] for a in trace.table.axes]
+        self.axis_index = CellIndex(
+            [units.cell_of_label[a.first_label : a.first_label + a.size] for a in trace.table.axes]
         )
         self.operands: list[tuple[Contraction, LabeledValue, str, int]] = []
         for contraction in trace.contractions:
@@ -161,27 +161,26 @@ class GroupBuilder:
             ):
                 self.operands += [(contraction, side, letters, index) for index in range(len(side.factors))]
         factors = [side.factors[index] for _, side, _, index in self.operands]
-        self.operand_index = UnitIndex([units.unit_of_label[labels[labels >= 0]] for labels in factors])
+        self.operand_index = CellIndex([units.cell_of_label[labels[labels >= 0]] for labels in factors])
         self._numbers: Mapping[int, int] = {}
         self._table = np.zeros(0, np.int64)
 
-    def unit_numbers(self, draft: GroupDraft, drafts: list[GroupDraft]) -> dict[int, int]:
-        """unit -> index within the group. The units in the blocks of a head have the index of that head."""
-        numbers = {int(unit): k for k, unit in enumerate(draft.units.reshape(-1))}
-        for other in drafts if draft.role == "head" else ():
-            for row in other.units if other.role in ("qk", "vo") else ():
-                block = self.units.block_of_unit[row[0]]
-                head = int(self.units.head_of_block[block]) if block >= 0 else -1
-                if head in numbers:
-                    numbers |= {int(unit): numbers[head] for unit in row}
-        return numbers
+        self._cells = np.unique(units.cell_of_label)
+
+    def unit_numbers(self, draft: GroupDraft) -> dict[int, int]:
+        """cell -> index within the group, for the cells of its units, or of its heads."""
+        owner = (self.units.head_of_label if draft.of_heads else self.units.unit_of_label)[self._cells]
+        index = np.full(self.trace.table.count + 1, -1, np.int64)  # the last: of cells outside of heads
+        index[draft.units.reshape(-1)] = np.arange(draft.units.size)
+        inside = index[owner] >= 0
+        return dict(zip(self._cells[inside].tolist(), index[owner[inside]].tolist(), strict=True))
 
     def number_labels(self, labels: npt.NDArray[np.int32], numbers: Mapping[int, int]) -> IntArray:
-        """The index within the group of each label's unit, -1 for units of other groups; shape of ``labels``."""
+        """The index within the group of each label's unit or head, -1 for other labels; shape of ``labels``."""
         if self._numbers is not numbers:  # one group after the other is numbered, on many axes
             self._numbers, self._table = numbers, np.full(self.trace.table.count + 1, -1, np.int64)
             self._table[np.fromiter(numbers, np.int64)] = np.fromiter(numbers.values(), np.int64)
-        return np.where(labels >= 0, self._table[self.units.unit_of_label[labels]], -1)
+        return np.where(labels >= 0, self._table[self.units.cell_of_label[labels]], -1)
 
     def axes_of(self, numbers: Mapping[int, int]) -> list[LabeledAxis]:
         """Axes of constants on which the group has units."""

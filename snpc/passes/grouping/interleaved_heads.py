@@ -17,6 +17,7 @@ from snpc.types import IntArray
 def find_units(trace: Trace) -> Units:
     """Resolve all labels to units; interleaved blocks are unified position by position until nothing changes, and so
     are keys and values of one width that cannot have units of their own."""
+    tied: list[tuple[IntArray, IntArray]] = []
     units = resolve_units(trace.table)
     while True:
         new_pairs = [
@@ -31,8 +32,8 @@ def find_units(trace: Trace) -> Units:
             for tie in alike:
                 unify_keys_and_values(tie)
                 trace.width_ties.remove(tie)
-        trace.table.pairs.extend(new_pairs)
-        units = resolve_units(trace.table)
+        tied += new_pairs
+        units = resolve_units(trace.table, tied)
 
 
 def units_along_flat_axes(trace: Trace, units: Units) -> list[IntArray]:

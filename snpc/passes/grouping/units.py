@@ -5,7 +5,8 @@
 products that are computed for one head alone.
 3. A cover of kind "aligned" either covers one whole block, and its coarse label belongs to the head, or it spans
 several blocks (a rotary table that all heads share), and everything it covers is one unit. Repeated until nothing
-changes. 4. Blocks that are covered by the same label belong to one *head*.
+changes. 4. *Heads* are found apart from units, among what pairs alone connect (``heads.py``): a unit that all heads
+share has a part in each of them.
 """
 
 from __future__ import annotations
@@ -18,25 +19,36 @@ import numpy as np
 import numpy.typing as npt
 
 from snpc.graph import connected_components
-from snpc.passes.propagation import Cover, LabelTable
-from snpc.types import IntArray
+from snpc.passes.grouping.heads import assign_heads, whole_head_units
+from snpc.passes.propagation import Cover, LabelTable, RemovedUnits
+from snpc.types import BoolArray, IntArray
 
 
 @dataclass(frozen=True)
 class Units:
     """``unit_of_label[label]``: the unit, named by its smallest label. ``block_of_unit[unit]``: the block, named by its
-    smallest unit (-1: none). ``head_of_block[block]``: the unit that covers the block (-1: none). ``partial_heads``:
-    units that cover only part of a block, or parts of several."""
+    smallest unit (-1: none). ``cell_of_label[label]``: the cell, which is the part of a unit that lies in one head, and
+    no finer than pairs tell. ``head_of_label[label]``: the head, named by a cell (-1: none). ``whole_heads``: units
+    that stand for a head, or for several channels of one."""
 
     unit_of_label: IntArray
     block_of_unit: IntArray
-    head_of_block: IntArray
-    partial_heads: IntArray
+    cell_of_label: IntArray
+    head_of_label: IntArray
+    whole_heads: IntArray
+
+    def removal(self, units: BoolArray, heads: BoolArray | None = None) -> RemovedUnits:
+        """Remove ``units`` and ``heads``, each true at the names of those that go."""
+        removed = units[self.unit_of_label]
+        if heads is not None:
+            removed |= (self.head_of_label >= 0) & heads[self.head_of_label]
+        return RemovedUnits(removed, self.block_of_unit[self.unit_of_label])
 
 
-def resolve_units(table: LabelTable) -> Units:
-    """Units, blocks and heads of all labels."""
-    pairs = list(table.pairs)
+def resolve_units(table: LabelTable, tied: Sequence[tuple[IntArray, IntArray]] = ()) -> Units:
+    """Units, blocks and heads of all labels. ``tied``: pairs of labels that are one unit, but not one cell."""
+    cell = connected_components(table.count, table.pairs)
+    pairs = [*table.pairs, *tied]
     batch = [s for s in table.covers if s.kind == "batch"]
     aligned = sorted((s for s in table.covers if s.kind == "aligned"), key=lambda s: s.fine.shape[1])
     while True:
@@ -46,8 +58,8 @@ def resolve_units(table: LabelTable) -> Units:
         if not new_pairs:
             break
         pairs += new_pairs
-    head, partial = assign_heads(batch + aligned, unit, block, table.count)
-    return Units(unit, block, head, np.unique(np.concatenate(partial)) if partial else np.zeros(0, np.int64))
+    head = assign_heads(table.covers, cell)
+    return Units(unit, block, cell, head, whole_head_units(table.covers, unit, head))
 
 
 def next_unifications(
@@ -144,30 +156,3 @@ def unify_keys_of_equal_rows(cover: Cover, unit: IntArray, block: IntArray) -> l
     keys, members = keys[order], members[order]
     again = (members[1:] == members[:-1]).all(1)
     return [(keys[:-1][again], keys[1:][again])] if again.any() else []
-
-
-def assign_heads(
-    covers: Sequence[Cover], unit: IntArray, block: IntArray, count: int
-) -> tuple[IntArray, list[IntArray]]:
-    """[units]: the unit that covers each block; and the keys that cover only part of a block, or parts of several."""
-    head = np.full(count, -1, np.int64)
-    partial: list[IntArray] = []
-    sizes = block_sizes(unit, block)
-    same_head: list[tuple[IntArray, IntArray]] = []
-    for cover in covers:
-        keys, members = units_of_cover(cover, unit)
-        owner = block[members[:, 0]]
-        in_one_block = (block[members] == owner[:, None]).all(1)
-        whole = in_one_block & are_whole_blocks(members, block, sizes)
-        itself = (members == keys[:, None]).all(1)
-        partial.append(keys[~whole & ~itself])
-        for key, name in zip(keys[whole], owner[whole], strict=True):
-            if head[name] < 0:
-                head[name] = key
-            elif head[name] != key:
-                same_head.append((np.array([head[name]]), np.array([key])))
-    if same_head:
-        merged = connected_components(count, same_head)
-        unit[:] = merged[unit]
-        head = np.where(head >= 0, merged[np.maximum(head, 0)], -1)
-    return head, [t for t in partial if len(t)]

@@ -15,16 +15,15 @@ from snpc.types import AnyArray, BoolArray, IntArray, Shape
 
 @dataclass(frozen=True)
 class RemovedUnits:
-    """Units that are removed: ``removed[u]`` is true for unit u. ``unit_of_label`` and ``block_of_unit`` as in
-    ``Units``."""
+    """Units that are removed, as a whole or with the head that they lie in: ``removed[label]`` is true for their labels
+    there. ``block_of_label``: the block of each label's unit, -1 for none."""
 
-    unit_of_label: IntArray
-    block_of_unit: IntArray
     removed: BoolArray
+    block_of_label: IntArray
 
     def kept_mask(self, labels: Labels) -> BoolArray:
         """True at positions that stay; shape of ``labels``."""
-        return np.where(labels >= 0, ~self.removed[self.unit_of_label[labels]], True)
+        return (labels < 0) | ~self.removed[labels]
 
     def affects(self, labels: Labels) -> bool:
         """Whether any of the positions is removed."""
@@ -147,7 +146,7 @@ def find_ragged_axis(mask: BoolArray, factors: Sequence[Labels], removed: Remove
 
 def varies_within_block(labels: Labels, axis: int, removed: RemovedUnits) -> bool:
     """Whether all positions along ``axis`` belong to one block."""
-    block = removed.block_of_unit[removed.unit_of_label[np.maximum(labels, 0)]]
+    block = removed.block_of_label[np.maximum(labels, 0)]
     first = block.take([0], axis)
     return bool((block == first).all()) and bool((block >= 0).all())
 

@@ -17,7 +17,7 @@ from snpc.graph import attribute_values, has_subgraphs
 from snpc.ops import FILLING, OpSpec, lookup
 from snpc.ops import names as op
 from snpc.passes.grouping import TracedGraph
-from snpc.passes.propagation import Contraction, LabeledValue, RemovedUnits, varying_axes
+from snpc.passes.propagation import Contraction, LabeledValue, varying_axes
 from snpc.passes.weights import Normalization, affected_normalizations
 from snpc.types import Group, IntArray
 
@@ -115,7 +115,7 @@ class StreamWalk:
         self.channel_of_label = number_of_unit[unit_of_label]
         removed = np.zeros(trace.table.count, bool)
         removed[units[0]] = True
-        cut = RemovedUnits(unit_of_label, self.traced_graph.units.block_of_unit, removed)
+        cut = self.traced_graph.units.removal(removed)
         self.normalizations = affected_normalizations(self.traced_graph, cut)
         self.norm_of_node = {node: number for number, norm in enumerate(self.normalizations) for node in norm.nodes}
         self.products: dict[ir.Node, list[Contraction]] = {}

@@ -22,7 +22,7 @@ def removed_positions(trace: Trace, removed: RemovedUnits) -> list[tuple[Labeled
     """Every constant axis from which positions are removed, with a mask of these positions."""
     positions = []
     for axis in trace.table.axes:
-        mask = removed.removed[removed.unit_of_label[axis.first_label : axis.first_label + axis.size]]
+        mask = removed.removed[axis.first_label : axis.first_label + axis.size]
         if mask.any():
             positions.append((axis, mask))
     return positions

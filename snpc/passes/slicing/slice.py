@@ -58,30 +58,22 @@ class SlicedModel:
 
 
 def find_removed_units(trace: Trace, units: Units, cuts: Cuts) -> RemovedUnits:
-    """Units that lose a position on the axis of some constant. ``cuts``: (constant, axis) -> positions to remove."""
-    removed_mask = np.zeros(trace.table.count, bool)
+    """The heads all of whose positions in constants go, and the units that lose a position elsewhere. ``cuts``:
+    (constant, axis) -> positions to remove."""
+    cut, stored = np.zeros(trace.table.count, bool), np.zeros(trace.table.count, bool)
     for axis in trace.table.axes:
+        labels = slice(axis.first_label, axis.first_label + axis.size)
+        stored[labels] = True
         positions = cuts.get((str(axis.constant.name), axis.axis))
         if positions is not None:
-            labels = np.arange(axis.first_label, axis.first_label + axis.size)[positions]
-            removed_mask[units.unit_of_label[labels]] = True
-    return RemovedUnits(units.unit_of_label, units.block_of_unit, extend_to_heads(units, removed_mask))
-
-
-def extend_to_heads(units: Units, removed_mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Removing all units of one block removes its head, and with it every block of that head."""
-    all_units = np.flatnonzero(units.unit_of_label == np.arange(len(units.unit_of_label)))
-    inside = all_units[units.block_of_unit[all_units] >= 0]
-    owner = units.head_of_block[units.block_of_unit[inside]]
-    size = len(removed_mask)
-    total = np.bincount(units.block_of_unit[inside], minlength=size)
-    removed = np.bincount(units.block_of_unit[inside], weights=removed_mask[inside], minlength=size)
-    empty = np.flatnonzero((total > 0) & (removed == total))
-    heads = units.head_of_block[empty]
-    removed_mask[heads[heads >= 0]] = True
-    covered = (owner >= 0) & removed_mask[np.maximum(owner, 0)]
-    removed_mask[inside[covered]] = True
-    return removed_mask
+            cut[labels] = positions
+    heads = units.head_of_label
+    removed_heads = np.zeros(trace.table.count, bool)
+    removed_heads[heads[cut & (heads >= 0)]] = True
+    removed_heads[heads[stored & ~cut & (heads >= 0)]] = False
+    removed_units = np.zeros(trace.table.count, bool)
+    removed_units[units.unit_of_label[cut & ~((heads >= 0) & removed_heads[heads])]] = True
+    return units.removal(removed_units, removed_heads)
 
 
 def slice_model(
@@ -150,7 +142,7 @@ def slice_model(
 def drop_removed_experts(model: ir.Model, trace: Trace, removed: RemovedUnits) -> None:
     """Remove the nodes that compute what a removed expert adds, from a copy of the model that was traced."""
     nodes = {node.name: node for node in model.graph}
-    dropped = [n.name for n, label in trace.expert_outputs.items() if removed.removed[removed.unit_of_label[label]]]
+    dropped = [n.name for n, label in trace.expert_outputs.items() if removed.removed[label]]
     for name in dropped:
         node = nodes[name]
         data = node.inputs[0]

@@ -180,7 +180,7 @@ def split_packed_root(context: SplitContext, root: ir.Value, packed: set[ir.Valu
     for part in parts:
         other_labels = np.zeros(count, bool)
         other_labels[np.delete(labels, part.channels)] = True
-        others = RemovedUnits(np.arange(count), np.full(count, -1), other_labels)
+        others = RemovedUnits(other_labels, np.full(count, -1))
         value = replay_movements(context, part, values[tuple(part.channels.tolist())], others)
         context.twin(part.value).replace_all_uses_with(value)
 

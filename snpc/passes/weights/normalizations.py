@@ -107,7 +107,7 @@ def hidden_normalizations(
     unit = units_of_constant(traced_graph, first.tensor, first.axis)
     numbers = dict(zip(unit[first.units >= 0].tolist(), first.units[first.units >= 0].tolist(), strict=True))
     removed[unit[first.units == 0]] = True
-    cut = RemovedUnits(traced_graph.units.unit_of_label, traced_graph.units.block_of_unit, removed)
+    cut = traced_graph.units.removal(removed)
     found: dict[tuple[str, str | None, bool], list[Normalization]] = defaultdict(list)
     for norm in affected_normalizations(traced_graph, cut):
         members, counts = np.unique(normalized_units(traced_graph, norm), return_counts=True)

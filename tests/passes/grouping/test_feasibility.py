@@ -76,7 +76,7 @@ def is_box(kept: Array) -> bool:
 def test_a_matrix_of_units_is_sliced_exactly_if_it_stays_rectangular(rows: list[list[bool]]) -> None:
     removed = np.array(rows)
     labels = np.arange(12, dtype=np.int32).reshape(4, 3)
-    units = RemovedUnits(np.arange(12), np.repeat(np.arange(0, 12, 3), 3), removed.reshape(-1))
+    units = RemovedUnits(removed.reshape(-1), np.repeat(np.arange(0, 12, 3), 3))
     if not is_box(~removed):
         with pytest.raises(NotRectangular):
             slice_shape((4, 3), [labels], units)

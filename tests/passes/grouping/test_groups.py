@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper, parser
 
 from snpc.passes.analyze import Analysis, analyze
-from snpc.passes.grouping.groups import UnitIndex
+from snpc.passes.grouping.groups import CellIndex
 from snpc.runtime.io.load import load
 from tests.models.exports import EXPORTS, export
 from tests.models.group_kinds import Kinds, attention, ffn, kinds_in, without
@@ -27,8 +27,8 @@ def expected(name: str) -> Kinds:
     sdpa = "sdpa" in variant
     if model.startswith("vit_timm"):  # 48 wide, 3 heads, MLP ratio 4
         kinds = attention(3, 16, 2) + ffn(4 * 48, 2)
-        # One gain for all heads behind a norm over the head's width ties the heads to each other.
-        return without(kinds, "qk", "head") + Counter({("qk", 1, 16): 2}) if model.endswith("qknorm") else kinds
+        # One gain for all heads behind a norm over the head's width ties their channels to each other.
+        return without(kinds, "qk") + Counter({("qk", 1, 16): 2}) if model.endswith("qknorm") else kinds
     if model == "swin_timm":
         kinds = attention(2, 12, 2) + ffn(4 * 24, 2) + attention(4, 12, 2) + ffn(4 * 48, 2)
         # Bias and mask are summed before they are added to the scores, with windows and heads on axes of their own. The
@@ -52,7 +52,7 @@ def expected(name: str) -> Kinds:
         # All query heads share one rotary table, of which each key head selects 12 / 2 pairs with its query heads.
         return Counter({("qk", 2, 6): 2, ("vo", 2, 12): 2, ("head", 1, 2): 2}) + ffn(96, 2)
     if model == "qwen3":  # all heads share the gain of a norm, and so their pairs
-        return Counter({("qk", 1, 6): 2, ("vo", 2, 12): 2}) + ffn(96, 2)
+        return Counter({("qk", 1, 6): 2, ("vo", 2, 12): 2, ("head", 1, 2): 2}) + ffn(96, 2)
     blocks = 2
     if model.startswith("t5"):
         # Self attention shares one bias table per stack, so its heads go in all layers at once; the bias of cross
@@ -348,7 +348,7 @@ def test_a_weight_from_a_graph_input_is_pinned(tmp_path: Path) -> None:
 def test_places_of_units_are_those_of_a_plain_search() -> None:
     rng = np.random.default_rng(0)
     places = [rng.integers(0, 30, size) for size in (0, 1, 5, 40)]
-    index = UnitIndex(places)
+    index = CellIndex(places)
     for units in ([], [3], [3, 3, 29], list(range(30)), [31, 99]):
         assert index.places_of(units) == [k for k, part in enumerate(places) if set(units) & set(part.tolist())]
-    assert not UnitIndex([]).places_of([1])
+    assert not CellIndex([]).places_of([1])

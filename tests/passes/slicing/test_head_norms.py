@@ -49,7 +49,7 @@ def test_slicing_real_models_equals_masking(name: str) -> None:
     require(name)
     analysis, feeds = analysis_of(name), feeds_of(name)
     assert all(group.normalized_inside for group in prunable(analysis.groups, "qk"))
-    pair = cut(analysis, random_cuts(prunable(analysis.groups, "qk", "vo", "ffn"), 1))
+    pair = cut(analysis, random_cuts(prunable(analysis.groups, "qk", "vo", "ffn", "head"), 1))
     assert relative_error(run(export(name), feeds), run(pair.masked, feeds)) > 1e-2
     for level in ("off", "all"):
         assert pair.error(feeds, level) < TOLERANCE
@@ -80,14 +80,21 @@ def matches(found: Array, expected: Array) -> bool:
     return found.shape == expected.shape and bool(np.allclose(found, expected, atol=1e-5))
 
 
+PER_HEAD = [form for form in HEAD_NORMS.values() if form.over == "head"]
+
+
+@pytest.mark.parametrize("form", PER_HEAD, ids=[form.name for form in PER_HEAD])
 @pytest.mark.parametrize("seed", range(2))
-def test_heads_go_where_no_gain_ties_them(seed: int, tmp_path: Path) -> None:
-    """With their channels at the same time: a head of which nothing stays has no mean."""
-    form = HeadNorms(rotary=False, gain=False)
+def test_whole_heads_go(form: HeadNorms, seed: int, tmp_path: Path) -> None:
+    """Whether they share a gain or not; with their channels at the same time: a head of which nothing stays has no
+    mean."""
     analysis, feeds = analysis_at(tmp_path / "m.onnx", form.model()), form.feeds(3)
-    groups = prunable(analysis.groups, "head", *(["qk"] if seed else []))
-    assert len(groups) == 1 + seed
-    assert cut(analysis, random_cuts(groups, seed)).error(feeds) < TOLERANCE
+    (heads,) = prunable(analysis.groups, "head")
+    assert (heads.blocks, heads.size) == (1, KEY_HEADS)
+    pair = cut(analysis, random_cuts(prunable(analysis.groups, "head", *(["qk", "vo"] if seed else [])), seed))
+    assert relative_error(run(tmp_path / "m.onnx", feeds), run(pair.masked, feeds)) > 1e-2
+    for level in ("off", "all"):
+        assert pair.error(feeds, level) < TOLERANCE
 
 
 def test_heads_that_are_normalized_together_stay(tmp_path: Path) -> None:
