@@ -224,10 +224,11 @@ def _shares_buffer(call: OpCall) -> bool:
 def _resize_attention_attributes(
     call: OpCall, domain: str, parts: Mapping[str, Shape], cuts: Mapping[int, Shape]
 ) -> Mapping[str, Any]:
-    """Attributes that hold heads or widths, after the cut. Heads of keys go with those of the query."""
+    """Attributes that hold heads or widths, after the cut. Heads of keys go with those of the query; a single one stays
+    for those that are left."""
     _, heads, _, width = parts["query"]
     old, old_kv = head_counts(call)
-    kv_heads = heads * old_kv // old if old else 0
+    kv_heads = max(heads * old_kv // old, 1) if old else 0
     if "q_num_heads" in call.attrs:
         return {"q_num_heads": heads, "kv_num_heads": kv_heads}
     if "num_heads" not in call.attrs:

@@ -25,9 +25,10 @@ RATIOS = {"qk": 0.5, "vo": 0.34, "ffn": 0.6, "conv": 0.4, "residual": 0.25, "hea
 
 def rotary(heads: int, beside: int = 0) -> Kinds:
     """Two layers that share the rotary tables: pairs go in each key head with its query heads. ``beside``: channels of
-    a head that do not turn."""
+    a head that do not turn. Of one key head, the four query heads may go."""
     turned = Counter({("qk", heads, (12 - beside) // 2): 2}) + Counter({("qk", heads, beside): 2} if beside else {})
-    return turned + without(attention(heads, 12, 2), "qk", *(["head"] if heads == 1 else []))
+    whole = {("head", 1, heads if heads > 1 else 4): 2}
+    return turned + without(attention(heads, 12, 2), "qk", "head") + Counter(whole)
 
 
 KINDS: dict[str, Kinds] = {
@@ -63,7 +64,8 @@ KINDS: dict[str, Kinds] = {
     "segformer": without(attention(1, 16, 1), "head") + attention(2, 16, 1) + ffn(32, 1) + ffn(64, 1) + ffn(24, 3),
     "dinov2": attention(4, 12, 2) + ffn(64, 2),
     "dinov3": rotary(4) + ffn(96, 2),
-    "sam": Counter({("qk", 1, 12): 2, ("vo", 4, 12): 2}) + ffn(96, 2),  # all heads read the same relative positions
+    # All heads read the same relative positions, and so with the same channels.
+    "sam": Counter({("qk", 1, 12): 2, ("vo", 4, 12): 2, ("head", 1, 4): 2}) + ffn(96, 2),
     "clip": attention(4, 12, 2) + ffn(96, 2),
     "siglip": attention(4, 12, 3) + ffn(96, 3),
     # The feed-forward layers of encoder and decoder, the small networks that make boxes and positions, and

@@ -8,6 +8,7 @@ Files
   feasibility        Whether a group can be cut at all: every tensor that its blocks share with others must stay
                      rectangular.
   groups             From drafts to groups: names, sites, probes, freedom, and the cost that each group accounts for.
+  heads              Heads: cells that go together where one score matrix, and what is made of it, goes as a whole.
   interleaved_heads  Blocks that are interleaved along a flat axis, as where the head index varies fastest.
   traced             A graph with its labels and units: the result of label propagation that all later stages read.
   units              Resolves the label table to units, blocks and heads.

@@ -5,8 +5,8 @@ Files
                        replace.
   concat               Label propagation through Concat: concatenated along the axis, unified on all others.
   contraction          Label propagation through contractions (sums of products), in Einstein notation.
-  grouped_convolution  Label propagation through grouped convolutions: one contraction per group, all of one weight
-                       shape.
+  copies               Copies: equal positions along an axis that Expand makes, such as one key head repeated for all
+                       query heads.
   head_layout          Labels under the head layout changes inside fused nodes: splitting, merging and repeating heads.
   kv_cache             KV caches: past inputs that are concatenated in front of new keys and values, and the present
                        outputs.

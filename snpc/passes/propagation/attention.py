@@ -21,6 +21,7 @@ from snpc.ops import (
 )
 from snpc.passes.propagation.concat import concat_labels
 from snpc.passes.propagation.contraction import contract_labels
+from snpc.passes.propagation.copies import repeated_head
 from snpc.passes.propagation.head_layout import merge_head_labels, repeat_head_labels, split_head_labels
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import unify_factors
@@ -63,10 +64,16 @@ def propagate_attention(context: NodeContext, inputs: Sequence[LabeledValue | No
     presents = [key.factors, value.factors] if len(form.present) == 2 else [stack_present(key, value)]
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
-        key, value = repeat_head_labels(key, repeats), repeat_head_labels(value, repeats)
+        key, value = (repeat_heads(context, part, repeats) for part in (key, value))
     bias = optional_input(inputs, form.scores)
     attended = propagate_scores_and_context(context, query, key, value, bias)
     return [drop_batch_axis(context, merge_head_labels(attended)) if flat else attended.factors, *presents]
+
+
+def repeat_heads(context: NodeContext, part: LabeledValue, repeats: int) -> LabeledValue:
+    """Keys or values, each head as often as query heads read it."""
+    one_head = part.shape[1] == 1
+    return repeated_head(context, part, repeats) if one_head else repeat_head_labels(part, repeats)
 
 
 def optional_input(inputs: Sequence[LabeledValue | None], index: int | None) -> LabeledValue | None:

@@ -1,13 +1,17 @@
 """Label propagation through contractions (sums of products), in Einstein notation.
 
-Summed axes of both operands are unified. This is what makes queries and keys one group.
+Summed axes of both operands are unified. This is what makes queries and keys one group. A grouped convolution is one
+contraction per group, all of one weight shape.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from snpc.ops import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters
+from snpc.ops import SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, reshape_labels
+from snpc.passes.propagation.copies import pin_copies
 from snpc.passes.propagation.labels import LabelFlag, varying_axes
 from snpc.passes.propagation.pointwise import pin_partly_labeled, unify_factors
 from snpc.passes.propagation.state import (
@@ -18,6 +22,8 @@ from snpc.passes.propagation.state import (
     cover_remaining_axes,
     labels_fit,
 )
+
+GROUP_LETTER = "G"
 
 
 def contract_labels(
@@ -183,8 +189,10 @@ def unify_batch_axes(
     right: LabeledValue,
     letters: Letters,
 ) -> Factors:
-    """Output factors, related where both operands vary on the same output axes (heads of scores and of values)."""
+    """Output factors, related where both operands vary on the same output axes (heads of scores and of values). Copies
+    go with the labels that they are multiplied with."""
     table = context.trace.table
+    meant: list[Labels] = []
     shared_letters = {c for c in letters.out if c in letters.left and c in letters.right}
     kept: list[tuple[LabeledValue, Labels]] = []
     for operand, labels in out:
@@ -206,12 +214,19 @@ def unify_batch_axes(
         for letter in batch_letters:
             axis = partner_letters.index(letter)
             if partner.shape[axis] > 1 and not any(axis in varying_axes(f) for f in partner.factors):
+                copies = next((c for c in partner.copies if varying_axes(c) == {axis}), None)
+                if copies is not None and varying_axes(labels) == {letters.out.index(letter)}:
+                    table.unify(labels.reshape(-1), copies.reshape(-1))
+                    meant.append(copies)
+                    continue
                 pin_batch_axis(context, operand, labels, frozenset({letters.out.index(letter)}), partner)
                 absorbed |= (
                     batch_letters == {letter} and len(varying_axes(labels)) == 1
                 )  # pinned, so the factor is not needed any further
         if not absorbed:
             kept.append((operand, labels))
+    for operand in (left, right):
+        pin_copies(context, operand, [c for c in operand.copies if not any(c is other for other in meant)])
     return tuple(labels for _, labels in kept)
 
 
@@ -244,3 +259,83 @@ def broadcast_to_letters(labels: Labels, letters: str, out: str) -> Labels:
     order = [letters.index(c) for c in out if c in letters]
     moved = labels.transpose(order)
     return moved.reshape([moved.shape[[c for c in out if c in letters].index(c)] if c in letters else 1 for c in out])
+
+
+# -- grouped convolutions ----------------------------------------------------------------------------------------------
+
+
+def propagate_grouped_convolution(
+    context: NodeContext, data: LabeledValue, weight: LabeledValue, letters: Letters, groups: int
+) -> Factors:
+    """Factors of the output of a convolution in ``groups`` groups.
+
+    A depthwise convolution is element-wise per channel. Otherwise every group keeps the same number of channels, and
+    along a weight axis that all groups share they keep the same ones.
+    """
+    if data.shape[1] == groups:
+        return propagate_depthwise(context, data, weight, letters)
+    spelled = Letters(
+        letters.left.replace("I", GROUP_LETTER + "I"),
+        prepend_group_letter(letters.right),
+        letters.out.replace("C", GROUP_LETTER + "C"),
+        letters.windowed,
+    )  # fmt: skip
+    parts = split_channel_axis(data, 1, groups), split_channel_axis(weight, 0, groups)
+    factors = contract_labels(context, *parts, spelled)
+    merged = context.call.out_shapes[0]
+    split = (merged[0], groups, merged[1] // groups, *merged[2:])
+    # A factor that only distinguishes groups is dropped: no group is removed as a whole.
+    factors_within_groups = [f for f in factors if split[2] == 1 or varying_axes(f) != {1}]
+    return tuple(reshape_labels(f, split, merged) for f in factors_within_groups)
+
+
+def prepend_group_letter(right: str) -> str:
+    """Letters of the weight with the group axis in front: its first axis holds the groups in Conv and ConvTranspose."""
+    return GROUP_LETTER + right
+
+
+def split_channel_axis(operand: LabeledValue, axis: int, groups: int) -> LabeledValue:
+    """``operand`` with ``axis`` split into [groups, channels per group]."""
+    shape = (*operand.shape[:axis], groups, operand.shape[axis] // groups, *operand.shape[axis + 1 :])
+    return replace(
+        operand, shape=shape, factors=tuple(reshape_labels(f, operand.shape, shape) for f in operand.factors)
+    )
+
+
+def propagate_depthwise(context: NodeContext, data: LabeledValue, weight: LabeledValue, letters: Letters) -> Factors:
+    """Factors of a depthwise convolution: each input channel has one output channel, or several that go with it."""
+    channels = context.call.out_shapes[0][1]
+    repeats = channels // data.shape[1]
+    shape = (data.shape[0], channels, *context.call.out_shapes[0][2:])
+    view = (1, channels) + (1,) * (len(shape) - 2)
+    for labels in data.factors:
+        spatial = varying_axes(labels) - {0, 1}
+        if spatial:
+            context.pin(data, labels, "a spatial axis of a convolution", min(spatial))
+    kept = tuple(f.repeat(repeats, 1) if f.shape[1] > 1 else f for f in data.factors if not varying_axes(f) - {0, 1})
+    per_channel = depthwise_weight_labels(context, weight, letters, repeats, view)
+    factors = unify_factors(
+        context, [LabeledValue(data.name, shape, kept), LabeledValue(weight.name, view, per_channel, weight.constant)]
+    )
+    for labels in factors:
+        context.trace.table.flag(labels, LabelFlag.NONLINEAR | LabelFlag.DEPTHWISE)
+    return factors
+
+
+def depthwise_weight_labels(
+    context: NodeContext, weight: LabeledValue, letters: Letters, repeats: int, view: tuple[int, ...]
+) -> Factors:
+    """Labels of the weight's first axis, one per output channel.
+
+    In ConvTranspose that axis holds input channels, each with ``repeats`` outputs. The second axis then distinguishes
+    these outputs, and all input channels share it, so it is pinned.
+    """
+    inputs_first = letters.right[0] == "I"
+    factors = []
+    for labels in weight.factors:
+        if varying_axes(labels) == {0}:
+            flat = labels.reshape(-1)
+            factors.append((flat.repeat(repeats) if inputs_first else flat).reshape(view))
+        elif repeats > 1 and varying_axes(labels) == {1}:
+            context.pin(weight, labels, "shared by all groups of the convolution", 1)
+    return tuple(factors)

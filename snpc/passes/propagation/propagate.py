@@ -24,8 +24,8 @@ from snpc.graph import (
 from snpc.ops import SHAPE_MISMATCH, SUBGRAPH, Blocked, Labels, concat_axis, letters_of, lookup, rotary_tables
 from snpc.passes.propagation.attention import propagate_attention
 from snpc.passes.propagation.concat import concat_labels
-from snpc.passes.propagation.contraction import contract_labels, unify_with_bias
-from snpc.passes.propagation.grouped_convolution import propagate_grouped_convolution
+from snpc.passes.propagation.contraction import contract_labels, propagate_grouped_convolution, unify_with_bias
+from snpc.passes.propagation.copies import propagate_copies, settle_copies
 from snpc.passes.propagation.kv_cache import (
     KV_CACHE_ADVICE,
     find_kv_caches,
@@ -92,7 +92,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
         operand = trace.values.get(value)
         if operand is None or value in presents:
             continue
-        for labels in operand.factors:
+        for labels in (*operand.factors, *operand.copies):
             axis = min(varying_axes(labels), default=0)
             trace.table.pin(
                 labels,
@@ -102,6 +102,7 @@ def propagate_labels(model: ir.Model, facts: ShapeFacts, kv_cache: bool = False)
                 KV_CACHE_ADVICE if is_shared_cache(value) else "it is a graph output",
                 f"output {value.name}",
             )
+    settle_copies(trace)
     return trace
 
 
@@ -143,6 +144,7 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
     inputs = [None if v is None else trace.values.get(v) for v in node.inputs]
     missing = [v for v, operand in zip(node.inputs, inputs, strict=True) if v is not None and operand is None]
     shape_is_known = all(facts.shape.get(v) is not None for v in node.outputs[:1])
+    copies: list[Factors] = []
     if has_subgraphs(node):
         captured = [trace.values.get(v) for v in captured_values(node)]
         context.pin_all([*inputs, *captured], SUBGRAPH)
@@ -156,6 +158,7 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         context.pin_all(inputs, context.spec.reason if is_opaque else unknown_shape_reason(facts, unknown))
         outputs = []
     else:
+        copies = propagate_copies(context, inputs)
         try:
             outputs = PROPAGATION_RULES[context.spec.kind](context, inputs)
         except Blocked as block:  # labels cannot be laid out as the operator lays out its operands
@@ -179,8 +182,9 @@ def propagate_node(trace: Trace, model: ir.Model, facts: ShapeFacts, node: ir.No
         usable = drop_determined_factors(tuple(f for f in factors if describes(context, value, f, shape)))
         reason = why_unlabeled(context, inputs, usable)
         routing = NOT_ROUTED if missing else routing_of(context, inputs, index)
+        own_copies = copies[index] if index < len(copies) else ()
         trace.values[value] = LabeledValue(
-            str(value.name), shape, usable, constant, reason, projected, products, is_sum, routing
+            str(value.name), shape, usable, constant, reason, projected, products, is_sum, routing, own_copies
         )
 
 

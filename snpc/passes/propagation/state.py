@@ -53,6 +53,8 @@ class LabeledValue:
     is_sum: bool = False
     """Made of sums of results of different products, as a residual stream is."""
     routing: Routing = NOT_ROUTED
+    copies: Factors = ()
+    """Label arrays along axes whose positions are copies of one, see ``copies``. They are no factors yet."""
 
 
 def labels_fit(value: LabeledValue) -> bool:
@@ -173,7 +175,7 @@ class NodeContext:
         """Pin all labels of all inputs."""
         for operand in inputs:
             if operand is not None:
-                for labels in operand.factors:
+                for labels in (*operand.factors, *operand.copies):
                     self.pin(operand, labels, reason)
 
     @staticmethod
