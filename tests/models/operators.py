@@ -330,6 +330,11 @@ CASES["attention_grouped"] = Case(
     widths(36, 12, 16, 48),
     {("qk", 2, 6): 1, ("vo", 2, 8): 1, ("head", 1, 2): 1},
 )
+CASES["attention_one_key_head"] = Case(
+    attention("c = Attention <q_num_heads = 4, kv_num_heads = 1> (q, k, v)", '"": 24'),
+    widths(24, 6, 8, 32),
+    {("qk", 1, 6): 1, ("vo", 1, 8): 1, ("head", 1, 4): 1},
+)
 CASES["multi_head_attention"] = Case(
     attention("c = com.microsoft.MultiHeadAttention <num_heads = 4> (q, k, v, b)", BOTH),
     {**widths(24, 24, 32), "b": (80,)},
@@ -363,6 +368,15 @@ CASES["grouped_query_attention"] = Case(
     ).replace("x) =>", "x, int32[B] lens, int32 total) =>"),
     widths(4 * 32, 2 * 32, 2 * 32, 4 * 32),
     {("qk", 2, 32): 1, ("vo", 2, 32): 1, ("head", 1, 2): 1},
+    ints=LENGTHS,
+)
+CASES["grouped_query_attention_one_key_head"] = Case(
+    attention(
+        "c, pk, pv = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 1> (q, k, v, , , lens, total)",
+        BOTH,
+    ).replace("x) =>", "x, int32[B] lens, int32 total) =>"),
+    widths(4 * 32, 32, 32, 4 * 32),
+    {("qk", 1, 32): 1, ("vo", 1, 32): 1, ("head", 1, 4): 1},
     ints=LENGTHS,
 )
 CASES["grouped_query_attention_packed_rotary"] = Case(

@@ -175,15 +175,17 @@ def draft_head_groups(
         bundles[tuple(indices)].append(head)
     head_groups = []
     for owners, members in bundles.items():
-        flags = LabelFlag(int(np.bitwise_or.reduce([int(drafts[k].flags) for k in owners])))
-        if len(members) > 1 and flags & LabelFlag.PASSED_THROUGH:
+        if len(members) > 1 and any(drafts[k].flags & LabelFlag.PASSED_THROUGH for k in owners):
             heads = np.sort(np.array(members, np.int64))
+            flags = int(
+                np.bitwise_or.reduce(trace.table.flags[: trace.table.count][np.isin(units.head_of_label, heads)])
+            )
             pins = pins_of_heads(held, units, heads)
             if not pins:
                 parts = np.concatenate([drafts[k].units.reshape(-1) for k in owners])
                 infeasible = infeasible_heads_pin(trace, units, heads, parts, values)
                 pins = (infeasible,) if infeasible is not None else ()
-            head_groups.append(GroupDraft(heads[None, :], "head", flags & LabelFlag.CACHED, pins, of_heads=True))
+            head_groups.append(GroupDraft(heads[None, :], "head", LabelFlag(flags), pins, of_heads=True))
     return head_groups
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -40,40 +40,39 @@ def infeasible_cut_pin(trace: Trace, units: Units, grid: IntArray, values: Value
     """
     if grid.shape[1] < 2:
         return None
-    is_removed = np.zeros(trace.table.count, bool)
-    is_removed[grid[:, 0]] = True
-    removed = units.removal(is_removed)
-    touched = dict.fromkeys(v for unit in grid[:, 0].tolist() for v in values.get(unit, ()))
-    ragged = (value for value in touched if not is_moved(value) and is_ragged(trace, value, removed))
-    return next((ragged_pin(trace, value, grid.reshape(-1)) for value in ragged), None)
+    goes = np.zeros(trace.table.count, bool)
+    goes[grid[:, 0]] = True
+    return ragged_pin(trace, units.removal(goes), values_of(grid[:, 0], values), grid.reshape(-1))
 
 
 def infeasible_heads_pin(
     trace: Trace, units: Units, heads: IntArray, channels: IntArray, values: ValuesByUnit
 ) -> LabelPin | None:
-    """The pin of whole heads that cannot go, as removing one leaves a tensor that is not rectangular; None where they
-    can. ``channels``: the units that have a part in them."""
-    is_removed = np.zeros(trace.table.count, bool)
-    is_removed[heads[0]] = True
-    removed = units.removal(np.zeros(trace.table.count, bool), is_removed)
-    touched = dict.fromkeys(v for unit in channels.tolist() for v in values.get(unit, ()))
-    ragged = (value for value in touched if is_ragged(trace, value, removed))
-    return next((ragged_pin(trace, value, heads) for value in ragged), None)
+    """As ``infeasible_cut_pin``, of whole heads. ``channels``: the units that have a part in them."""
+    none, goes = np.zeros(trace.table.count, bool), np.zeros(trace.table.count, bool)
+    goes[heads[0]] = True
+    return ragged_pin(trace, units.removal(none, goes), values_of(channels, values), heads)
 
 
-def is_moved(value: ir.Value) -> bool:
-    """Whether a movement operator produces it."""
-    node = value.producer()
-    return node is not None and lookup(node.domain, node.op_type).kind == "movement"
+def values_of(members: IntArray, values: ValuesByUnit) -> list[ir.Value]:
+    """The values that contain one of these units, each once."""
+    return list(dict.fromkeys(value for unit in members.tolist() for value in values.get(unit, ())))
 
 
-def ragged_pin(trace: Trace, value: ir.Value, labels: IntArray) -> LabelPin:
-    """The pin of ``labels`` without some of which ``value`` would not be rectangular."""
-    labeled, node = trace.values[value], value.producer()
-    axis = max(k for f in labeled.factors for k, n in enumerate(f.shape) if n > 1)
-    operator = f"{node.op_type} {node.name}" if node is not None else "constant"
-    reason = f"it shares {value.name} with units that are cut independently, which would not stay rectangular"
-    return LabelPin(labels, str(value.name), axis, labeled.shape[axis], reason, operator, "hard")
+def ragged_pin(trace: Trace, removed: RemovedUnits, touched: Sequence[ir.Value], labels: IntArray) -> LabelPin | None:
+    """The pin of ``labels`` for the first value that is not rectangular without ``removed``; None where there is none.
+    ``touched``: the values that may be it."""
+    for value in touched:
+        node = value.producer()
+        if not is_ragged(trace, value, removed) or (
+            node is not None and lookup(node.domain, node.op_type).kind == "movement"
+        ):
+            continue
+        axis = max(k for f in trace.values[value].factors for k, n in enumerate(f.shape) if n > 1)
+        operator = f"{node.op_type} {node.name}" if node is not None else "constant"
+        reason = f"it shares {value.name} with units that are cut independently, which would not stay rectangular"
+        return LabelPin(labels, str(value.name), axis, trace.values[value].shape[axis], reason, operator, "hard")
+    return None
 
 
 def is_ragged(trace: Trace, value: ir.Value, removed: RemovedUnits) -> bool:

@@ -17,7 +17,7 @@ from snpc.passes.slicing.mask import mask_model
 from snpc.passes.slicing.rewrite import rewrite_model
 from snpc.runtime.evaluation.compare import narrow_caches
 from snpc.runtime.io.load import load
-from tests.models.group_kinds import attention, kinds_in
+from tests.models.group_kinds import attention, kinds_in, without
 from tests.models.rotary_decoders import LENGTH, RotaryDecoder
 from tests.oracle import (
     TOLERANCE,
@@ -55,12 +55,13 @@ def test_each_key_head_keeps_pairs_of_its_own(name: str, tmp_path: Path) -> None
     analysis = analysis_in(tmp_path, form)
     beside = Counter({("qk", form.kv_heads, form.width - form.turned): 2} if form.turned < form.width else {})
     expected = attention(form.kv_heads, form.turned // 2, 2) - Counter({("vo", form.kv_heads, form.turned // 2): 2})
-    expected = expected + beside + Counter({("vo", form.kv_heads, form.width): 2})
+    heads = Counter({("head", 1, form.kv_heads if form.kv_heads > 1 else form.heads): 2})
+    expected = without(expected, "head") + heads + beside + Counter({("vo", form.kv_heads, form.width): 2})
     kinds = kinds_in(analysis)
-    for kind in [k for k in expected if k[0] != "head" or form.kv_heads > 1]:
+    for kind in expected:
         assert kinds[kind] == expected[kind], kind
     whole = run(form.model().SerializeToString(), form.feeds())
-    for roles in (("qk", "vo"), ("head",)) if form.kv_heads > 1 else (("qk", "vo"),):
+    for roles in (("qk", "vo"), ("head",), ("qk", "vo", "head")):
         pair = cut(analysis, random_cuts(prunable(analysis.groups, *roles), 3))
         assert pair.error(form.feeds()) < TOLERANCE
         assert pair.error(form.feeds(), "all") < TOLERANCE
