@@ -432,6 +432,18 @@ def _build_phi(attention: str) -> Model:
 
 
 @_register("ts17", "transformers")
+def _build_falcon(attention: str) -> Model:
+    """One key head behind the query heads in one weight, read by all without being repeated."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
+        multi_query=True, alibi=False, attn_implementation=attention,
+    )  # fmt: skip
+    return _causal_model(FalconForCausalLM(config))
+
+
+@_register("ts17", "transformers")
 def _build_neox(attention: str) -> Model:
     """Query, key and value lie head by head in one weight; a quarter is rotated; MLP beside attention."""
     options = {"rotary_pct": 0.34, "num_key_value_heads": None, "head_dim": None, "use_parallel_residual": True}

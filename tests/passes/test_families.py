@@ -87,6 +87,7 @@ KINDS: dict[str, Kinds] = {
     "qwen2": rotary(2) + ffn(96, 2),
     "mistral": rotary(2) + ffn(96, 2),
     "gemma": rotary(1) + ffn(96, 2),
+    "falcon": rotary(1) + ffn(96, 2),
 }  # fmt: skip
 
 # (role, what a pin of it must say): true reasons why something that looks like attention stays.
@@ -144,6 +145,7 @@ CLOSED = [
     "modernbert__dyn20_sdpa",
     "qwen2__dyn20_sdpa",
     "phi__dyn20_sdpa",
+    "falcon__ts17",
 ]
 
 

@@ -42,6 +42,8 @@ CASES: tuple[tuple[str, Role], ...] = (
     ("t5_gated__ts17", "head"),
     ("albert__ts17", "head"),
     ("linear_attention__ts17", "head"),
+    ("qwen3__ts17", "head"),
+    ("gemma__ts17", "head"),
     ("llama__dyn20", "ffn"),
     ("t5_gated__ts17", "ffn"),
     ("albert__ts17", "ffn"),
