@@ -69,6 +69,7 @@ TOKEN_SAVING_SHARES = (1.0, 0.85, 0.7, 0.5)
 
 TokenSchedule = tuple[int, ...]
 DepthProfile = tuple[float, ...]
+Window = tuple[int, int]  # positions in WINDOW_STARTS and WINDOW_ENDS
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,18 @@ def can_try(evaluator: ScheduleEvaluator, method: TokenMethod) -> bool:
     return True
 
 
-def window_profiles(count: int) -> list[DepthProfile]:
+def window_profiles(count: int) -> dict[Window, DepthProfile]:
     """Stretches of blocks that remove the same number of tokens each."""
-    spans = sorted({(round(s * count), round(e * count)) for s in WINDOW_STARTS for e in WINDOW_ENDS})
-    return [tuple(float(first <= k < last) for k in range(count)) for first, last in spans if first < last]
+    spans = {
+        (i, j): (round(start * count), round(end * count))
+        for i, start in enumerate(WINDOW_STARTS)
+        for j, end in enumerate(WINDOW_ENDS)
+    }
+    return {
+        window: tuple(float(first <= k < last) for k in range(count))
+        for window, (first, last) in spans.items()
+        if first < last
+    }
 
 
 def tapered_profiles(profile: DepthProfile) -> list[DepthProfile]:
@@ -323,42 +332,82 @@ def strided_profiles(profile: DepthProfile) -> list[DepthProfile]:
     ]
 
 
-def best_profile(
-    evaluator: ScheduleEvaluator, way: TokenWay, macs: float, profiles: Sequence[DepthProfile]
-) -> tuple[DepthProfile, TokenSchedule] | None:
-    """The profile that changes the outputs least at ``macs``. Of equal ones the one with the fewest steps, because each
-    step takes time beside its MACs."""
-    candidates: list[tuple[float, DepthProfile, TokenSchedule]] = []
-    for profile in evaluator.execution.track("token schedules, one cost", profiles, len(profiles)):
-        schedule = evaluator.scale_to_macs(way, profile, macs)
-        if schedule is not None:
-            candidates.append((evaluator.drift(way, schedule), profile, schedule))
-    if not candidates:
+def profile_drift(evaluator: ScheduleEvaluator, way: TokenWay, macs: float, profile: DepthProfile) -> float:
+    """Change of the outputs at ``macs``; infinite where the profile does not reach that."""
+    schedule = evaluator.scale_to_macs(way, profile, macs)
+    return evaluator.drift(way, schedule) if schedule is not None else float("inf")
+
+
+def best_window(
+    evaluator: ScheduleEvaluator,
+    way: TokenWay,
+    macs: float,
+    windows: Mapping[Window, DepthProfile],
+    start: Window | None = None,
+) -> Window | None:
+    """The stretch of blocks that changes the outputs least at ``macs``; None where no stretch reaches that.
+
+    With ``start``, the best one at a cost nearby: from there on, as long as a stretch with another start or end next
+    to it is better.
+    """
+    drifts: dict[Window, float] = {}
+
+    def best_of(tried: Sequence[Window]) -> Window:
+        for window in tried:
+            if window not in drifts:
+                drifts[window] = profile_drift(evaluator, way, macs, windows[window])
+        return min(tried, key=lambda window: drifts[window])
+
+    best, previous = start, None
+    while best is not None and best != previous:
+        best, previous = best_of([best, *neighbors(best, windows)]), best
+    if best is None or drifts[best] == float("inf"):
+        best = best_of(list(evaluator.execution.track("token schedules, one cost", windows, len(windows))))
+    return best if drifts[best] < float("inf") else None
+
+
+def neighbors(window: Window, windows: Mapping[Window, DepthProfile]) -> list[Window]:
+    """The stretches with the next start or end, earlier or later, or both."""
+    shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+    return [shifted for i, j in shifts if (shifted := (window[0] + i, window[1] + j)) in windows]
+
+
+def best_variant(
+    evaluator: ScheduleEvaluator, way: TokenWay, macs: float, profile: DepthProfile
+) -> TokenSchedule | None:
+    """The schedule at ``macs`` that changes the outputs least, of the profile, more tokens removed early or late, and
+    fewer steps. Of equal ones the one with the fewest steps, because each step takes time beside its MACs."""
+    profiles = [profile, *tapered_profiles(profile), *strided_profiles(profile)]
+    schedules = [evaluator.scale_to_macs(way, tried, macs) for tried in profiles]
+    drifts = {schedule: evaluator.drift(way, schedule) for schedule in schedules if schedule is not None}
+    if not drifts:
         return None
-    near = [candidate for candidate in candidates if candidate[0] <= DRIFT_TIE_RATIO * min(candidates)[0]]
-    return min(near, key=lambda candidate: (sum(n > 0 for n in candidate[2]), candidate[0]))[1:]
+    near = [schedule for schedule in drifts if drifts[schedule] <= DRIFT_TIE_RATIO * min(drifts.values())]
+    return min(near, key=lambda schedule: (sum(n > 0 for n in schedule), drifts[schedule]))
 
 
 def schedules_at_levels(
     evaluator: ScheduleEvaluator, way: TokenWay, levels: Sequence[float]
 ) -> tuple[TokenWay, list[tuple[float, TokenSchedule]]]:
     """The way, and (MACs, schedule) of every level that can be reached. All stretches are tried at the middle level,
-    and where tokens come back and how; at the others, variants of the best of them."""
-    whole = window_profiles(len(evaluator.analysis.tokens.points))
+    and where tokens come back and how; at the others, stretches like the best one of the level before."""
+    windows = window_profiles(len(evaluator.analysis.tokens.points))
+    middle = len(levels) // 2
+    reached: dict[float, TokenSchedule] = {}
     with evaluator.execution.progress.stage("token schedules", 1 + len(levels)) as advance:
-        middle = best_profile(evaluator, way, levels[len(levels) // 2], whole)
+        window = best_window(evaluator, way, levels[middle], windows)
         advance(1)
-        profiles = whole[:]
-        if middle is not None:
-            way = best_unmerging(evaluator, way, middle[0], levels[len(levels) // 2])
-            profiles = [middle[0], *tapered_profiles(middle[0]), *strided_profiles(middle[0])]
-        reached = []
-        for level in levels:
-            best = best_profile(evaluator, way, level, profiles) or best_profile(evaluator, way, level, whole)
-            if best is not None:
-                reached.append((level, best[1]))
-            advance(1)
-    return way, reached
+        if window is not None:
+            way = best_unmerging(evaluator, way, windows[window], levels[middle])
+        for outward in (levels[middle:], levels[:middle][::-1]):
+            near = window
+            for level in outward:
+                near = best_window(evaluator, way, level, windows, near)
+                schedule = best_variant(evaluator, way, level, windows[near]) if near is not None else None
+                if schedule is not None:
+                    reached[level] = schedule
+                advance(1)
+    return way, [(level, reached[level]) for level in levels if level in reached]
 
 
 def best_unmerging(evaluator: ScheduleEvaluator, way: TokenWay, profile: DepthProfile, macs: float) -> TokenWay:
