@@ -12,12 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx import defs, shape_inference
+from onnx import defs
 
 from snpc.graph.measured_shapes import MeasuredValue, measure_shapes
-from snpc.ops import OpCall, OpSpec, evaluate_node, lookup
+from snpc.ops import (
+    InferenceContext,
+    KnownTensor,
+    OpCall,
+    OpSpec,
+    evaluate_single,
+    infer_single,
+    known_content,
+    lookup,
+)
 from snpc.types import AnyArray, IntArray, Shape
 
 SizeSequence = TypeVar("SizeSequence", Shape, IntArray)
@@ -59,6 +67,16 @@ class ShapeFacts:
         stored = tuple(v is not None and v.producer() is None for v in node.inputs)
         bits = tuple(0 if v is None else entry_bits(self.dtype.get(v)) for v in node.inputs)
         return OpCall(node.op_type, version, attribute_values(node), shapes, values, outs, stored, bits)
+
+    def known_inputs(self, node: ir.Node) -> list[KnownTensor | None]:
+        """What is known of the inputs of ``node``, in their order: contents where they have one axis at most, which is
+        what sizes are made of."""
+        return [None if value is None or not value.name else self.known_tensor(value) for value in node.inputs]
+
+    def known_tensor(self, value: ir.Value) -> KnownTensor:
+        array = self.value.get(value)
+        content = known_content(array) if array is not None and array.ndim <= 1 else None
+        return KnownTensor(self.dtype.get(value), self.shape.get(value), content)
 
 
 def entry_bits(dtype: ir.DataType | None) -> int:
@@ -282,8 +300,7 @@ def select_dimensions(node: ir.Node, sizes: SizeSequence) -> SizeSequence:
 
 def run_reference(node: ir.Node, known: Mapping[ir.Value, AnyArray], version: int) -> list[Any]:
     """The outputs by onnx's reference implementation, from known inputs. Raises what that raises."""
-    feeds = {str(v.name): known[v] for v in node.inputs if v is not None}
-    return evaluate_node(ir.serde.serialize_node(node), feeds, version)
+    return evaluate_single(node, [None if v is None else known[v] for v in node.inputs], version)
 
 
 def shape_source(value: ir.Value | None) -> ir.Value | None:
@@ -326,34 +343,10 @@ def infer_outputs(facts: ShapeFacts, node: ir.Node, model: ir.Model, version: in
             facts.shape[out] = tuple(sizes)
         return
     schema = operator_schema(node.op_type, version, node.domain)
-    types: dict[str, onnx.TypeProto] = {}
-    data: dict[str, onnx.TensorProto] = {}
-    for value in node.inputs:
-        if value is None or not value.name:
-            continue
-        dtype, shape = facts.dtype.get(value), facts.shape.get(value)
-        if dtype is None:
-            continue
-        types[value.name] = onnx.helper.make_tensor_type_proto(int(dtype), shape)
-        array = facts.value.get(value)
-        if array is not None and array.ndim <= 1 and array.size <= 64 and array.dtype.kind in "iubf":
-            data[value.name] = onnx.numpy_helper.from_array(array.copy(order="C"), value.name)
-    inferred = shape_inference.infer_node_outputs(
-        schema,
-        ir.serde.serialize_node(node),
-        types,
-        data,
-        opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()],
-        ir_version=model.ir_version,
-    )
-    for value in node.outputs:
-        info = inferred.get(value.name or "")
-        if info is None or not info.HasField("tensor_type"):
-            continue
-        facts.dtype[value] = ir.DataType(info.tensor_type.elem_type) if info.tensor_type.elem_type else None
-        dims = info.tensor_type.shape.dim if info.tensor_type.HasField("shape") else None
-        known = dims is not None and all(d.HasField("dim_value") for d in dims)
-        facts.shape[value] = tuple(d.dim_value for d in dims) if known and dims is not None else None
+    context = InferenceContext(version, tuple(model.graph.opset_imports.items()), model.ir_version)
+    for value, known in zip(node.outputs, infer_single(node, facts.known_inputs(node), schema, context), strict=True):
+        if known is not None:
+            facts.dtype[value], facts.shape[value] = known.dtype, known.shape
     if spec.counts_data:
         bind_routed_count(facts, node)
 

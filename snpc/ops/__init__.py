@@ -20,10 +20,11 @@ Files
   pointwise      Operators that work on one position at a time.
   quantization/  Operators on quantized values: what they cost, which of their inputs are weights, which float nodes
                  they stand for.
-  reference      One node, evaluated by onnx's reference implementation of its operator in its opset.
   rotary         Rotary positions in one node.
   routing        Routing of tokens to experts: positions chosen along an axis, one-hot rows of them, and experts in one
                  node.
+  single_node    What one node makes of inputs that are known: contents by onnx's reference implementation, types by its
+                 inference.
   spec           The schema of the operator table.
 """
 
@@ -128,7 +129,6 @@ from snpc.ops.quantization import (
     read_stored,
     write_stored,
 )
-from snpc.ops.reference import evaluate_node
 from snpc.ops.rotary import RotaryForm, rotary_entries, rotary_form, rotated_pairs
 from snpc.ops.routing import (
     EXPERTS_FORM,
@@ -137,6 +137,14 @@ from snpc.ops.routing import (
     most_chosen,
     one_hot_axis,
     routing_entries,
+)
+from snpc.ops.single_node import (
+    InferenceContext,
+    KnownTensor,
+    evaluate_node,
+    evaluate_single,
+    infer_single,
+    known_content,
 )
 from snpc.ops.spec import MICROSOFT, SHAPE_MISMATCH, SUMMED_OVER, Blocked, Labels, Letters, OpCall, OpSpec, TensorCut
 
@@ -209,6 +217,8 @@ __all__ = [
     "Blocked",
     "ExpertsGeometry",
     "FloatForm",
+    "InferenceContext",
+    "KnownTensor",
     "Labels",
     "Layout",
     "Letters",
@@ -230,11 +240,14 @@ __all__ = [
     "concat_axis",
     "dequantize_array",
     "evaluate_node",
+    "evaluate_single",
     "experts_geometry",
     "float_form",
     "head_counts",
+    "infer_single",
     "is_discontinuous",
     "is_quantized_operator",
+    "known_content",
     "letter_sizes",
     "letters_of",
     "lookup",

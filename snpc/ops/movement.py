@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from onnx import helper
 
-from snpc.ops.reference import evaluate_node
+from snpc.ops.single_node import evaluate_node
 from snpc.ops.spec import Blocked, Labels, OpCall, OpSpec, ParameterUpdate, TensorCut
 from snpc.types import Shape
 
