@@ -18,10 +18,18 @@ from snpc.types import Sublayer
 from tests.command_line import CALIB, VIT, invoke, reported
 from tests.patching import patch
 
+DATA = ("--calib", CALIB, "--calib-samples", 32, "--calib-batch", 32)
 
-def test_layers_go_from_the_file(tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def data() -> snpc.Calibration:
+    """What ``DATA`` says to the command line."""
+    return snpc.load_calibration(CALIB, snpc.load(VIT).inputs, samples=32, batch=32)
+
+
+def test_layers_go_from_the_file(data: snpc.Calibration, tmp_path: Path) -> None:
     target = tmp_path / "short.onnx"
-    result = snpc.prune(VIT, target, calibration=CALIB, target="macs=0.8", roles=("layer",))
+    result = snpc.prune(VIT, target, calibration=data, target="macs=0.8", roles=("layer",))
     removal = result.plan.analysis.removal
     assert removal is not None and removal.names
     assert result.after.macs <= 0.8 * result.before.macs
@@ -32,7 +40,7 @@ def test_layers_go_from_the_file(tmp_path: Path) -> None:
     assert result.verification.max_abs_diff is not None
 
 
-def test_kept_layers_are_refitted_to_the_whole_stream(tmp_path: Path) -> None:
+def test_kept_layers_are_refitted_to_the_whole_stream(data: snpc.Calibration, tmp_path: Path) -> None:
     """The outputs are nearer to the original's than those of the layers that a plan without refitting takes."""
     drifts = {}
     for method in ("select", "auto"):
@@ -40,7 +48,7 @@ def test_kept_layers_are_refitted_to_the_whole_stream(tmp_path: Path) -> None:
         result = snpc.prune(
             VIT,
             tmp_path / f"{method}.onnx",
-            calibration=CALIB,
+            calibration=data,
             ratio=0.25,
             roles=("layer",),
             **options,  # type: ignore[arg-type]
@@ -50,8 +58,8 @@ def test_kept_layers_are_refitted_to_the_whole_stream(tmp_path: Path) -> None:
     assert drifts["auto"] < 0.95 * drifts["select"]
 
 
-def test_a_ratio_takes_layers_and_units(tmp_path: Path) -> None:
-    result = snpc.prune(VIT, tmp_path / "both.onnx", calibration=CALIB, ratio=0.25, roles=("layer", "ffn"))
+def test_a_ratio_takes_layers_and_units(data: snpc.Calibration, tmp_path: Path) -> None:
+    result = snpc.prune(VIT, tmp_path / "both.onnx", calibration=data, ratio=0.25, roles=("layer", "ffn"))
     analysis = result.plan.analysis
     assert analysis.removal is not None and len(analysis.removal.names) == 2  # of eight
     ffn = [g for g in analysis.groups if g.role == "ffn"]
@@ -62,15 +70,15 @@ def test_a_ratio_takes_layers_and_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [(), ("--method", "select")])
 def test_a_plan_file_says_which_layers_go(options: tuple[str, ...], tmp_path: Path) -> None:
     plan, direct, applied = (tmp_path / name for name in ("plan.json", "direct.onnx", "applied.onnx"))
-    words = ("--roles", "layer", "--ratio", 0.25, "--calib", CALIB, *options)
+    words = ("--roles", "layer", "--ratio", 0.25, *DATA, *options)
     report = reported("prune", VIT, *words, "--plan", plan, "-o", direct)
     entries = json.loads(plan.read_text())["layers"]
     assert {entry["name"] for entry in report["layers"]} == set(entries)
     for entry in report["layers"]:
         assert isinstance(entries[entry["name"]], dict) == (entry["replaced_by"] == "map")
-    invoke("apply", VIT, plan, "--calib", CALIB, "-o", applied)
+    invoke("apply", VIT, plan, *DATA, "-o", applied)
     assert applied.read_bytes() == direct.read_bytes()
-    assert "replaced in place" in invoke("verify", VIT, direct, "--plan", plan, "--calib", CALIB).stdout
+    assert "replaced in place" in invoke("verify", VIT, direct, "--plan", plan, *DATA).stdout
     printed = invoke("plan", VIT, *words, "-o", tmp_path / "again.json").stdout
     assert "layers gone: " in printed
     assert ("a map of its tokens" in printed) == ("map" in {entry["replaced_by"] for entry in report["layers"]})
@@ -78,7 +86,7 @@ def test_a_plan_file_says_which_layers_go(options: tuple[str, ...], tmp_path: Pa
 
 def test_an_edited_plan(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    invoke("plan", VIT, "--roles", "layer", "--ratio", 0.25, "--calib", CALIB, "-o", plan)
+    invoke("plan", VIT, "--roles", "layer", "--ratio", 0.25, *DATA, "-o", plan)
     data = json.loads(plan.read_text())
     for layers, words in (
         ({"none": ""}, "has no layer 'none'"),
@@ -89,7 +97,7 @@ def test_an_edited_plan(tmp_path: Path) -> None:
             snpc.load_plan(plan, snpc.load(VIT))
 
 
-def test_a_wrong_removal_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_removal_is_found(data: snpc.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A removal that takes another layer with it is not that with the chosen layers replaced in place."""
     sublayers = snpc.analyze(snpc.load(VIT)).sublayers
 
@@ -99,7 +107,7 @@ def test_a_wrong_removal_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     patch(monkeypatch, "snpc.passes.analyze.without_sublayers", greedy)
     with pytest.raises(CheckFailed, match="differs from that in which they are replaced in place"):
-        snpc.prune(VIT, tmp_path / "wrong.onnx", calibration=CALIB, ratio=0.25, roles=("layer",))
+        snpc.prune(VIT, tmp_path / "wrong.onnx", calibration=data, ratio=0.25, roles=("layer",))
     assert not (tmp_path / "wrong.onnx").exists()
 
 

@@ -16,6 +16,8 @@ from snpc.tokens import reduce_tokens
 from tests.command_line import CALIB, VIT, invoke, reported
 from tests.models.idle import IDLE, write_idle
 
+DATA = ("--calib", CALIB, "--calib-samples", 32, "--calib-batch", 32)
+
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,14 +28,14 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_layers_and_widths_share_a_target(tokens: str, idle: Path, tmp_path: Path) -> None:
     plan, cut, applied = (tmp_path / name for name in ("plan.json", "cut.onnx", "applied.onnx"))
     report = reported("prune", idle, "--roles", "all,layer", "--tokens", tokens, "--target", "macs=0.5", "--effort",
-                      "quick", "--calib", CALIB, "--plan", plan, "-o", cut)  # fmt: skip
+                      "quick", *DATA, "--plan", plan, "-o", cut)  # fmt: skip
     assert [entry["name"] for entry in report["layers"]] == [IDLE]
     assert report["tokens"]["spec"] == json.loads(plan.read_text())["tokens"]
     assert 0.48 < report["macs"]["after"] / report["macs"]["before"] <= 0.5
     checks = " ".join(report["verify"]["structure"])
     assert "same tokens taken out in place" in checks and "1 layer that is gone equals it replaced in place" in checks
     assert json.loads(plan.read_text())["groups"]
-    invoke("apply", idle, plan, "--calib", CALIB, "-o", applied)
+    invoke("apply", idle, plan, *DATA, "-o", applied)
     assert applied.read_bytes() == cut.read_bytes()
 
 
@@ -70,7 +72,7 @@ def test_costs_are_those_of_the_file(idle: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_layers_go_within_a_limit_of_quality(idle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snpc.pipeline.search.SEARCH_ROUNDS", 3)
-    data = snpc.load_calibration(CALIB, snpc.load(idle).inputs, samples=32)
+    data = snpc.load_calibration(CALIB, snpc.load(idle).inputs, samples=32, batch=32)
     result = snpc.prune(
         idle, tmp_path / "cut.onnx", calibration=data, roles=("ffn", "layer"), max_drift=0.01, tokens="none"
     )
