@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.external_data import convert_tensors_from_external, convert_tensors_to_external
 
 from snpc.graph import weight_bytes
-from snpc.runtime.io.atomic import unflushed_write
+from snpc.runtime.io.atomic import write_errors
 from snpc.runtime.io.protobuf import GRAPH, INITIALIZER, RAW_DATA, length_prefix
 
 PROTOBUF_LIMIT = 2**31 - 2**20  # protobuf refuses messages of 2 GiB; leave room for the graph itself
@@ -33,8 +35,21 @@ def save(model: ir.Model, target: Path | str, external: bool = False) -> None:
     if external or weights > PROTOBUF_LIMIT:
         save_external(model, target)
     else:
-        with unflushed_write(target) as temporary:
-            write_inline(model, temporary)
+        with written_whole(target) as part:
+            write_inline(model, part)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` that becomes it when the block ends well: a model may be written over the file from
+    which its weights are read."""
+    part = target.with_name(f"{target.name}.part")
+    with write_errors(target):
+        try:
+            yield part
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def save_external(model: ir.Model, target: Path) -> None:
@@ -45,9 +60,9 @@ def save_external(model: ir.Model, target: Path) -> None:
     data = external_data_path(target)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     weights = {name: tensor for name, tensor in tensors.items() if tensor is not None and is_stored_separately(tensor)}
-    with unflushed_write(data) as temporary:
+    with written_whole(data) as part:
         stored = convert_tensors_to_external(
-            list(weights.values()), temporary.parent, temporary.name, alignment=PAGE, align_threshold=0
+            list(weights.values()), part.parent, part.name, alignment=PAGE, align_threshold=0
         )
         proto = proto_without_weights(model, set(weights))
         for name, tensor in zip(weights, stored, strict=True):
@@ -55,7 +70,7 @@ def save_external(model: ir.Model, target: Path) -> None:
             message.name = name
             next(entry for entry in message.external_data if entry.key == "location").value = data.name
             proto.graph.initializer.append(message)
-        with unflushed_write(target) as head:
+        with written_whole(target) as head:
             head.write_bytes(proto.SerializeToString())
 
 
