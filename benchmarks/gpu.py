@@ -324,7 +324,7 @@ def main() -> int:
         print(f"gpu.py: {why}; --cpu tries the script without a GPU", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    layers, width, image, samples = (2, 64, 32, 8) if options.cpu else (12, 768, 224, options.samples)
+    layers, width, image, samples = (2, 128, 64, 16) if options.cpu else (12, 768, 224, options.samples)
     setting = Setting(options.out, layers, width, image, samples, options.cpu)
     end, rows = time.monotonic() + options.seconds, {}
     for step in STEPS:

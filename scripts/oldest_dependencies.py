@@ -57,8 +57,20 @@ def check(python: str) -> bool:
             if done.returncode:
                 print(f"{python}: failed: {' '.join(step)}\n{done.stdout}{done.stderr}")
                 return False
-    print(f"{python}: works with {', '.join(oldest_requirements())}")
+        print(f"{python}: works with {', '.join(installed_versions(folder / 'venv/bin/pip'))}")
     return True
+
+
+def installed_versions(pip: Path) -> list[str]:
+    """``numpy==1.26.0`` for every dependency, as pip lists it."""
+    listed = subprocess.run([pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    names = {name_of(requirement) for requirement in oldest_requirements()}
+    return [line for line in listed.splitlines() if name_of(line) in names]
+
+
+def name_of(requirement: str) -> str:
+    """The name of a requirement as the index spells it."""
+    return re.split(r"[^\w-]", requirement)[0].replace("_", "-").lower()
 
 
 if __name__ == "__main__":

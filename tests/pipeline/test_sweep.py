@@ -20,6 +20,8 @@ from snpc.pipeline.sweep import ORIGINAL_NAME, SweepPoint, mark_pareto_front
 from snpc.runtime.evaluation import EvaluationData, OutputMetrics, batch_differences, evaluate
 from tests.patching import patch
 
+QUICK = ("--effort", "quick")
+
 
 def point(name: str, accuracy: float, speedup: float) -> SweepPoint:
     times = {"latency": 10 / speedup, "speedup": speedup, "low": 0.95 * speedup, "high": 1.05 * speedup}
@@ -56,7 +58,7 @@ def test_a_sweep_writes_table_plot_and_the_front(tmp_path: Path) -> None:
     labels = ["--eval", str(tmp_path / "eval.npz"), "--labels", "labels"]
     (tmp_path / "peers.csv").write_text("name,macs,score\ntheirs,5e6,92.5\n")
     plot = ["--plot", str(tmp_path / "front.svg"), "--points", str(tmp_path / "peers.csv")]
-    result = swept(tmp_path, "--targets", "macs=0.6,0.25", "-o", str(out), *labels, "--batch", "8", *plot)
+    result = swept(tmp_path, "--targets", "macs=0.6,0.25", "-o", str(out), *labels, "--batch", "8", *plot, *QUICK)
     assert result.exit_code == 0, result.output
     rows = json.loads((out / "sweep.json").read_text())["points"]
     assert [row["name"] for row in rows] == ["original", "macs=0.6", "macs=0.25"]
@@ -140,7 +142,7 @@ def test_a_sweep_runs_the_original_once_to_verify_and_judges_by_that(
 
     patch(monkeypatch, "snpc.pipeline.verify.run_original", counted)
     out = tmp_path / "sizes"
-    result = swept(tmp_path, "--targets", "macs=0.6,0.5", "-o", str(out), "--tokens", tokens)
+    result = swept(tmp_path, "--targets", "macs=0.6,0.5", "-o", str(out), "--tokens", tokens, *QUICK)
     assert result.exit_code == 0, result.output
     assert runs == [model]
     analysis = snpc.analyze(snpc.load(model))

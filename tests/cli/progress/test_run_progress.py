@@ -19,7 +19,8 @@ from snpc.cli.progress.run_progress import RunProgress
 from snpc.runtime.execution import TIMING_STAGE
 from tests.command_line import CALIB, VIT, process_environment
 
-PRUNE = ("prune", VIT, "--target", "macs=0.7", "--tokens", "none", "--calib", CALIB, "--calib-samples", 64)
+PRUNE = ("prune", VIT, "--target", "macs=0.7", "--tokens", "none", "--effort", "quick", "--calib", CALIB,
+         "--calib-samples", 16)  # fmt: skip
 SLOW_PASSES = """
 import time
 from snpc.cli import main
