@@ -40,7 +40,7 @@ LAYERS_PASSES = 2.5
 ELIMINATION_MACS = 3.0  # times the cube of a group's units: products in float64 count twice
 TRIAL_SHARE = 0.3  # of a plain pass over its samples that a trial takes: it runs only behind what it changes
 PRUNED_SHARE = 0.8  # of a plain pass that one of the pruned model takes
-SCHEDULE_TRIALS = 30  # token schedules that are run
+FIRST_SCHEDULES, MORE_SCHEDULES = 15, 13  # token schedules that are run, at one cost and at each other one
 SEARCH_CANDIDATES = 4  # plans that are written on the way to a drift or a latency
 TIMED_SAMPLES = 2  # that are run to tell how long a plain pass takes
 
@@ -112,10 +112,11 @@ def plain_pass_seconds(
 def token_stages(analysis: Analysis, calibration: Calibration, request: PlanRequest | None) -> list[StageCost]:
     """--tokens auto: schedules are run on some samples, and where widths are cut too they are planned once before."""
     trial = min(SCHEDULE_SAMPLES / max(calibration.samples, 1), 1.0)
+    schedules = FIRST_SCHEDULES + (MORE_SCHEDULES * (len(TOKEN_SAVING_SHARES) - 1) if request is not None else 0)
     stages = [
         ("token schedules, original", trial),
         ("token methods", trial * len(TOKEN_METHODS)),
-        ("token schedules", trial * (SCHEDULE_TRIALS if request is not None else len(TOKEN_SAVING_SHARES))),
+        ("token schedules", trial * schedules),
     ]
     if request is None:
         return stages

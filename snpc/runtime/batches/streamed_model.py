@@ -166,7 +166,7 @@ def open_file(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[
     if streamed is not None:
         yield streamed
         return
-    with file_session(path, execution) as run:
+    with file_session(path, execution, model) as run:
         yield run
 
 

@@ -84,9 +84,12 @@ def open_run(
 
 
 @contextmanager
-def file_session(path: Path, execution: Execution = DEFAULT_EXECUTION) -> Iterator[RunFunction]:
-    """A function from feeds to outputs of the model in ``path``, for few runs; see ``temporary_session``."""
-    model = read_model(path)
+def file_session(
+    path: Path, execution: Execution = DEFAULT_EXECUTION, model: ir.Model | None = None
+) -> Iterator[RunFunction]:
+    """A function from feeds to outputs of the model in ``path``, for few runs; see ``temporary_session``. ``model``:
+    what the file holds, where it was read."""
+    model = model or read_model(path)
     if runs_in_float32(model):
         with temporary_session(model, execution=execution, optimization="basic", memory="least") as run:
             yield run
