@@ -66,6 +66,8 @@ STRIDES = (2, 3)
 DRIFT_TIE_RATIO = 1.15  # drifts within this ratio count as equal on so few samples
 # of what is to be saved: how much of it by tokens, where widths are cut too; nothing is tried beside these
 TOKEN_SAVING_SHARES = (1.0, 0.85, 0.7, 0.5)
+TELLING_SHARE = 0.05  # of the change by tokens: a smaller change by widths says nothing about that of narrower ones
+NARROWER, NARROWEST = 0.8, 0.4  # narrower widths are tried by this factor, down to this share of the MACs
 
 TokenSchedule = tuple[int, ...]
 DepthProfile = tuple[float, ...]
@@ -466,7 +468,8 @@ def predict_width_drift(
     """share of the reduced model's MACs to come down to -> predicted change of the outputs (infinite: out of reach).
 
     Curves are of one group at a time. Their sum is scaled by how much more the outputs change when all groups are cut
-    together, which is measured once. Raises UserError where ``macs`` is out of reach.
+    together. This is measured at ``macs``, and narrower where the outputs hardly change there. Raises UserError where
+    ``macs`` is out of reach.
     """
     base = 1 - reduced.dead_macs / reduced.cost.macs
 
@@ -484,7 +487,7 @@ def predict_width_drift(
     def summed(slices: SlicePlan) -> float:
         return sum(float(plan.loss_curves[g.id][slices.kept_width(g)]) for g in reduced.groups if g.id in slices.keep)
 
-    together = max(evaluator.output_change(one_shot_pruned_model(plan)) - token_drift, 0.0)
+    plan, together = telling_plan(evaluator, plan, token_drift)
     least = 0.0 if effort == "quick" else 1.0  # curves that were not measured are in a unit of their own
     scale = min(max(least, together / max(summed(plan.slices), 1e-12)), UNUSABLE_CHANGE)
 
@@ -497,6 +500,23 @@ def predict_width_drift(
             return float("inf")
 
     return predicted
+
+
+def telling_plan(evaluator: ScheduleEvaluator, plan: PruningPlan, token_drift: float) -> tuple[PruningPlan, float]:
+    """``plan``, or one with narrower widths where these hardly change the outputs, and the change by its widths."""
+    budget = plan.budget
+    assert budget is not None and budget.target is not None
+    least = NARROWEST * (1 - plan.analysis.dead_macs / plan.analysis.cost.macs)
+    while True:
+        change = max(evaluator.output_change(one_shot_pruned_model(plan)) - token_drift, 0.0)
+        share = round(NARROWER * budget.target.share, 9)
+        if change >= TELLING_SHARE * token_drift or share < least:
+            return plan, change
+        budget = replace(budget, target=replace(budget.target, share=share))
+        try:
+            plan = plan.for_budget(budget)
+        except UserError:  # out of reach
+            return plan, change
 
 
 def curve_effort(widths: PlanRequest) -> Effort:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,29 @@ def test_tokens_go_only_where_they_pay(
     widths = PlanRequest(snpc.Budget(target=MACS), "select")
     found = apply_token_request(vit, data, None, target=MACS, widths=widths)
     assert (found.reduction is not None) == reduced
+
+
+@pytest.mark.parametrize(
+    ("narrow", "at_least"), [(0.9, 0.8), (0.6, 0.45), (0.0, 0.0)], ids=["at once", "deeper", "never"]
+)
+def test_widths_are_judged_where_they_change_the_outputs(
+    narrow: float, at_least: float, vit: snpc.Analysis, data: snpc.Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ratios of changes within rounding would say anything: the plan gets narrower until its change can be told."""
+
+    def output_change(plan: snpc.PruningPlan) -> float:
+        assert plan.budget is not None and plan.budget.target is not None
+        return 1.5 if plan.budget.target.share <= narrow else 1 + 1e-9
+
+    monkeypatch.setattr(token_schedule, "one_shot_pruned_model", lambda plan: plan)
+    evaluator: Any = SimpleNamespace(output_change=output_change)
+    wide = snpc.plan(vit, snpc.Budget(target="macs=0.9"), data, method="select", effort="quick")
+    found, change = token_schedule.telling_plan(evaluator, wide, 1.0)
+    assert found.budget is not None and found.budget.target is not None
+    assert change == pytest.approx(0.5 if narrow else 0.0, abs=1e-6)
+    assert at_least <= found.budget.target.share <= (narrow or 0.5)
+    kept, all_kept = (sum(plan.slices.kept_width(g) for g in vit.groups) for plan in (found, wide))
+    assert (found is wide) == (narrow == 0.9) and (kept < all_kept) == (narrow < 0.9)
 
 
 @pytest.mark.slow
