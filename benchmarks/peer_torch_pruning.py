@@ -7,9 +7,10 @@ Needs torch, timm and torch-pruning. Torch-Pruning prunes torch modules, so the 
 that name; initializers have the names of its parameters. Head widths and hidden layers are narrowed (``inner``), or the
 residual stream too (``all``), until the share of the MACs that ``--targets`` asks for is left. Scores are
 ``magnitude``, which needs no data, and ``taylor``, whose gradients are those of the cross-entropy with the labels of
-``--calib``: more than snpc gets. ``global`` ranks units over all layers, ``local`` removes the same share of each. The
-scale of the attention stays that of the dense model. Nothing is trained. Each row is added to
-``results/alternatives.json`` as soon as it is measured: a run that was stopped goes on with what is missing.
+``--calib``: more than snpc gets. ``global`` ranks units over all layers, ``isomorphic`` over layers of one kind,
+``local`` removes the same share of each. The scale of the attention stays that of the dense model. Nothing is trained.
+Each row is added to ``results/alternatives.json`` as soon as it is measured: a run that was stopped goes on with what
+is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from snpc.runtime.calibration import read_picture_labels
 RESULTS = Path(__file__).with_name("results") / "alternatives.json"
 SETTINGS = tuple(
     {"scores": scores, "widths": widths, "ranking": ranking}
-    for widths, ranking in (("inner", "local"), ("inner", "global"), ("all", "local"))
+    for widths, ranking in (("inner", "local"), ("inner", "global"), ("inner", "isomorphic"), ("all", "local"))
     for scores in ("magnitude", "taylor")
 )
 STEPS = 6  # of the search for the ratio that leaves the wanted MACs
@@ -101,7 +102,8 @@ def prune(
         module,
         data[0][:1],
         importance=tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=setting["ranking"] == "global",
+        global_pruning=setting["ranking"] != "local",
+        isomorphic=setting["ranking"] == "isomorphic",
         pruning_ratio=ratio,
         ignored_layers=kept,
         num_heads={part.qkv: part.num_heads for part in attentions},

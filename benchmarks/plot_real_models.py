@@ -1,7 +1,7 @@
 """The picture and the tables of real models, from the stored results: ``python benchmarks/plot_real_models.py``.
 
 Reads ``results/real_models.json``, which ``real_models.py`` writes, ``results/alternatives.json``, which
-``alternatives.py`` writes, and ``results/published.json``, numbers that others publish.
+``alternatives.py`` and ``peer_torch_pruning.py`` write, and ``results/published.json``, numbers that others publish.
 Writes ``docs/_static/real-models-light.svg`` and ``-dark.svg``, and prints the table of the README and those of
 docs/real-models.md. A test compares the pages and pictures with the results.
 """
@@ -21,7 +21,14 @@ ALTERNATIVES = HERE / "results" / "alternatives.json"
 FIGURES = HERE.parent / "docs" / "_static"
 
 NAMES = {"snpc": "{}", "layers": "{}, whole layers too"}  # of the rows of a table, by the way of pruning
-UNITS = {"top1": "top-1", "spearman": "Spearman", "tokens": "tokens right", "perplexity": "perplexity"}
+RANKINGS = {"local": "in each layer", "global": "over all layers", "isomorphic": "over layers of one kind"}
+UNITS = {
+    "top1": "top-1",
+    "spearman": "Spearman",
+    "tokens": "tokens right",
+    "perplexity": "perplexity",
+    "words": "words right",
+}
 WIDTH, HEIGHT = 760, 430
 LEFT, RIGHT, TOP, BOTTOM = 62, 170, 72, 56  # of the plot area, to the edges
 LINE = 16  # between two labels
@@ -188,6 +195,18 @@ def alternatives_table() -> str:
     return "\n".join(found) + "\n"
 
 
+def peer_table() -> str:
+    """Markdown: what Torch-Pruning leaves of the right answers, each setting beside snpc at the same target."""
+    peer, ours = json.loads(ALTERNATIVES.read_text())["torch_pruning"], load_results()["ViT-Tiny"]["rows"]
+    found = ["| scores | ranked | MACs left | Torch-Pruning | snpc |", "|---|---|---:|---:|---:|"]
+    for row in peer["rows"]:
+        [other] = [r["quality"] for r in ours if (r["way"], r["target"]) == ("snpc", row["target"])]
+        ranked = RANKINGS[row["ranking"]] + (", residual stream too" if row["widths"] == "all" else "")
+        cells = (row["scores"].capitalize(), ranked, share(row["macs"], 1), f"{row['quality']:.1f} %", f"{other:.1f} %")
+        found.append(f"| {' | '.join(cells)} |")
+    return "\n".join(found) + "\n"
+
+
 def main() -> None:
     results = load_results()
     for theme in THEMES:
@@ -196,6 +215,7 @@ def main() -> None:
     print(table(results, every=True))
     print(published_table())
     print(alternatives_table())
+    print(peer_table())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     python benchmarks/real_models.py "Llama 260k" llama.onnx --calib calib.npz --eval eval.npz --metric perplexity
     python benchmarks/real_models.py SmolLM2 model.onnx --calib calib.npz --eval eval.npz --metric perplexity
         --pruned pruned.onnx --targets 0.9 --seconds 616
+    python benchmarks/real_models.py "Whisper base" encoder_model.onnx --calib calib.npz --eval eval.npz --metric words
 
 Models and data are your own copies. Every size is pruned in several ways: ``snpc`` is the default with calibration
 data; ``selection`` removes the units of smallest weight and changes nothing else, as most pruning tools do; ``layers``
@@ -17,7 +18,8 @@ is the median of rounds in which dense and pruned model take turns, on one sampl
 Each row is stored as soon as it is measured: a run that was stopped goes on with what is missing.
 
 Metrics: those of ``quality.py``, and ``spearman``: the rank correlation of the cosines of all pairs of samples with
-those of the dense model, in per cent (output [N, D]).
+those of the dense model, in per cent (output [N, D]); ``words``: 100 less the word error rate of a speech encoder, by
+the decoder beside it (``transcripts.py``).
 """
 
 from __future__ import annotations
@@ -48,6 +50,11 @@ Data: TypeAlias = tuple[Mapping[str, Array], Array | None]  # inputs by name, an
 
 
 def measured(path: Path, dense: Path, metric: str, feeds: Mapping[str, Array], labels: Array | None) -> float:
+    if metric == "words":
+        from transcripts import words_right  # type: ignore[import-not-found]  # needs tokenizers, as no other metric
+
+        assert labels is not None, "--eval needs labels"
+        return float(words_right(path, dense.parent, feeds, labels))
     if metric != "spearman":
         return float(quality(path, metric, feeds, labels))
     return 100 * float(spearmanr(cosines(path, feeds), cosines(dense, feeds)).statistic)
@@ -124,7 +131,7 @@ def store(entry: dict[str, Any], options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="of the model, in the results")
-    add_data_arguments(parser, (*METRICS, "spearman"))
+    add_data_arguments(parser, (*METRICS, "spearman", "words"))
     parser.add_argument("--targets", default="0.8,0.65,0.5,0.35,0.25", help="shares of the MACs that stay")
     parser.add_argument("--ways", default="snpc,selection", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--effort", choices=("quick", "normal", "search"), default="normal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ def plot() -> ModuleType:
 def test_tables_are_those_of_the_results(plot: ModuleType) -> None:
     results = plot.load_results()
     assert plot.table(results, every=False) in README
-    others = (plot.published_table(), plot.alternatives_table())
+    others = (plot.published_table(), plot.alternatives_table(), plot.peer_table())
     for table in (plot.table(results, every=True), *others):
         assert table in PAGE
 
@@ -50,6 +51,8 @@ def test_prose_says_what_the_results_say(plot: ModuleType) -> None:
     batches = [row for row in measured if "speed_up_batch_8" in row]
     assert batches
     assert all(f"{row['speed_up_batch_8']:.2f} x (macs={row['target']})" in PAGE for row in batches)
+    best = max(row["quality"] for row in json.loads(plot.ALTERNATIVES.read_text())["torch_pruning"]["rows"])
+    assert f"at most {best:.1f} % right" in README
     assert {model["evaluation_samples"] for model in results.values()} <= {int(n) for n in re.findall(r"\d+", PAGE)}
 
 

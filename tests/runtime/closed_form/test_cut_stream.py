@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import snpc
+from snpc.planning import PruningMethod
+from snpc.runtime.closed_form import cut_stream
 from tests.closed_forms import calibration_of
 from tests.models.streams import TOKENS, VOCABULARY, write_stream
 from tests.oracle import Array, analysis_at, run
@@ -33,3 +36,19 @@ def test_it_is_nearer_than_a_fit_on_dense_inputs(tmp_path: Path) -> None:
         ]
     for dense, cut in zip(errors["parallel"], errors["auto"], strict=True):
         assert cut < 0.95 * dense
+
+
+def test_a_fit_that_moves_the_outputs_away_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fits that are spoilt, what is left is the fit on dense inputs."""
+    analysis = analysis_at(tmp_path / "m.onnx", write_stream("layer norm"))
+    calibration = calibration_of(analysis, TOKENS)
+    budget = snpc.Budget(0.5, roles=("residual",))
+
+    def outputs(method: PruningMethod) -> list[Array]:
+        plan = snpc.plan(analysis, budget, calibration, method=method)
+        return run(snpc.apply(plan, tmp_path / f"{method}.onnx").path, TOKENS)
+
+    solve = cut_stream.solve_consumer_refit
+    monkeypatch.setattr(cut_stream, "solve_consumer_refit", lambda *args: (-solve(*args)[0], solve(*args)[1]))
+    for spoilt, plain in zip(outputs("auto"), outputs("parallel"), strict=True):
+        np.testing.assert_array_equal(spoilt, plain)
