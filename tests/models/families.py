@@ -432,6 +432,13 @@ def _build_phi(attention: str) -> Model:
 
 
 @_register("ts17", "transformers")
+def _build_stablelm(attention: str) -> Model:
+    """A norm of its own for each head of query and key, half of which turns."""
+    options = {"qk_layernorm": True, "partial_rotary_factor": 0.5}
+    return _decoder(attention, "StableLmConfig", "StableLmForCausalLM", **options)
+
+
+@_register("ts17", "transformers")
 def _build_falcon(attention: str) -> Model:
     """One key head behind the query heads in one weight, read by all without being repeated."""
     from transformers import FalconConfig, FalconForCausalLM

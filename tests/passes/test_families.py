@@ -88,6 +88,8 @@ KINDS: dict[str, Kinds] = {
     "mistral": rotary(2) + ffn(96, 2),
     "gemma": rotary(1) + ffn(96, 2),
     "falcon": rotary(1) + ffn(96, 2),
+    # Heads are taken apart for their norms, and joined again: their axis is then nobody's.
+    "stablelm": Counter({("qk", 1, 6): 2, ("vo", 2, 12): 2}) + ffn(96, 2),
 }  # fmt: skip
 
 # (role, what a pin of it must say): true reasons why something that looks like attention stays.
@@ -96,6 +98,7 @@ PINNED = {
     "xcit": [("qk", "summed over")],  # the score matrix has the width of query and key
     "efficientvit": [("qk", "cut independently"), ("vo", "cut independently")],
     "deberta": [("head", "indices")],
+    "stablelm": [("qk", "element-wise"), ("head", "no weight produces this axis")],
 }
 
 

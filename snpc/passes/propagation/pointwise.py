@@ -34,9 +34,7 @@ def unify_factors(context: NodeContext, parts: Sequence[LabeledValue]) -> Factor
             if partner is not None:
                 description = context.describe_unlabeled(parts[partner])
                 context.pin(operand, labels, f"combined element-wise with {description}")
-                if operand.constant:
-                    continue
-            joined = False
+            joined = partner is not None and operand.constant
             for k, (owner, kept_labels) in enumerate(kept):
                 if owner == index or not (varying_axes(labels) & varying_axes(kept_labels)):
                     continue

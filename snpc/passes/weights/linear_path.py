@@ -60,9 +60,12 @@ def trace_linear_path(
     spec = lookup(node.domain, node.op_type)
     if spec.kind in ("movement", "rotary") and node.inputs[0] is not None:
         trace_linear_path(path, node.inputs[0], group_labels, trace, facts, model)
-    elif spec.kind == "concat" and any(is_cache(part, trace) for part in node.inputs):
-        for added, labels in parts_behind_cache(node, group_labels, trace):
-            trace_linear_path(path, added, labels, trace, facts, model)
+    elif spec.kind == "concat" and is_joined_across(node, group_labels, trace):
+        for joined, labels in parts_with_own_labels(node, group_labels, trace):
+            if trace.values[joined].constant:
+                trace_linear_term(path, node, joined, group_labels, trace, facts, model)
+            else:
+                trace_linear_path(path, joined, labels, trace, facts, model)
     elif spec.kind == "concat" or (spec.kind == "pointwise" and spec.effect == "add"):
         for part in node.inputs:
             beside = spec.kind == "concat" and part is not None and not label_set(trace.values[part]) & group_labels
@@ -110,11 +113,19 @@ def is_cache(value: ir.Value | None, trace: Trace) -> bool:
     return value is not None and movement_root(value) in trace.caches
 
 
-def parts_behind_cache(
+def is_joined_across(node: ir.Node, group_labels: frozenset[int], trace: Trace) -> bool:
+    """Whether each part of a concatenation has all positions of the group, as where tokens, samples or heads are
+    joined. The result then has the labels of one part, a cache for example, which are one unit with those of others."""
+    result, wanted_labels = trace.values[node.outputs[0]], np.fromiter(group_labels, np.int64)
+    axis = node.attributes["axis"].as_int() % len(result.shape)
+    return any(axis not in varying_axes(f) and np.isin(f, wanted_labels).any() for f in result.factors)
+
+
+def parts_with_own_labels(
     node: ir.Node, group_labels: frozenset[int], trace: Trace
 ) -> Iterator[tuple[ir.Value, frozenset[int]]]:
-    """What a KV cache is concatenated with, each with its own labels at the positions that have the group's labels in
-    the result, which has the labels of the cache."""
+    """The parts of a concatenation but for caches, each with its own labels at the positions that have the group's
+    labels in the result."""
     wanted_labels = np.fromiter(group_labels, np.int64)
     result = trace.values[node.outputs[0]]
     for part in node.inputs:
