@@ -108,7 +108,7 @@ def lines(theme: str, results: Mapping[str, Any]) -> Iterator[str]:
             if points[-1][1] < NOTHING:  # the end of the line is among other labels
                 yield text(x_of(points[0][0]) + 10, y_of(points[0][1]) - 10, f"{name}, {way}", color, weight=weight)
             elif points[-1][0] > EARLY:  # other lines go on behind its end
-                yield text(x - 6, y - 12 if way == "snpc" else y + 18, f"{name}, {way}", color, weight=weight)
+                yield text(x - 6, y - 24 if way == "snpc" else y + 18, f"{name}, {way}", color, weight=weight)
             else:
                 labels.append((y, f"{name}, {way}", color, weight, x))
     taken = -LINE * 1.0
