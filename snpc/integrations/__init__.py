@@ -5,9 +5,11 @@
 Each needs the package that it plugs into, and is imported when it is first used.
 
 Files
-  mlflow      Runs of MLflow: what a sweep or a finetuning was asked, what came of it, and its files.
-  olive       A surgeon of Olive that prunes the model, as one surgery of its pass GraphSurgeries.
-  polygraphy  A loader of Polygraphy that prunes the model of another loader.
+  mlflow          Runs of MLflow: what a sweep or a finetuning was asked, what came of it, and its files.
+  olive           A surgeon of Olive that prunes the model, as one surgery of its pass GraphSurgeries.
+  polygraphy      A loader of Polygraphy that prunes the model of another loader.
+  polygraphy_run  A runner for ``polygraphy run``: the pruned model in onnxruntime, beside the original in any other
+                  runner.
 """
 
 from __future__ import annotations
