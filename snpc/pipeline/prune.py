@@ -115,7 +115,7 @@ def prune(
         text = TextOptions(find_tokenizer(loaded.source), vocabulary=kept_vocabulary(loaded))
         calibration = load_calibration(calibration, loaded.inputs, text=text)
     widths = PlanRequest(limits, method, criterion, effort=effort) if limits is not None else None
-    announce(execution.progress, run_stages(analysis, calibration, widths, tokens))
+    announce(execution.progress, run_stages(analysis, calibration, widths, tokens, method=method))
     analysis = apply_token_request(
         analysis,
         calibration,

@@ -51,23 +51,26 @@ def run_stages(
     request: PlanRequest | None,
     tokens: str | None = None,
     *,
+    method: PruningMethod | None = None,
     writes: bool = True,
 ) -> list[StageCost]:
-    """The stages of a prune, or with ``writes`` False of a plan. ``request``: None where no width is cut. Nothing is
-    foreseen without calibration data."""
+    """The stages of a prune, or with ``writes`` False of a plan. ``request``: None where no width is cut; ``method``
+    then says whether weights make up for tokens. Nothing is foreseen without calibration data."""
     if calibration is None:
         return []
     target = request.budget.target if request is not None else None
     roles = request.budget.roles if request is not None else ()
     stages: list[StageCost] = []
-    if effective_token_request(tokens, analysis, calibration, target, roles) == AUTO_TOKENS:
+    chosen = effective_token_request(tokens, analysis, calibration, target, roles)
+    if chosen == AUTO_TOKENS:
         stages += token_stages(analysis, calibration, without_layers(request) if request is not None else None)
     if request is not None:
         stages += planning_stages(analysis, calibration, request)
     if not writes:
         return stages
     again = layer_stages(analysis, calibration, request) if request is not None and plans_again(request) else []
-    return stages + writing_stages(calibration, request, sum(cost for _, cost in again))
+    fits = fits_weights(calibration, request, chosen, method)
+    return stages + writing_stages(calibration, request, fits, sum(cost for _, cost in again))
 
 
 def effort_costs(
@@ -174,15 +177,25 @@ def plans_again(request: PlanRequest) -> bool:
     return LAYER_ROLE in request.budget.roles and request.budget.limits_quality
 
 
-def writing_stages(calibration: Calibration, request: PlanRequest | None, planning: float = 0.0) -> list[StageCost]:
-    """The stages of ``apply``. ``planning``: the cost of a plan, where each candidate but the first has a new one."""
-    method = method_of(calibration, request) if request is not None else "select"
-    fitted = [("layers", LAYERS_PASSES)] if method == "auto" else []
-    stages = [*fitted, *verification_stages(calibration)]
+def writing_stages(
+    calibration: Calibration, request: PlanRequest | None, fits: bool, planning: float = 0.0
+) -> list[StageCost]:
+    """The stages of ``apply``. ``fits``: are weights fitted layer by layer? ``planning``: the cost of a plan, where
+    each candidate but the first has a new one."""
+    stages = [*([("layers", LAYERS_PASSES)] if fits else []), *verification_stages(calibration)]
     if request is None or not (request.budget.limits_quality or request.budget.is_latency):
         return stages
     written = SEARCH_CANDIDATES * sum(cost for _, cost in stages)
     return [("search", written + (SEARCH_CANDIDATES - 1) * planning)]
+
+
+def fits_weights(
+    calibration: Calibration, request: PlanRequest | None, tokens: str | None, method: PruningMethod | None
+) -> bool:
+    """Are weights fitted layer by layer: to the widths that are left, or where no width is cut to the tokens?"""
+    if request is not None:
+        return method_of(calibration, request) == "auto"
+    return tokens is not None and method in (None, "auto")
 
 
 def completion_stages(slices: SlicePlan, calibration: Calibration) -> list[StageCost]:
@@ -198,10 +211,14 @@ def completion_stages(slices: SlicePlan, calibration: Calibration) -> list[Stage
 
 
 def sweep_stages(
-    analysis: Analysis, calibration: Calibration, requests: Sequence[PlanRequest | None], tokens: Sequence[str | None]
+    analysis: Analysis,
+    calibration: Calibration,
+    requests: Sequence[PlanRequest | None],
+    tokens: Sequence[str | None],
+    method: PruningMethod | None = None,
 ) -> list[StageCost]:
-    """The stages of a sweep: ``requests`` and ``tokens`` of each target. Targets whose tokens are not chosen share one
-    measurement; the original is run once."""
+    """The stages of a sweep: ``requests`` and ``tokens`` of each target, ``method`` as of ``run_stages``. Targets
+    whose tokens are not chosen share one measurement; the original is run once."""
     stages: list[StageCost] = []
     shared = [r for r, t in zip(requests, tokens, strict=True) if t != AUTO_TOKENS and r is not None]
     for request, token_request in zip(requests, tokens, strict=True):
@@ -212,8 +229,8 @@ def sweep_stages(
         stages += planning_stages(analysis, calibration, shared[0], full_curves=True)
     original, *rest = verification_stages(calibration)
     stages.append(original)
-    for request in requests:
-        fits = request is not None and method_of(calibration, request) == "auto"
+    for request, token_request in zip(requests, tokens, strict=True):
+        fits = fits_weights(calibration, request, token_request, method)
         stages += [("layers", LAYERS_PASSES), *rest] if fits else rest
     return stages
 

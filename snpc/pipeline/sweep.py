@@ -206,7 +206,8 @@ def plan_targets(
         else None
         for target in targets
     ]
-    announce(execution.progress, sweep_stages(analysis, calibration, requests, [kinds[target] for target in targets]))
+    tokens = [kinds[target] for target in targets]
+    announce(execution.progress, sweep_stages(analysis, calibration, requests, tokens, request.method))
     chosen, others = ([t for t in targets if (kinds[t] == AUTO_TOKENS) is auto] for auto in (True, False))
     if others and request.budget is None:
         raise UserError("--roles none leaves nothing to sweep through but --tokens auto, for targets in MACs")

@@ -11,12 +11,13 @@ import pytest
 
 import snpc
 from snpc.pipeline import PlanRequest, SweepRequest, completion_stages, effort_costs, plain_pass_seconds, sweep
-from snpc.planning import parse_target
+from snpc.planning import PruningMethod, parse_target
 from snpc.runtime.execution import StageCost, announce
 from snpc.runtime.sensitivity import joint_search, plan_trials
 from snpc.runtime.sensitivity.joint_search import search_samples
 from snpc.runtime.sensitivity.plan_trials import PlanTrials
-from tests.command_line import CALIB, VIT
+from tests.command_line import CALIB, VIT, invoke
+from tests.patching import patch
 from tests.recorded_progress import RecordedProgress
 
 LEAST_STAGES = {"statistics", "order", "verification, original", "verification, pruned", "verification, masked"}
@@ -50,6 +51,34 @@ def test_a_prune_goes_through_the_announced_stages(options: dict[str, Any], extr
     snpc.prune(VIT, tmp_path / "out.onnx", calibration=load_data(), execution=execution, **options)
     assert {name for name, _ in progress.expected} >= LEAST_STAGES | extra
     check_announced(progress, progress.expected)
+
+
+@pytest.mark.parametrize(("method", "fitted"), [(None, ["layers"]), ("auto", ["layers"]), ("select", [])])
+def test_tokens_alone_announce_the_fit_that_makes_up_for_them(
+    method: PruningMethod | None, fitted: list[str], tmp_path: Path
+) -> None:
+    progress = RecordedProgress()
+    execution = snpc.Execution(progress=progress)
+    options: dict[str, Any] = {"tokens": "merge:2@1", "method": method, "calibration": load_data()}
+    snpc.prune(VIT, tmp_path / "out.onnx", execution=execution, **options)
+    names = [name for name, _ in progress.expected]
+    assert names == [*fitted, "verification, original", "verification, pruned", "verification, masked"]
+    check_announced(progress, progress.expected)
+    assert ("layers" in progress.begun) == bool(fitted)
+
+
+@pytest.mark.parametrize("given", [("--tokens", "auto"), ()])
+def test_the_command_announces_tokens_alone_too(
+    given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without widths, tokens are what reaches a target, said or not."""
+    told: list[list[StageCost]] = []
+    patch(monkeypatch, "snpc.cli.commands.prune.announce", lambda progress, stages: told.append(stages))
+    invoke(
+        "prune", VIT, "-o", tmp_path / "out.onnx", "--target", "macs=0.8", "--roles", "none", *given, "--calib", CALIB
+    )
+    (stages,) = told
+    assert {"token methods", "token schedules", "layers"} <= {name for name, _ in stages}
 
 
 def test_a_search_is_announced_as_a_whole(tmp_path: Path) -> None:

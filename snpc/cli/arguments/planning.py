@@ -14,7 +14,7 @@ from snpc.cli.arguments.metric import MetricArguments
 from snpc.cli.arguments.parsers import parse_roles, parse_width_multiple
 from snpc.cli.tables import print_note, print_step
 from snpc.errors import UserError
-from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request, effective_token_request
+from snpc.pipeline import ALL_TOKENS, AUTO_TOKENS, PlanRequest, apply_token_request, effective_token_request, run_stages
 from snpc.planning import (
     Allocator,
     Effort,
@@ -25,7 +25,7 @@ from snpc.planning import (
     parse_target,
 )
 from snpc.runtime.calibration import Calibration
-from snpc.runtime.execution import Execution
+from snpc.runtime.execution import Execution, StageCost
 from snpc.tokens import clamped_removals
 from snpc.types import Role
 
@@ -286,6 +286,24 @@ class PlanningArguments(ArgumentGroup):
         selection = self.selection
         return PlanRequest(self.budget(), selection.method, selection.criterion, workload, effort=selection.effort)
 
+    @property
+    def tokens(self) -> str | None:
+        """What --tokens says; where it says nothing and no width is cut, tokens alone can reach a target."""
+        alone = not self.cuts_widths and self.amount.resource_target is not None
+        return AUTO_TOKENS if self.reduction.tokens is None and alone else self.reduction.tokens
+
+    def stages(
+        self,
+        analysis: snpc.Analysis,
+        calibration: Calibration | None,
+        workload: snpc.Workload | None,
+        *,
+        writes: bool = True,
+    ) -> list[StageCost]:
+        """See ``run_stages``."""
+        method = self.selection.method
+        return run_stages(analysis, calibration, self.request(workload), self.tokens, method=method, writes=writes)
+
     def chosen_tokens(self, tokens: str | None, analysis: snpc.Analysis, calibration: Calibration | None) -> str | None:
         """See ``effective_token_request``."""
         return effective_token_request(tokens, analysis, calibration, self.amount.resource_target, self.selection.roles)
@@ -298,9 +316,7 @@ class PlanningArguments(ArgumentGroup):
         execution: Execution,
     ) -> snpc.Analysis:
         """The analysis with its tokens reduced as --tokens says. ``workload``: of a latency target."""
-        target, tokens, widths = self.amount.resource_target, self.reduction.tokens, self.request(workload)
-        if widths is None and tokens is None and target is not None:
-            tokens = AUTO_TOKENS  # nothing else can reach the target
+        target, tokens, widths = self.amount.resource_target, self.tokens, self.request(workload)
         schedule = self.reduction.schedule
         tries = target is not None and target.kind in ("macs", "latency") and calibration is not None
         if tries and self.chosen_tokens(tokens, analysis, calibration) == AUTO_TOKENS:

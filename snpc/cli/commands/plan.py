@@ -30,7 +30,7 @@ from snpc.cli.arguments import (
     subgroup,
 )
 from snpc.errors import UserError
-from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch, completion_stages, run_stages
+from snpc.pipeline import PlanRequest, PruningPlan, Stopwatch, completion_stages
 from snpc.runtime.calibration import Calibration
 from snpc.runtime.execution import Execution, announce
 
@@ -64,8 +64,7 @@ def plan_command(
     data = calibration.load(analysis)
     planning = planning.with_width_multiple(None, execution)
     timed = workload.load(shapes=model.at.input_shapes() if planning.amount.wants_latency else None)
-    stages = run_stages(analysis, data, planning.request(timed), planning.reduction.tokens, writes=False)
-    announce(execution.progress, stages)
+    announce(execution.progress, planning.stages(analysis, data, timed, writes=False))
     announce_cost(analysis, data, planning, planning.request(timed), execution, writes=False)
     with execution.progress.stage("tokens", 1):
         analysis = planning.reduce_tokens(analysis, data, timed, execution)

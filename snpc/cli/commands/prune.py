@@ -183,7 +183,7 @@ def prune_command(
         timed = workload.load(artifact, shapes)
         request, writes = planning.request(timed), not output.dry_run
         check_labels(request.budget if request is not None else None, evaluation)
-        announce(execution.progress, run_stages(analysis, data, request, planning.reduction.tokens, writes=writes))
+        announce(execution.progress, planning.stages(analysis, data, timed, writes=writes))
         announce_cost(analysis, data, planning, request, execution, writes=writes)
         with stopwatch.stage("tokens"):
             analysis = planning.reduce_tokens(analysis, data, timed, execution)
