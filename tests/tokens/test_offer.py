@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
 import snpc
 from snpc.tokens import TokenOffer, offer_tokens
-from tests.command_line import CALIB, VIT, write_tiny
+from tests.command_line import CALIB, VIT, invoke, write_tiny
 from tests.models.encoders import Encoder
 from tests.oracle import analysis_of
 
@@ -43,5 +45,29 @@ def test_deep_models_keep_their_first_and_last_blocks(fused: bool, method: str, 
     assert offer is not None and offer.spec == f"{method}:4@2-4"
 
 
-def test_inputs_of_any_length_get_none() -> None:
-    assert offer_tokens(analysis_of("bert_class__ts17")) is None
+ANY_LENGTH = Encoder(exit="all", depth=6, longest=40)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "spec"),
+    [
+        (ANY_LENGTH, "guided:0.88@2-4"),
+        (replace(ANY_LENGTH, exit="mean"), "guided:0.88@2-4"),
+        (replace(ANY_LENGTH, fused=True, opset=23), "guided:0.88@2-4"),
+    ],
+)
+def test_inputs_of_any_length_get_a_share(encoder: Encoder, spec: str, tmp_path: Path) -> None:
+    onnx.save(encoder.model(), tmp_path / "encoder.onnx")
+    offer = offer_tokens(snpc.analyze(snpc.load(tmp_path / "encoder.onnx")))
+    assert offer is not None and offer.spec == spec and offer.merges
+    result = snpc.prune(tmp_path / "encoder.onnx", tmp_path / "out.onnx", tokens=offer.spec)
+    assert result.after.macs / result.before.macs == pytest.approx(1 - offer.saved)
+
+
+def test_where_a_mask_has_an_entry_per_token_some_are_dropped(tmp_path: Path) -> None:
+    analysis = analysis_of("bert_class__ts17")
+    offer = offer_tokens(analysis)
+    assert offer is not None and offer.spec == "topk:0.88@1-2" and not offer.merges
+    result = snpc.prune(analysis.model.path, tmp_path / "out.onnx", tokens=offer.spec)
+    assert result.after.macs / result.before.macs == pytest.approx(1 - offer.saved)
+    assert "by dropping tokens that get little attention" in invoke("inspect", analysis.model.path).stdout

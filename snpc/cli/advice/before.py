@@ -30,8 +30,9 @@ def warn_without_data(plan: PruningPlan, typed: TypedCommand) -> None:
     offer = offer_tokens(plan.analysis)
     instead = ""
     if offer is not None:
-        merging = typed.without(*AMOUNT_FLAGS, *WIDTH_FLAGS, "--dry-run").plus("--tokens", offer.spec)
-        instead = f", or merge tokens, which takes {format_share(offer.saved, 1)} of the MACs: {merging.text()}"
+        fewer = typed.without(*AMOUNT_FLAGS, *WIDTH_FLAGS, "--dry-run").plus("--tokens", offer.spec)
+        way = "merge" if offer.merges else "drop"
+        instead = f", or {way} tokens, which takes {format_share(offer.saved, 1)} of the MACs: {fewer.text()}"
     print_warning(
         f"no calibration data: {removed_text(outlook.removed)} go by the size of their weights and nothing makes up "
         f"for them, which {cost}. Give --calib FOLDER_OR_NPZ (unlabelled inputs){instead}"

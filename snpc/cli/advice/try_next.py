@@ -36,7 +36,8 @@ def commands_to_try(analysis: Analysis, prune: TypedCommand) -> list[tuple[Typed
     tried: list[tuple[TypedCommand, str]] = []
     if offer is not None:
         without = prune.without(*CALIBRATION_FLAGS)
-        why = f"{format_share(offer.saved, 1)} of the MACs go by merging tokens, without data"
+        way = "merging tokens" if offer.merges else "dropping tokens that get little attention"
+        why = f"{format_share(offer.saved, 1)} of the MACs go by {way}, without data"
         tried.append((without.plus("--tokens", offer.spec), why))
     if roles:
         share = TRIED_TARGET if offer is not None else share_to_try(analysis, roles)
