@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import numpy_helper
 
 from snpc.errors import UserError
@@ -56,10 +57,12 @@ def half_precision(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
     try:
         with silence_logging():
-            converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True)
+            converted = ir.from_proto(convert_float_to_float16(proto, keep_io_types=True))
     except Exception as error:  # the converter has no exceptions of its own
         raise UserError(f"{path}: cannot be converted to fp16: {first_lines(error)}") from None
-    return converted
+    converted.graph.sort()  # the converter puts its casts behind the nodes that read them
+    sorted_proto: onnx.ModelProto = ir.to_proto(converted)
+    return sorted_proto
 
 
 def float32_weights(model: Model) -> dict[str, AnyArray]:

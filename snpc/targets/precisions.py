@@ -15,12 +15,14 @@ import onnx
 
 from snpc.errors import CheckFailed, UserError
 from snpc.ops import lookup
+from snpc.passes.companions import merge_branches
 from snpc.planning import write_provenance
 from snpc.runtime.evaluation import batch_differences, max_relative, run_batches
 from snpc.runtime.execution import DEFAULT_EXECUTION, Execution, first_lines
 from snpc.runtime.io import PROTOBUF_LIMIT, file_bytes, load, read_model, save
 from snpc.targets.cast import half_precision, silence_logging
 from snpc.targets.dequantize import comparison_feeds
+from snpc.temporary import temporary_folder
 from snpc.types import Feeds, Model
 
 BLOCK_SIZE, NF4_BLOCK_SIZE = 32, 64  # of weights that share a scale, as transformers.js quantizes them
@@ -128,7 +130,7 @@ def write_precisions(
     written = []
     with execution.progress.stage("precisions", len(names)) as advance:
         for name in names:
-            difference = write_precision(loaded, name, feeds, reference, execution)
+            difference = write_precision(model, loaded, name, feeds, reference, execution)
             written.append(WrittenPrecision(precision_path(model, name), name, difference, words))
             advance(1)
     return tuple(written)
@@ -139,15 +141,21 @@ def precision_path(model: Path, precision: str) -> Path:
 
 
 def write_precision(
-    model: Model, precision: str, feeds: Sequence[Feeds], reference: Sequence[Feeds], execution: Execution
+    model: Path,
+    loaded: Model,
+    precision: str,
+    feeds: Sequence[Feeds],
+    reference: Sequence[Feeds],
+    execution: Execution,
 ) -> float:
-    """Write one file. The largest difference of its outputs from ``reference``."""
-    form, path = PRECISION_FORMS[precision], precision_path(model.path, precision)
+    """Write one file of ``model``. The largest difference of its outputs from ``reference``."""
+    form, path = PRECISION_FORMS[precision], precision_path(model, precision)
     try:
         with silence_logging():
-            form.make(model.path, path)
-        sign(path, model, precision)
-        difference = max_relative(batch_differences(reference, run_batches(load(path).path, feeds, execution)))
+            make_form(form, model, loaded, path)
+        sign(path, loaded, precision)
+        written = load(path)  # of a merged decoder the branches, which are deleted with it
+        difference = max_relative(batch_differences(reference, run_batches(written.path, feeds, execution)))
     except UserError as error:
         raise UserError(f"--precisions {precision}: {error}; leave it out") from None
     except ModuleNotFoundError as error:
@@ -155,15 +163,26 @@ def write_precision(
             f"--precisions {precision}: this onnxruntime has no {error.name}: upgrade it, or leave {precision} out"
         ) from None
     except Exception as error:  # the quantizers have no exceptions of their own
-        raise UserError(
-            f"--precisions {precision}: {model.path.name} cannot be made so: {first_lines(error)}"
-        ) from None
+        raise UserError(f"--precisions {precision}: {model.name} cannot be made so: {first_lines(error)}") from None
     if not difference <= form.tolerance:
         raise CheckFailed(
-            f"{path}: its outputs differ by {difference:.2g} from those of {model.path.name}, more than "
+            f"{path}: its outputs differ by {difference:.2g} from those of {model.name}, more than "
             f"{form.tolerance:g}, which rounding explains: leave {precision} out of --precisions"
         )
     return difference
+
+
+def make_form(form: PrecisionForm, model: Path, loaded: Model, path: Path) -> None:
+    """Write ``model`` in the form; of a merged decoder both branches, as the quantizers leave out what lies in one."""
+    if loaded.merged is None:
+        form.make(model, path)
+        return
+    with temporary_folder() as folder:
+        made = []
+        for branch in (loaded, *loaded.companions):
+            made.append(folder / branch.path.name)
+            form.make(branch.path, made[-1])
+        save(merge_branches(read_model(model), *map(read_model, made)), path)
 
 
 def sign(path: Path, model: Model, precision: str) -> None:

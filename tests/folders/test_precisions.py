@@ -14,8 +14,9 @@ import pytest
 import snpc
 from snpc.errors import CheckFailed, UserError
 from snpc.planning import read_provenance
+from snpc.targets import write_precisions
 from tests.command_line import invoke, reported
-from tests.models.decoder_pairs import FIRST, SECOND
+from tests.models.decoder_pairs import FIRST, MERGED, SECOND, write_merged
 from tests.models.folders import CONFIG, GENAI_CONFIG, HIDDEN, write_decoder, write_folder, write_pair_folder
 
 MAGNITUDE: dict[str, Any] = {"method": "select", "criterion": "magnitude"}
@@ -103,6 +104,32 @@ def test_companions_have_the_same_precisions(tmp_path: Path) -> None:
     folder = snpc.prune_folder(source, tmp_path / "out", ratio=0.5, precisions=("q8",), **MAGNITUDE)
     endings = [Path(FIRST).stem, Path(SECOND).stem]
     assert sorted(w.path.name for w in folder.precisions) == [f"{stem}_quantized.onnx" for stem in sorted(endings)]
+
+
+def test_both_branches_of_a_merged_decoder_have_the_precision(tmp_path: Path) -> None:
+    """As one file in onnxruntime: without a past, and with one."""
+    pruned = snpc.prune(write_merged(tmp_path / MERGED, cross=False), tmp_path / "half.onnx", ratio=0.5, **MAGNITUDE)
+    session = onnxruntime.InferenceSession(pruned.path, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    caches = {
+        spec.name: rng.standard_normal([2, spec.shape[1], 3, spec.shape[3]]).astype(np.float32)
+        for spec in session.get_inputs()
+        if "past" in spec.name
+    }
+    batches = [
+        {**caches, "input_ids": ids, "use_cache_branch": np.array([use])}
+        for ids, use in ((np.array([[1, 2, 3], [4, 5, 6]]), False), (np.array([[7], [8]]), True))
+    ]
+    expected = [session.run(["logits"], feeds)[0] for feeds in batches]
+    for written in write_precisions(pruned.path, ("fp16", "q8", "q4", "q4f16")):
+        onnx.checker.check_model(onnx.load(written.path))
+        assert NAMES[written.precision][1] in weight_types(written.path)
+        small = onnxruntime.InferenceSession(written.path, providers=["CPUExecutionProvider"])
+        for feeds, logits in zip(batches, expected, strict=True):
+            gap = np.linalg.norm(small.run(["logits"], feeds)[0] - logits) / np.linalg.norm(logits)
+            assert 0 < gap < {"fp16": 0.01, "q8": 0.1}.get(written.precision, 0.5)
+        steps = read_provenance(snpc.load(written.path).graph)
+        assert [step["step"] for step in steps] == ["prune", "convert"]
 
 
 def test_what_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_weights_too_big_for_one_file_lie_beside_it(
 
 def test_an_fp16_file_for_the_cpu_keeps_its_half_weights(digits: Path, tmp_path: Path) -> None:
     built = snpc.build(digits / "half.onnx", "ort", tmp_path / "out.onnx", precision="fp16")
+    onnx.checker.check_model(built.path)
     assert built.bytes < 0.65 * (digits / "half.onnx").stat().st_size
     assert built.drift[0].relative < 0.01
     with pytest.raises(UserError, match="bfloat16"):

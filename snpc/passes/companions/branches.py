@@ -98,9 +98,8 @@ def merge_branches(merged: ir.Model, first: ir.Model, second: ir.Model) -> ir.Mo
     parts = [second.clone(), first.clone()]  # in the order of the branches
     results = merged_outputs(merged, parts)
     inputs = merged_inputs(merged, parts)
-    graph = ir.Graph(
-        inputs, [], nodes=[], opset_imports=dict(merged.graph.opset_imports), name=str(merged.graph.name or "merged")
-    )
+    domains = {**first.graph.opset_imports, **second.graph.opset_imports, **merged.graph.opset_imports}
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports=domains, name=str(merged.graph.name or "merged"))
     gather_constants(graph, parts)
     names = lookup(node.domain, node.op_type).branches
     assert names is not None
