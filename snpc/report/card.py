@@ -139,7 +139,7 @@ def method_section(report: Mapping[str, Any]) -> str:
     options = {key: value for key, value in report["options"].items() if value not in (None, False)}
     data = report["calibration"]
     lines = [
-        f"Pruned with [snpc](https://pypi.org/project/snpc/), method {inline(report['method'])}, criterion "
+        f"Pruned with snpc, method {inline(report['method'])}, criterion "
         f"{inline(report['criterion'])}, options {inline(json.dumps(options))}.",
         f"Calibration data: {plain(data['text'])}." if data else "No calibration data was used.",
         history_line(report),
