@@ -96,7 +96,7 @@ def write_report(
 
 def render_page(report: ReportData) -> str:
     """The page as HTML."""
-    single = len(report.files) == 1
+    single, pruned = len(report.files) == 1, report.options is not None
     names = tuple(file.name for file in report.files)
     return render_template(
         "page.html.j2",
@@ -119,7 +119,8 @@ def render_page(report: ReportData) -> str:
         curve_sections=curve_sections(report.widths),
         attention_rows=[attention_row(picture) for picture in report.attention.pictures],
         pin_rows=[(p.tensor, p.axis, p.size, p.reason, p.operator) for p in report.pins],
-        group_rows=[group_row(w) for w in report.widths],
+        group_rows=[(*group_row(w), *([weights_cell(w)] if pruned else [])) for w in report.widths],
+        weights=("weights",) if pruned else (),
         run_rows=run_rows(report),
     )
 
@@ -321,12 +322,17 @@ def head_images(item: HeadMap) -> HeadImages:
 
 def group_row(item: GroupWidth) -> tuple[str, ...]:
     """A row of the table of groups: a cell for each file behind the first three."""
+    after = ("not known" if kept is None else f"{item.blocks} x {kept}" for kept in item.kept)
+    return item.id, item.role, f"{item.blocks} x {item.size}", *after
+
+
+def weights_cell(item: GroupWidth) -> str:
+    """Where the weights of a group come from, of a model that was just pruned."""
     narrower = any(kept is not None and kept < item.size for kept in item.kept)
     origin = WEIGHT_ORIGINS.get(item.form, "sliced" if narrower else "as they were")
     if item.normalized_inside and narrower:
         origin += f"; approximate: {describe_approximation(item.role, item.form)}"
-    after = ("not known" if kept is None else f"{item.blocks} x {kept}" for kept in item.kept)
-    return item.id, item.role, f"{item.blocks} x {item.size}", *after, origin
+    return origin
 
 
 def mask_check(d: Difference) -> str:

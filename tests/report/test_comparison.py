@@ -155,6 +155,7 @@ def test_the_page_says_every_step_and_how_to_make_it_again(files: Files, tmp_pat
     )
     text = (tmp_path / "page.html").read_text()
     assert all(html.escape(step) in text for step in file.steps) and len(file.steps) == 3
+    assert ">weights</th>" not in text, "a file does not say which of its weights were refitted"
     assert file.reproduction is not None and file.reproduction.call == ""
     prune, finetune, build = file.reproduction.command.splitlines()
     assert prune.startswith(f"snpc prune {MODEL} --ratio 0.5") and prune.endswith("-o half.onnx")
