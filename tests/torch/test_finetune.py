@@ -25,6 +25,7 @@ pytest.importorskip("safetensors")
 
 import snpc  # noqa: E402
 import snpc.torch  # noqa: E402
+from snpc.cli import main  # noqa: E402
 from snpc.cli.tables import print_finetuned  # noqa: E402
 from snpc.errors import UserError  # noqa: E402
 from snpc.planning import options_of, read_provenance  # noqa: E402
@@ -333,7 +334,9 @@ def arguments(pruned: Path, target: Path, *more: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(snpc.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    """As many threads as here: sums are split among them."""
+    root, threads = str(Path(snpc.__file__).parents[1]), str(torch.get_num_threads())
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -347,7 +350,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(pruned: Path, tmp_path: Path, rng: random.Random) -> None:
     whole, resumed, folder = tmp_path / "whole.onnx", tmp_path / "resumed.onnx", tmp_path / "state"
-    run("snpc.cli", *arguments(pruned, whole))
+    main(arguments(pruned, whole), standalone_mode=False)
     more = ("--checkpoint", folder, "--checkpoint-every", 3, "--resume")
     words = [sys.executable, "-m", "snpc.cli", *arguments(pruned, resumed, *more)]
     with subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL) as victim:
@@ -383,7 +386,7 @@ def test_a_checkpoint_of_another_run_is_refused(pruned: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
-    run("snpc.cli", *arguments(pruned, one, "--batch", 15))
+    main(arguments(pruned, one, "--batch", 15), standalone_mode=False)
     words = arguments(pruned, two, "--batch", 15)
     run("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "snpc.cli", *words)
     before, a, b = weights_of(pruned), weights_of(one), weights_of(two)
@@ -398,7 +401,7 @@ def test_processes_that_share_the_weights_do_what_one_does(pruned: Path, tmp_pat
     one, two, again, state = (tmp_path / name for name in ("one.onnx", "two.onnx", "again.onnx", "state"))
     more = ("--early-stop", 9, "--evaluate", 3, "--lr", 1e-3, "--warmup", 2)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "snpc.cli")
-    run("snpc.cli", *arguments(pruned, one, *more))
+    main(arguments(pruned, one, *more), standalone_mode=False)
     run(*torchrun, *arguments(pruned, two, *more, "--sharded"))
     before, a, b = weights_of(pruned), weights_of(one), weights_of(two)
     moved = np.sqrt(sum(((a[k] - before[k]) ** 2).sum() for k in a))
