@@ -290,8 +290,9 @@ class SharedProduct:
     """A product, or a weight, of which groups cut several axes: what two of them save is less than what each saves.
 
     ``kind`` and ``count``: its MACs, or the parameters of the constant ``tensor``. ``axes``: for each axis, group id ->
-    the share of the axis that its units are. ``counted``: group id -> the share of ``count`` that ``Group.macs`` or
-    ``Group.params`` has.
+    the share of the axis that its units are. Whole heads have an axis of their own beside that of their channels, which
+    go of the heads that stay. ``counted``: group id -> the share of ``count`` that ``Group.macs`` or ``Group.params``
+    has.
     """
 
     kind: Literal["macs", "params"]

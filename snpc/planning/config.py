@@ -176,8 +176,6 @@ class Budget:
             raise UserError(
                 f"--max-drift {self.max_drift:g} is not above 0: it is a relative change of the outputs, such as 0.1"
             )
-        if self.ratio is None and "head" in self.roles:
-            raise UserError("--target and limits of quality choose widths themselves: leave out the role head")
         if self.ratio is None and "experts" in self.roles:
             raise UserError(
                 "--target and limits of quality rank by measured losses, and none is measured of whole experts: "

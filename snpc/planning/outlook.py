@@ -59,7 +59,8 @@ def plan_outlook(
     ``PlanOutlook``."""
     removed = removed_shares(groups, slices)
     unmeasured = {g.id for g in groups if g.approximate and not g.normalized_inside}
-    measured = [g for g in groups if g.id not in unmeasured and g.role not in ("head", "experts")]
+    unmeasured |= {g.id for g in groups if g.role in ("head", "experts") and g.id not in scores.curves}
+    measured = [g for g in groups if g.id not in unmeasured]
     if not measured:
         return PlanOutlook(removed, max(removed.values(), default=0.0))
     # A latency and a drift are met by trial; what they take is told in MACs.

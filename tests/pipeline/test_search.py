@@ -176,7 +176,6 @@ def test_predicted_drift_adds_up_the_curves() -> None:
         (("--max-drift", 0.1), "--max-drift needs calibration data"),
         (("--max-drift", 0.1, "--ratio", 0.5), "one of the five"),
         (("--max-drift", 0, "--calib", CALIB), "is not above 0"),
-        (("--max-drift", 0.1, "--roles", "head", "--calib", CALIB), "leave out the role head"),
         (("--target", "latency=0"), "must look like"),
         (("--target", "latency=2"), "must look like"),
         (("--target", "latency=ms"), "must look like"),

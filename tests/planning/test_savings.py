@@ -13,7 +13,8 @@ from snpc.planning.allocate import allocation_path
 from snpc.planning.config import Budget, ResourceTarget, TargetKind, parse_target
 from snpc.planning.plan import SlicePlan, select_units
 from snpc.planning.savings import saved_at
-from tests.command_line import VIT, invoke
+from snpc.types import Role
+from tests.command_line import CALIB, VIT, invoke, reported
 from tests.models.operators import Case, build
 from tests.oracle import analysis_at
 
@@ -48,6 +49,30 @@ def test_a_chain_of_convolutions_saves_what_was_predicted(scores: snpc.UnitScore
         for kind in ("macs", "params", "bytes"):
             saved = saved_at(widths, scores, analysis.groups, ResourceTarget(kind, 0.5))
             assert saved == pytest.approx(getattr(analysis.cost, kind) - getattr(after, kind), abs=1.0), kind
+
+
+def test_heads_and_channels_of_the_same_layers_save_what_was_predicted(tmp_path: Path) -> None:
+    """Channels go of the heads that stay."""
+    analysis, rng = snpc.analyze(snpc.load(VIT)), np.random.default_rng(0)
+    scores = score_groups(analysis, "magnitude", analysis.groups, None)
+    roles: tuple[Role, ...] = ("qk", "vo", "head")
+    groups = [g for g in analysis.groups if g.role in roles]
+    for turn in range(3):
+        widths = {g.id: int(rng.integers(1, g.size)) for g in groups}
+        assert any(widths[g.id] < g.size for g in groups if g.role == "head")
+        plan = select_units(scores, Budget(0.5, roles), widths)
+        after = snpc.analyze(snpc.load(snpc.apply(snpc.PruningPlan(plan), tmp_path / f"{turn}.onnx").path)).cost
+        kinds: tuple[TargetKind, ...] = ("macs", "params")
+        for kind in kinds:
+            gone = analysis.saved_before(kind) + saved_at(widths, scores, groups, ResourceTarget(kind, 0.5))
+            assert gone == pytest.approx(getattr(analysis.cost, kind) - getattr(after, kind), rel=1e-3), kind
+
+
+def test_a_target_of_heads_and_widths_is_met(tmp_path: Path) -> None:
+    data = ("--calib", CALIB, "--calib-samples", 32, "--tokens", "none")
+    for kind in ("macs", "params"):
+        report = reported("prune", VIT, "--roles", "all,head", "--target", f"{kind}=0.4", *data, "-o", tmp_path / kind)
+        assert 0.38 * report[kind]["before"] < report[kind]["after"] <= 0.4 * report[kind]["before"]
 
 
 @pytest.mark.parametrize("kind", ["macs", "params", "bytes"])

@@ -64,7 +64,7 @@ def build_groups(
     for draft, name, layer, numbers in zip(drafts, unique_names(names), layers, numbered, strict=True):
         freedom, freedom_reason = freedom_and_reason(draft)
         sites = builder.sites(numbers)
-        macs, params = counts.add(name, numbers, sites)
+        macs, params = counts.add(name, numbers, sites, whole_heads=draft.of_heads)
         owned = owned_constants(trace, units, numbers) if draft.role == "experts" else ()
         params += sum(weight_size(model.graph.initializers[name]) for part in owned for name in part)
         groups.append(
@@ -324,13 +324,18 @@ class CostCounts:
         self.products: dict[tuple[ir.Node, str], AxisShares] = defaultdict(AxisShares)
         self.constants: dict[str, AxisShares] = defaultdict(AxisShares)
 
-    def add(self, group_id: str, numbers: Mapping[int, int], sites: Sequence[Site]) -> tuple[int, int]:
-        """(MACs, parameters) that are proportional to the group's size."""
+    def add(
+        self, group_id: str, numbers: Mapping[int, int], sites: Sequence[Site], *, whole_heads: bool
+    ) -> tuple[int, int]:
+        """(MACs, parameters) that are proportional to the group's size. Whole heads have axes of their own."""
         macs = params = 0.0
+        beside = "heads" if whole_heads else ""
         for key, by_letter in self.builder.mac_shares(numbers).items():
+            counted = self.products[key].counted[group_id] = max(by_letter.values())
+            if whole_heads:  # one axis of a product, whichever letters their channels have
+                by_letter = {beside: counted}
             for letter, share in by_letter.items():
                 self.products[key].axes[letter][group_id] = share
-            counted = self.products[key].counted[group_id] = max(by_letter.values())
             macs += self.builder.contraction_macs(*key) * counted
         axes: dict[str, dict[str, float]] = defaultdict(dict)
         for site in sites:
@@ -342,7 +347,7 @@ class CostCounts:
                 continue
             stored.add(id(value.const_value))
             for axis, share in by_axis.items():
-                self.constants[name].axes[axis][group_id] = share
+                self.constants[name].axes[axis + beside][group_id] = share
             counted = self.constants[name].counted[group_id] = 1 - math.prod(1 - share for share in by_axis.values())
             params += counted * weight_size(value)
         return int(macs), round(params)
