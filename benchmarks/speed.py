@@ -260,6 +260,7 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as temporary:
             folder = options.folder or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
             pruned = list(variants(name, folder, options.multiple or [8, 16]))
             for batch in options.batch or [1, 8]:
                 made = list(built(pruned, batch))
