@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import onnx_ir as ir
@@ -334,12 +335,6 @@ def strided_profiles(profile: DepthProfile) -> list[DepthProfile]:
     ]
 
 
-def profile_drift(evaluator: ScheduleEvaluator, way: TokenWay, macs: float, profile: DepthProfile) -> float:
-    """Change of the outputs at ``macs``; infinite where the profile does not reach that."""
-    schedule = evaluator.scale_to_macs(way, profile, macs)
-    return evaluator.drift(way, schedule) if schedule is not None else float("inf")
-
-
 def best_window(
     evaluator: ScheduleEvaluator,
     way: TokenWay,
@@ -352,20 +347,18 @@ def best_window(
     With ``start``, the best one at a cost nearby: from there on, as long as a stretch with another start or end next
     to it is better.
     """
-    drifts: dict[Window, float] = {}
 
-    def best_of(tried: Sequence[Window]) -> Window:
-        for window in tried:
-            if window not in drifts:
-                drifts[window] = profile_drift(evaluator, way, macs, windows[window])
-        return min(tried, key=lambda window: drifts[window])
+    @cache
+    def drift_at(window: Window) -> float:
+        schedule = evaluator.scale_to_macs(way, windows[window], macs)
+        return evaluator.drift(way, schedule) if schedule is not None else float("inf")
 
     best, previous = start, None
     while best is not None and best != previous:
-        best, previous = best_of([best, *neighbors(best, windows)]), best
-    if best is None or drifts[best] == float("inf"):
-        best = best_of(list(evaluator.execution.track("token schedules, one cost", windows, len(windows))))
-    return best if drifts[best] < float("inf") else None
+        best, previous = min([best, *neighbors(best, windows)], key=drift_at), best
+    if best is None or drift_at(best) == float("inf"):
+        best = min(evaluator.execution.track("token schedules, one cost", windows, len(windows)), key=drift_at)
+    return best if drift_at(best) < float("inf") else None
 
 
 def neighbors(window: Window, windows: Mapping[Window, DepthProfile]) -> list[Window]:
