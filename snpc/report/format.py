@@ -25,7 +25,9 @@ def format_percent(ratio: float) -> str:
 def describe_method(result: PrunedModel) -> str:
     """How units were chosen and weights were made, in a few words."""
     if not result.plan.keep:
-        return "no widths cut" + ("; weights refitted to make up for what went" if result.plan.method == "auto" else "")
+        analysis = result.plan.analysis
+        refitted = result.plan.method == "auto" and (analysis.reduction is not None or analysis.removal is not None)
+        return "no widths cut" + ("; weights refitted to make up for what went" if refitted else "")
     if not result.closed_forms:
         return f"selected by {result.plan.criterion}"
     forms = list(result.closed_forms.values())
